@@ -1,0 +1,64 @@
+"""`python -m sglang_dcp status`: SGLang's version, each seam and its state."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from sglang_dcp.config import DcpConfigError
+
+
+def status() -> int:
+    """Print every seam of this machine; 0 where a server with DCP flags would start."""
+    from sglang.srt.plugins import load_plugins
+
+    from sglang_dcp.seams import active_seams
+    from sglang_dcp.verify import problems, seam_states, sglang_version
+
+    load_plugins()
+    print(f"sglang {sglang_version()}")
+    try:
+        states = seam_states(active_seams())
+    except DcpConfigError as error:
+        print(error)
+        return 1
+    for state in states:
+        print(f"{state.state:<10} {state.seam.name:<24} {state.seam.target}")
+    found = problems(states)
+    print(f"{len(states)} seams, {len(states) - len(found)} live")
+    for line in found:
+        print(line)
+    return 1 if found else 0
+
+
+def write_manifest() -> int:
+    """Record the installed, unmodified SGLang's files (when moving to a new release)."""
+    from sglang_dcp import verify
+    from sglang_dcp.seams import CPU_SEAMS, SEAMS
+
+    paths = {verify.seam_file(seam) for seam in SEAMS + CPU_SEAMS}
+    root = verify.package_root()
+    files = {
+        path.relative_to(root).as_posix(): verify.file_hash(path)
+        for path in sorted(paths)
+    }
+    target = Path(verify.__file__).parent / "manifests" / f"{verify.sglang_version()}.json"
+    target.parent.mkdir(exist_ok=True)
+    text = json.dumps({"sglang": verify.sglang_version(), "files": files}, indent=2)
+    target.write_text(text + "\n")
+    print(f"{target.name}: {len(files)} files")
+    return 0
+
+
+def main() -> int:
+    """Command line of the package."""
+    parser = argparse.ArgumentParser(prog="python -m sglang_dcp", description=__doc__)
+    commands = {"status": status, "write-manifest": write_manifest}
+    parser.add_argument("command", choices=commands)
+    return commands[parser.parse_args().command]()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

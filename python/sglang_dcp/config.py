@@ -1,0 +1,126 @@
+"""What the four flags mean: parsing, defaults and agreement, apart from SGLang."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Optional
+
+from sglang_dcp.distributed.topology import Layout
+
+COMM_BACKENDS = ("ag_rs", "a2a")
+# Declared in the design, built by a later release: refused by name, not as a typo.
+PLANNED_COMM_BACKENDS = ("symm_a2a",)
+
+
+class DcpConfigError(ValueError):
+    """A flag that cannot be honoured: names the flag, the value and the way out."""
+
+
+@dataclass(frozen=True)
+class DcpConfig:
+    """The layout one attention pool runs with; exists only where `dcp_size` > 1.
+
+    Attributes
+    ----------
+    layout : Layout
+        `tp_size` ranks as `dcp_size` sequence shards x `attn_tp_size` head shards.
+    comm_backend : str
+        One of `COMM_BACKENDS`.
+    replicate_q_proj : bool
+        Hold the Q projection at attn_tp width, so that decode gathers no queries.
+    page_size : int
+        Tokens of a page in one rank's pool. SGLang's own `page_size` counts logical
+        tokens: `page_size * dcp_size`.
+    """
+
+    layout: Layout
+    comm_backend: str = "ag_rs"
+    replicate_q_proj: bool = False
+    page_size: int = 1
+
+    @property
+    def dcp_size(self) -> int:
+        return self.layout.dcp_size
+
+    @property
+    def attn_tp_size(self) -> int:
+        return self.layout.attn_tp_size
+
+    @property
+    def tp_size(self) -> int:
+        return self.layout.tp_size
+
+
+def resolve_config(
+    *,
+    tp_size: int,
+    dcp_size: Optional[int],
+    attn_tp_size: Optional[int],
+    comm_backend: str,
+    replicate_q_proj: bool,
+) -> Optional[DcpConfig]:
+    """Turn flags into a config, or None where they leave attention at tp_size.
+
+    `None` for a size means that the user did not give the flag. Either size implies
+    the other; given both, `attn_tp_size * dcp_size` must be `tp_size`.
+
+    Raises
+    ------
+    DcpConfigError
+        For a size that does not divide, sizes that disagree, an unknown comm backend,
+        or a flag that needs `--dcp-size` > 1 without it.
+    """
+    layout = _resolve_layout(tp_size, dcp_size, attn_tp_size)
+    _check_comm_backend(comm_backend)
+    if layout.dcp_size > 1:
+        return DcpConfig(layout, comm_backend, replicate_q_proj)
+    if comm_backend != "ag_rs":
+        raise DcpConfigError(
+            f"--dcp-comm-backend {comm_backend} needs --dcp-size > 1, which is 1 here; "
+            "add --dcp-size or drop the flag"
+        )
+    if replicate_q_proj:
+        raise DcpConfigError(
+            "--dcp-replicate-q-proj needs --dcp-size > 1, which is 1 here; "
+            "add --dcp-size or drop the flag"
+        )
+    return None
+
+
+def _resolve_layout(
+    tp_size: int, dcp_size: Optional[int], attn_tp_size: Optional[int]
+) -> Layout:
+    for flag, value in (("--dcp-size", dcp_size), ("--attn-tp-size", attn_tp_size)):
+        if value is None:
+            continue
+        if value < 1 or tp_size % value:
+            raise DcpConfigError(
+                f"{flag} {value} does not divide --tp-size {tp_size}; "
+                f"use one of {_divisors(tp_size)}"
+            )
+    if dcp_size is not None and attn_tp_size is not None:
+        if dcp_size * attn_tp_size != tp_size:
+            raise DcpConfigError(
+                f"--attn-tp-size {attn_tp_size} and --dcp-size {dcp_size} disagree: "
+                f"their product must be --tp-size {tp_size}; give one of the two"
+            )
+    if attn_tp_size is None:
+        attn_tp_size = tp_size // (dcp_size or 1)
+    return Layout(tp_size=tp_size, attn_tp_size=attn_tp_size)
+
+
+def _check_comm_backend(name: str) -> None:
+    if name in PLANNED_COMM_BACKENDS:
+        raise DcpConfigError(
+            f"--dcp-comm-backend {name} is not available in this version; "
+            f"use one of {', '.join(COMM_BACKENDS)}"
+        )
+    if name not in COMM_BACKENDS:
+        raise DcpConfigError(
+            f"--dcp-comm-backend {name} is unknown; "
+            f"use one of {', '.join(COMM_BACKENDS)}"
+        )
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]

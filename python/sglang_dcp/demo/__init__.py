@@ -1,0 +1,1 @@
+"""A demonstration that runs anywhere: tiny models, live CPU servers, exact comparison."""

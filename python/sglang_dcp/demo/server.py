@@ -1,0 +1,229 @@
+"""Start a SGLang CPU server as a child, wait for it, and leave no process behind."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from http.client import HTTPException
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+import psutil
+
+_POLL_SECONDS = 0.5
+
+
+class ServerFailed(RuntimeError):
+    """The server ended, or was not ready in time; the message ends with its log."""
+
+
+class ServerProcess:
+    """``python -m sglang.launch_server --device cpu`` with everything it spawns.
+
+    Use it as a context manager: the server starts on entry and is gone, with its
+    schedulers and its detokenizer, after exit, Ctrl-C included. It runs in its own
+    process group, so a Ctrl-C on the terminal reaches the caller alone.
+
+    ``grace`` is how long ``stop`` waits for the server to end by itself, which takes
+    about six seconds; 0 kills it at once.
+    """
+
+    def __init__(
+        self,
+        model_path: str | Path,
+        args: Sequence[str] = (),
+        *,
+        log_path: str | Path | None = None,
+        env: Mapping[str, str] | None = None,
+        grace: float = 20.0,
+    ) -> None:
+        self.port = _free_port()
+        self.base_url = f"http://127.0.0.1:{self.port}"
+        self.command = [sys.executable, "-m", "sglang.launch_server"]
+        self.command += ["--model-path", str(model_path), "--device", "cpu"]
+        self.command += ["--host", "127.0.0.1", "--port", str(self.port), *args]
+        self._grace = grace
+        self._env = _child_env(env or {})
+        self._log_path = Path(log_path) if log_path else None
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> "ServerProcess":
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    @property
+    def returncode(self) -> int | None:
+        """Exit status of the server, None before its start and while it runs."""
+        return None if self._process is None else self._process.poll()
+
+    @property
+    def log_path(self) -> Path:
+        """Where the server's stdout and stderr go."""
+        if self._log_path is None:
+            handle, name = tempfile.mkstemp(prefix="sglang-dcp-", suffix=".log")
+            os.close(handle)
+            self._log_path = Path(name)
+        return self._log_path
+
+    def start(self) -> None:
+        """Start the server and return at once."""
+        if self._process is not None:
+            raise RuntimeError("a ServerProcess starts once; make another")
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        with self.log_path.open("wb") as log:
+            self._process = _spawn(self.command, self._env, log)
+
+    def wait_ready(
+        self,
+        timeout: float = 300.0,
+        on_tick: Callable[[float], None] | None = None,
+    ) -> float:
+        """Return the seconds until the server has generated a token.
+
+        ``on_tick`` gets the seconds waited, about twice a second.
+        """
+        begin = time.monotonic()
+        while True:
+            waited = time.monotonic() - begin
+            if self.returncode is not None:
+                raise ServerFailed(
+                    f"server exited with {self.returncode} before it was ready:\n"
+                    f"{self.log_tail(40)}"
+                )
+            if waited > timeout:
+                raise ServerFailed(
+                    f"server not ready in {timeout:.0f} s:\n{self.log_tail(40)}"
+                )
+            if on_tick is not None:
+                on_tick(waited)
+            # /health_generate says 503 until warm-up is over, then runs one token
+            # through every rank. /model_info answers earlier, before the ranks do.
+            if _answers(f"{self.base_url}/health_generate"):
+                return time.monotonic() - begin
+            time.sleep(_POLL_SECONDS)
+
+    def wait_exit(self, timeout: float) -> int:
+        """Wait until the server ends by itself and return its exit status."""
+        if self._process is None:
+            raise RuntimeError("the server was not started")
+        try:
+            return self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise ServerFailed(
+                f"server still runs after {timeout:.0f} s:\n{self.log_tail(40)}"
+            ) from None
+
+    def stop(self) -> None:
+        """End the server and every process of its group; safe to call twice."""
+        if self._process is None:
+            return
+        group = self._process.pid
+        try:
+            # To the leader alone: it ends its children by itself, and takes a child that
+            # dies first for a crash, which it examines for five seconds.
+            if self._grace > 0:
+                self._process.send_signal(signal.SIGTERM)
+                _wait_empty(self._process, self._grace)
+        finally:
+            # Also reached when a second Ctrl-C interrupts the wait.
+            _kill_all(group)
+            self._process.wait()
+
+    def log_tail(self, lines: int = 40) -> str:
+        """The last lines of the server's log."""
+        text = self.log_path.read_text(errors="replace")
+        return "\n".join(text.splitlines()[-lines:])
+
+
+def run_to_exit(
+    model_path: str | Path, args: Sequence[str], timeout: float = 120.0
+) -> tuple[int, str]:
+    """Run a server that is expected to refuse: its exit status and whole output."""
+    with tempfile.TemporaryDirectory(prefix="sglang-dcp-") as folder:
+        log = Path(folder) / "server.log"
+        with ServerProcess(model_path, args, log_path=log) as server:
+            return server.wait_exit(timeout), log.read_text(errors="replace")
+
+
+def _child_env(more: Mapping[str, str]) -> dict[str, str]:
+    env = dict(os.environ)
+    # Without .pyc files SGLang takes three times as long to start.
+    env.pop("PYTHONDONTWRITEBYTECODE", None)
+    env["CUDA_VISIBLE_DEVICES"] = ""
+    env["HF_HUB_OFFLINE"] = "1"
+    env.update(more)
+    return env
+
+
+def _spawn(
+    command: Sequence[str], env: Mapping[str, str], log: IO[bytes]
+) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        command,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _answers(url: str) -> bool:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(url, timeout=10) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, HTTPException, OSError):
+        return False
+
+
+def _members(group: int) -> list[psutil.Process]:
+    """Live processes of the group; a dead one that nobody reaps does not count."""
+    found = []
+    for process in psutil.process_iter(["status"]):
+        try:
+            same = os.getpgid(process.pid) == group
+        except ProcessLookupError:
+            continue
+        if same and process.info["status"] != psutil.STATUS_ZOMBIE:
+            found.append(process)
+    return found
+
+
+def _kill_all(group: int) -> None:
+    for process in _members(group):
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
+
+
+def _wait_empty(leader: subprocess.Popen[bytes], timeout: float) -> None:
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        # poll() reaps the leader, which would count as alive for ever otherwise.
+        leader.poll()
+        if not _members(leader.pid):
+            return
+        time.sleep(0.1)

@@ -1,0 +1,253 @@
+"""Tiny random-weight checkpoints that need no download, for the demo and for tests.
+
+A checkpoint is a complete Hugging Face directory: float32 safetensors, config and a
+tokenizer whose id for a byte is that byte. Weights are wide enough (std 0.12) that
+two logits are seldom close, so equal greedy tokens say something. The output
+layer knows printable ASCII only: text shows on any terminal, one character is one
+token, and no end-of-text id ends a request early.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+VOCAB_SIZE = 320
+CONTEXT_LENGTH = 8192
+MARKER = "tiny_model.json"
+# Change it whenever the same kind and seed start to give other files.
+FORMAT_VERSION = 1
+
+_PRINTABLE = range(0x20, 0x7F)
+_NAMED_SPECIALS = "<|bos|> <|eos|> <|pad|> <|unk|> <|user|> <|assistant|>".split()
+_CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|eos|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """What makes one kind: a transformers config class and its sizes.
+
+    ``extra`` are keys that SGLang reads from config.json and transformers does not
+    write.
+    """
+
+    config_class: str
+    architecture: str
+    sizes: Mapping[str, Any]
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    weight_std: float = 0.12
+    norm_std: float = 0.02
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of the KV cache; MLA keeps one latent for all of them."""
+        latent = "kv_lora_rank" in self.sizes
+        return 1 if latent else int(self.sizes["num_key_value_heads"])
+
+
+def _gqa(q_heads: int, kv_heads: int, **more: Any) -> dict[str, Any]:
+    return {
+        "hidden_size": 256,
+        "intermediate_size": 256,
+        "num_hidden_layers": 3,
+        "num_attention_heads": q_heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": 32,
+        **more,
+    }
+
+
+def _llama(q_heads: int, kv_heads: int, **more: Any) -> TinyModel:
+    sizes = _gqa(q_heads, kv_heads, **more)
+    return TinyModel("LlamaConfig", "LlamaForCausalLM", sizes)
+
+
+def _mla(first_dense: int, q_lora_rank: int | None) -> TinyModel:
+    sizes = {
+        "hidden_size": 256,
+        "intermediate_size": 256,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "q_lora_rank": q_lora_rank,
+        "kv_lora_rank": 64,
+        "qk_rope_head_dim": 16,
+        "qk_nope_head_dim": 32,
+        "v_head_dim": 32,
+        "first_k_dense_replace": first_dense,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "n_group": 1,
+        "topk_group": 1,
+        "topk_method": "greedy",
+        "norm_topk_prob": False,
+        "routed_scaling_factor": 1.0,
+    }
+    extra = {"moe_layer_freq": 1, "scoring_func": "softmax"}
+    return TinyModel("DeepseekV2Config", "DeepseekV2ForCausalLM", sizes, extra)
+
+
+_QWEN3_MOE = _gqa(
+    8,
+    2,
+    num_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=64,
+    decoder_sparse_step=1,
+    norm_topk_prob=True,
+)
+
+KINDS: Mapping[str, TinyModel] = {
+    "llama-1kv": _llama(8, 1),
+    "llama-2kv": _llama(8, 2),
+    "llama-8kv": _llama(16, 8),
+    # Three K/V heads under twelve query heads: half of the query heads spans one and
+    # a half K/V heads.
+    "llama-odd": _llama(12, 3, hidden_size=240),
+    "qwen2": TinyModel("Qwen2Config", "Qwen2ForCausalLM", _gqa(8, 2)),
+    "qwen3": TinyModel("Qwen3Config", "Qwen3ForCausalLM", _gqa(8, 2)),
+    "qwen3-moe": TinyModel("Qwen3MoeConfig", "Qwen3MoeForCausalLM", _QWEN3_MOE),
+    "mla-dense": _mla(first_dense=3, q_lora_rank=None),
+    "mla-moe": _mla(first_dense=1, q_lora_rank=48),
+}
+
+
+def make_tiny_model(path: str | Path, kind: str, *, seed: int = 0) -> Path:
+    """Write the checkpoint of ``kind`` at ``path`` and return the path.
+
+    The same kind and seed give the same bytes. A directory that already holds
+    them is left alone; one made from another specification is replaced; one
+    that this function did not make is refused.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind={kind!r} is unknown; choose one of {', '.join(KINDS)}")
+    path = Path(path)
+    mark = _marker(kind, seed)
+    if path.exists():
+        found = path / MARKER
+        if not found.is_file():
+            raise FileExistsError(f"{path} exists and is not a tiny model; remove it")
+        if json.loads(found.read_text()) == mark:
+            return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Build beside the target and rename: a killed run leaves nothing half-made at path.
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".tiny-") as scratch:
+        fresh = Path(scratch) / "model"
+        fresh.mkdir()
+        _write_model(fresh, KINDS[kind], seed)
+        _write_tokenizer(fresh)
+        (fresh / MARKER).write_text(json.dumps(mark, indent=2) + "\n")
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(fresh, path)
+    return path
+
+
+def _marker(kind: str, seed: int) -> dict[str, Any]:
+    spec = json.dumps([FORMAT_VERSION, asdict(KINDS[kind]), seed], sort_keys=True)
+    digest = hashlib.sha256(spec.encode()).hexdigest()
+    return {"kind": kind, "seed": seed, "spec_sha256": digest}
+
+
+def _write_model(path: Path, spec: TinyModel, seed: int) -> None:
+    import torch
+    import transformers
+
+    config = getattr(transformers, spec.config_class)(
+        vocab_size=VOCAB_SIZE,
+        max_position_embeddings=CONTEXT_LENGTH,
+        bos_token_id=256,
+        eos_token_id=257,
+        pad_token_id=258,
+        tie_word_embeddings=False,
+        dtype="float32",
+        **spec.sizes,
+    )
+    # transformers draws initial weights from the global generator; leave it as it was.
+    with torch.random.fork_rng(devices=[]):
+        model = getattr(transformers, spec.architecture)(config).float()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in sorted(model.named_parameters()):
+            noise = torch.randn(weight.shape, generator=generator)
+            if "norm" in name:
+                weight.copy_(1 + spec.norm_std * noise)
+            else:
+                weight.copy_(spec.weight_std * noise)
+        head = model.get_output_embeddings().weight
+        head[: _PRINTABLE.start] = 0
+        head[_PRINTABLE.stop :] = 0
+    with _no_progress_bar():
+        model.save_pretrained(path)
+    _add_config_keys(path / "config.json", spec.extra)
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _add_config_keys(file: Path, extra: Mapping[str, Any]) -> None:
+    content = json.loads(file.read_text())
+    content.update(extra)
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def _write_tokenizer(path: Path) -> None:
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    specials = [*_NAMED_SPECIALS]
+    specials += [f"<|extra_{i}|>" for i in range(VOCAB_SIZE - 256 - len(specials))]
+    vocab = {char: byte for byte, char in _byte_symbols()}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=False
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in specials]
+    )
+    tokenizer.save(str(path / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": specials[0],
+        "eos_token": specials[1],
+        "pad_token": specials[2],
+        # Without it the tokenizer class of Qwen2 adds one of its own, outside the vocabulary.
+        "unk_token": specials[3],
+        "model_max_length": CONTEXT_LENGTH,
+        "clean_up_tokenization_spaces": False,
+        "chat_template": _CHAT_TEMPLATE,
+    }
+    (path / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _byte_symbols() -> Iterator[tuple[int, str]]:
+    """Each byte with the character that ByteLevel shows for it."""
+    shown = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    hidden = 0
+    for byte in range(256):
+        if byte in shown:
+            yield byte, chr(byte)
+        else:
+            yield byte, chr(0x100 + hidden)
+            hidden += 1

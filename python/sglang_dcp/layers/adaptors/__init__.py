@@ -1,0 +1,1 @@
+"""One file per inner attention backend: what it computes, with its LSE."""

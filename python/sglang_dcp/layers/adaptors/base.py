@@ -1,0 +1,72 @@
+"""What `DcpAttentionBackend` asks of an inner attention backend."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+
+class Partial(NamedTuple):
+    """Attention over some of the keys.
+
+    `out` [tokens, heads, v_dim] in the query's dtype, `lse` [tokens, heads] float32 in
+    the adaptor's log base. Rows without keys may hold anything: the caller masks them.
+    """
+
+    out: torch.Tensor
+    lse: torch.Tensor
+
+
+class DcpAdaptor(ABC):
+    """An attention backend that knows nothing of DCP but to return its LSE.
+
+    It sees a local batch: lengths, slots and slot table of this rank's own pool.
+
+    Attributes
+    ----------
+    is_lse_base_on_e : bool
+        Natural logarithm (torch, FA3, Triton) or base 2 (FlashInfer).
+    """
+
+    is_lse_base_on_e: bool
+
+    def init_forward_metadata(self, batch: ForwardBatch, local: ForwardBatch) -> None:
+        """Plan for one forward; both views of the same batch."""
+
+    @abstractmethod
+    def decode(
+        self, q: torch.Tensor, layer: RadixAttention, local: ForwardBatch
+    ) -> Partial:
+        """One query per request against the rank's own keys (`local.seq_lens`).
+
+        `q` [requests, heads of the attn_tp shard, qk_dim].
+        """
+
+    @abstractmethod
+    def extend_new(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        batch: ForwardBatch,
+    ) -> Partial:
+        """New tokens among themselves, causal, per request (`batch.extend_seq_lens`).
+
+        `q` [tokens, own heads, qk_dim]; `k`, `v` cut to the heads that serve them.
+        """
+
+    @abstractmethod
+    def extend_prefix(
+        self, q: torch.Tensor, layer: RadixAttention, local: ForwardBatch
+    ) -> Partial:
+        """New tokens against the rank's own prefix keys (`local.seq_lens`), not causal.
+
+        `q` [tokens, heads of the attn_tp shard, qk_dim].
+        """

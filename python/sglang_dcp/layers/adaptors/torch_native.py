@@ -1,0 +1,99 @@
+"""Adaptor for `--attention-backend torch_native`: the CPU path and the oracle on GPU."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Iterable
+
+import torch
+
+from sglang_dcp.layers.adaptors.base import DcpAdaptor, Partial
+from sglang_dcp.layers.attention_ref import attention_with_lse_ref
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+
+def create_torch_native_backend(runner: Any) -> Any:
+    """Seam: registry entry `torch_native`; SGLang's own backend where DCP is off."""
+    from sglang.srt.layers.attention.attention_registry import (
+        create_torch_native_backend as original,
+    )
+
+    if runner.server_args.dcp is None:
+        return original(runner)
+    from sglang_dcp.layers.attention import DcpAttentionBackend
+
+    return DcpAttentionBackend.for_runner(TorchNativeAdaptor, runner)
+
+
+class TorchNativeAdaptor(DcpAdaptor):
+    """Plain torch, request by request; float32 inside.
+
+    Parameters
+    ----------
+    local_table : Tensor [requests, local positions]
+        Slots of this rank's pool, kept fresh by the wrapper.
+    kv_pool
+        SGLang's pool of this rank.
+    """
+
+    is_lse_base_on_e = True
+
+    def __init__(self, local_table: torch.Tensor, kv_pool: Any) -> None:
+        self._table = local_table
+        self._pool = kv_pool
+
+    def decode(
+        self, q: torch.Tensor, layer: RadixAttention, local: ForwardBatch
+    ) -> Partial:
+        return self._paged(q, layer, local, [1] * local.batch_size)
+
+    def extend_prefix(
+        self, q: torch.Tensor, layer: RadixAttention, local: ForwardBatch
+    ) -> Partial:
+        return self._paged(q, layer, local, local.extend_seq_lens_cpu)
+
+    def extend_new(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        batch: ForwardBatch,
+    ) -> Partial:
+        lens = list(batch.extend_seq_lens_cpu)
+        return _join(
+            attention_with_lse_ref(*qkv, scaling=layer.scaling, causal=True)
+            for qkv in zip(q.split(lens), k.split(lens), v.split(lens))
+        )
+
+    def _paged(
+        self,
+        q: torch.Tensor,
+        layer: RadixAttention,
+        local: ForwardBatch,
+        query_lens: Iterable[int],
+    ) -> Partial:
+        keys = self._pool.get_key_buffer(layer.layer_id)
+        values = self._pool.get_value_buffer(layer.layer_id)
+        requests = zip(
+            q.split(list(query_lens)),
+            local.req_pool_indices.tolist(),
+            local.seq_lens_cpu.tolist(),
+        )
+        return _join(
+            attention_with_lse_ref(
+                queries,
+                keys[self._table[row, :length].long()],
+                values[self._table[row, :length].long()],
+                scaling=layer.scaling,
+                causal=False,
+            )
+            for queries, row, length in requests
+        )
+
+
+def _join(parts: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Partial:
+    out, lse = zip(*parts)
+    return Partial(torch.cat(out), torch.cat(lse))

@@ -1,0 +1,221 @@
+"""The DCP-aware RadixAttention: any inner backend over a sequence-sharded KV cache.
+
+A model calls it as it calls every SGLang backend: its own query heads in, its own
+output heads out. In between, decode attends with the whole head shard to the rank's
+own keys and the KVP group exchanges partial outputs (Helix, arXiv 2507.07120, 2.1).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Callable, Optional
+
+import torch
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+
+from sglang_dcp.layers.adaptors.base import DcpAdaptor, Partial
+from sglang_dcp.layers.layout import own_kv_heads
+from sglang_dcp.layers.local_view import LocalView, LocalViewBuilder
+from sglang_dcp.layers.merge import merge_two_states
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+    from sglang_dcp.context import DcpContext
+    from sglang_dcp.distributed.exchange import Exchange
+
+
+class DcpAttentionBackend(AttentionBackend):
+    """Wraps an inner backend that only knows its rank's own pool.
+
+    All ranks of a KVP group issue the same collectives in the same order: what to do
+    is decided from logical lengths, which are equal on all of them.
+
+    Parameters
+    ----------
+    adaptor : DcpAdaptor
+        The inner backend.
+    views : LocalViewBuilder
+        Owner of the local table that `adaptor` reads.
+    exchange : Exchange
+        Over the KVP group.
+    context : DcpContext
+    req_to_token_pool, token_to_kv_pool
+        SGLang's pools: logical slot table, this rank's K and V.
+    """
+
+    def __init__(
+        self,
+        adaptor: DcpAdaptor,
+        views: LocalViewBuilder,
+        exchange: Exchange,
+        context: DcpContext,
+        req_to_token_pool: Any,
+        token_to_kv_pool: Any,
+    ) -> None:
+        super().__init__()
+        self.adaptor = adaptor
+        self.req_to_token_pool = req_to_token_pool
+        self.token_to_kv_pool = token_to_kv_pool
+        self._views = views
+        self._exchange = exchange
+        self._dcp_size = context.config.dcp_size
+        self._kvp_rank = context.kvp_rank
+        self._view: Optional[LocalView] = None
+
+    @classmethod
+    def for_runner(
+        cls, adaptor: Callable[[torch.Tensor, Any], DcpAdaptor], runner: Any
+    ) -> DcpAttentionBackend:
+        """Build for SGLang's `ModelRunner` from the process's context and groups."""
+        from sglang_dcp.context import get_context
+        from sglang_dcp.distributed.exchange import create_exchange
+        from sglang_dcp.distributed.groups import get_kvp_group
+
+        context = get_context()
+        table = runner.req_to_token_pool.req_to_token
+        views = LocalViewBuilder(table, context.config.dcp_size, context.kvp_rank)
+        return cls(
+            adaptor(views.local_table, runner.token_to_kv_pool),
+            views,
+            create_exchange(context.config.comm_backend, get_kvp_group()),
+            context,
+            runner.req_to_token_pool,
+            runner.token_to_kv_pool,
+        )
+
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        """Localise the batch once for all layers."""
+        from sglang_dcp.layers.q_replication import select_q_width
+
+        if forward_batch.forward_mode.is_idle():
+            return
+        self._view = self._views.build(forward_batch)
+        self.adaptor.init_forward_metadata(forward_batch, self._view.batch)
+        select_q_width(decode=forward_batch.forward_mode.is_decode())
+
+    def support_triton(self) -> bool:
+        """False: slots and positions are computed in torch, as torch_native asks."""
+        return False
+
+    def forward_decode(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool = True,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """One token a request: [tokens, own heads x qk_dim] -> [tokens, own heads x v_dim].
+
+        `q` may already hold the heads of the whole attn_tp shard (replicated Q).
+        """
+        self._check_call(layer, k, kwargs)
+        view = self._current_view()
+        if save_kv_cache:
+            self._write(layer, view, k, v)
+        q = q.view(q.shape[0], -1, layer.qk_head_dim)
+        if q.shape[1] == layer.tp_q_head_num:
+            q = self._exchange.gather_heads(q)
+        partial = _mask_empty(self.adaptor.decode(q, layer, view.batch), view)
+        out = self._exchange.reduce(
+            *partial, is_lse_base_on_e=self.adaptor.is_lse_base_on_e
+        )
+        return out.reshape(q.shape[0], -1)
+
+    def forward_extend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool = True,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """New tokens among themselves, then against the sharded prefix, then merged."""
+        self._check_call(layer, k, kwargs)
+        view = self._current_view()
+        if save_kv_cache:
+            self._write(layer, view, k, v)
+        q = q.view(q.shape[0], layer.tp_q_head_num, layer.qk_head_dim)
+        new = self.adaptor.extend_new(
+            q, *self._own_kv(q, k, v, layer), layer, forward_batch
+        )
+        if not view.reads_keys:
+            return new.out.reshape(q.shape[0], -1)
+        base = self.adaptor.is_lse_base_on_e
+        prefix = self._exchange.reduce(
+            *self._prefix_partial(q, layer, view),
+            is_lse_base_on_e=base,
+            return_lse=True,
+        )
+        out, _ = merge_two_states(*new, *prefix, is_lse_base_on_e=base)
+        return out.reshape(q.shape[0], -1).to(q.dtype)
+
+    def _prefix_partial(
+        self, q: torch.Tensor, layer: RadixAttention, view: LocalView
+    ) -> Partial:
+        gathered = self._exchange.gather_heads(q)
+        return _mask_empty(
+            self.adaptor.extend_prefix(gathered, layer, view.batch), view
+        )
+
+    def _own_kv(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of the heads that serve this rank's own query heads, in GQA ratio."""
+        k = k.view(k.shape[0], -1, layer.qk_head_dim)
+        v = v.view(v.shape[0], k.shape[1], layer.v_head_dim)
+        heads = own_kv_heads(q.shape[1], k.shape[1], self._dcp_size, self._kvp_rank)
+        first, last = heads[0], heads[-1]
+        repeats = {heads.count(head) for head in range(first, last + 1)}
+        if len(repeats) == 1:
+            return k[:, first : last + 1], v[:, first : last + 1]
+        # Own heads that start amid a K/V head have no one GQA ratio: one copy a head.
+        return k[:, heads], v[:, heads]
+
+    def _write(
+        self,
+        layer: RadixAttention,
+        view: LocalView,
+        k: torch.Tensor,
+        v: torch.Tensor,
+    ) -> None:
+        from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+
+        where = KVWriteLoc(view.batch.out_cache_loc, None)
+        self.token_to_kv_pool.set_kv_buffer(layer, where, k, v)
+
+    def _current_view(self) -> LocalView:
+        if self._view is None:
+            raise RuntimeError("attention ran before init_forward_metadata")
+        return self._view
+
+    @staticmethod
+    def _check_call(
+        layer: RadixAttention, k: Optional[torch.Tensor], extra: dict[str, Any]
+    ) -> None:
+        unknown = sorted(name for name, value in extra.items() if value is not None)
+        if unknown or layer.is_cross_attention or k is None or layer.logit_cap:
+            raise NotImplementedError(
+                f"DCP attention, layer {layer.layer_id}: cross attention, shared K/V, "
+                f"logit capping or the arguments {unknown} are not supported"
+            )
+
+
+def _mask_empty(partial: Partial, view: LocalView) -> Partial:
+    """Rows without a key on this rank: out 0, LSE -inf, whatever the kernel returned."""
+    rows = view.empty_rows
+    if rows is None:
+        return partial
+    return Partial(
+        partial.out.masked_fill(rows[:, None, None], 0.0),
+        partial.lse.masked_fill(rows[:, None], float("-inf")),
+    )

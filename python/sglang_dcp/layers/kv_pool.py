@@ -1,0 +1,64 @@
+"""The KV pool of one rank under a scheduler that counts logical tokens.
+
+SGLang's `page_size` and `max_total_num_tokens` are logical (see `server_args.finish`):
+allocator, radix tree, admission, request bound, leak check, usage and metrics then all
+speak of the same tokens. Only the tensors that hold K and V are a `dcp_size`-th of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import Any, Callable
+
+logger = logging.getLogger(__name__)
+
+
+def config_from_budget(result: Any, kvc: Any, *args: Any, **kwargs: Any) -> Any:
+    """Seam: `KVCacheConfigurator.config_from_budget`, from one rank's tokens to all."""
+    config = kvc.server_args.dcp
+    if config is None:
+        return result
+    tokens = result.max_total_num_tokens
+    return dataclasses.replace(result, max_total_num_tokens=tokens * config.dcp_size)
+
+
+def build_kv_pool(
+    original: Callable[..., Any],
+    kvc: Any,
+    *,
+    max_total_num_tokens: int,
+    **kwargs: Any,
+) -> Any:
+    """Seam: `_build_mha_kv_pool` and `_build_mla_kv_pool`, a rank's share of the rows."""
+    config = kvc.server_args.dcp
+    if config is None:
+        return original(kvc, max_total_num_tokens=max_total_num_tokens, **kwargs)
+    local = max_total_num_tokens // config.dcp_size
+    pool = original(kvc, max_total_num_tokens=local, **kwargs)
+    pool.page_size = config.page_size
+    if kvc.ps.tp_rank == 0:
+        logger.info(
+            "DCP layout: %d ranks = attn_tp %d x KVP %d, comm backend %s, "
+            "Q projection %s, attention backend %s, page %d, "
+            "KV tokens: %d per rank, %d in all",
+            config.tp_size,
+            config.attn_tp_size,
+            config.dcp_size,
+            config.comm_backend,
+            "replicated" if config.replicate_q_proj else "gathered",
+            kvc.server_args.attention_backend,
+            config.page_size,
+            local,
+            max_total_num_tokens,
+        )
+    return pool
+
+
+def enable_fused_set_kv_buffer(
+    original: Callable[[Any], bool], forward_batch: Any
+) -> bool:
+    """Seam: K/V writes go through the attention backend, never the fused RoPE kernel."""
+    from sglang_dcp.context import find_context
+
+    return find_context() is None and original(forward_batch)

@@ -1,0 +1,250 @@
+"""Merging partial attention outputs by their log-sum-exp (LSE).
+
+Shard n holds ``out_n = softmax(s_n) v_n`` and ``lse_n = log(sum(exp(s_n)))`` over its own
+keys; then ``lse = log(sum_n exp(lse_n))`` and ``out = sum_n exp(lse_n - lse) out_n``.
+LSE -inf, +inf or NaN marks an empty shard: its weight is exactly 0 and its output, NaN
+included, is never used. A row whose shards are all empty gives output 0 and LSE -inf.
+
+For every function: payloads are fp16, bf16 or fp32, LSE is fp32, strides are free unless
+stated; ``is_lse_base_on_e`` says natural (True) or base-2 (False) log and the merged LSE
+keeps the base. Triton kernels run on CUDA, ``merge_ref`` on CPU, in float32 and in rank
+order; all is safe in CUDA-graph capture. Raised: ValueError for shapes or devices that do
+not match, TypeError for other dtypes, NotImplementedError for other devices.
+
+Source: online softmax, arXiv 1805.02867; exchange of partial outputs, arXiv 2507.07120.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from sglang_dcp.layers import merge_ref
+
+Merged = Tensor | tuple[Tensor, Tensor]
+PARTIAL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def lse_weighted_combine(
+    outs: Tensor,
+    lses: Tensor,
+    *,
+    is_lse_base_on_e: bool = True,
+    return_lse: bool = False,
+) -> Merged:
+    """Merge the partial outputs of N shards.
+
+    Parameters
+    ----------
+    outs : [N, tokens, heads, head_dim]
+    lses : [N, tokens, heads]
+
+    Returns
+    -------
+    out : [tokens, heads, head_dim] in ``outs.dtype``; at N == 1 the view ``outs[0]``
+    lse : [tokens, heads], only with ``return_lse``
+    """
+    _check_states(outs, lses, 4, "outs", "lses")
+    if outs.shape[0] == 1:
+        return (outs[0], lses[0]) if return_lse else outs[0]
+    if kernels := _kernels_for(outs, lses):
+        out, lse = _empty_state(outs.shape[1:], outs)
+        kernels.combine(outs, lses, out, lse, is_lse_base_on_e)
+    else:
+        out, lse = merge_ref.lse_weighted_combine_ref(
+            outs, lses, is_lse_base_on_e=is_lse_base_on_e
+        )
+        out = out.to(outs.dtype)
+    return (out, lse) if return_lse else out
+
+
+def correct_attn_out(
+    out: Tensor,
+    lses: Tensor,
+    rank: int,
+    *,
+    is_lse_base_on_e: bool = True,
+    corrected: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Scale one rank's partial output so that the sum over ranks is the merged output.
+
+    Parameters
+    ----------
+    out : [tokens, heads, head_dim] or [tokens, 1, heads, head_dim], of ``rank``
+    lses : [N, tokens, heads] in rank order; one more dimension of size 1 is accepted
+    rank : whose output ``out`` is
+    corrected : destination shaped as ``out``, any strides; None allocates it in fp32
+
+    Returns
+    -------
+    corrected : [tokens, heads, head_dim]; at N == 1 ``out`` itself, untouched
+    lse : [tokens, heads], merged
+    """
+    if lses.shape[0] == 1:
+        return out, lses[0]
+    out, lses = _squeeze_views(out, lses)
+    _check_states(out, lses[0], 3, "out", "lses[rank]")
+    if not 0 <= rank < lses.shape[0]:
+        raise ValueError(f"rank {rank} is outside 0..{lses.shape[0] - 1}")
+    if corrected is None:
+        corrected = out.new_empty(out.shape, dtype=torch.float32)
+    _check_same_shape(corrected, out, "corrected and out")
+    if kernels := _kernels_for(out, lses, corrected):
+        lse = lses.new_empty(lses.shape[1:])
+        kernels.correct(out, lses, rank, corrected, lse, is_lse_base_on_e)
+    else:
+        scaled, lse = merge_ref.correct_attn_out_ref(
+            out, lses, rank, is_lse_base_on_e=is_lse_base_on_e
+        )
+        corrected.copy_(scaled)
+    return corrected, lse
+
+
+def merge_two_states(
+    o_a: Tensor,
+    lse_a: Tensor,
+    o_b: Tensor,
+    lse_b: Tensor,
+    *,
+    is_lse_base_on_e: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Merge two attention states, for example new tokens and cached prefix.
+
+    Parameters
+    ----------
+    o_a, o_b : [tokens, heads, head_dim], same dtype
+    lse_a, lse_b : [tokens, heads], same log base
+
+    Returns
+    -------
+    out : [tokens, heads, head_dim] in ``o_a.dtype``
+    lse : [tokens, heads]
+    """
+    _check_states(o_a, lse_a, 3, "o_a", "lse_a")
+    _check_states(o_b, lse_b, 3, "o_b", "lse_b")
+    _check_same_shape(o_a, o_b, "o_a and o_b")
+    if o_a.dtype != o_b.dtype:
+        raise TypeError(f"o_a is {o_a.dtype}, o_b is {o_b.dtype}; one dtype is needed")
+    if kernels := _kernels_for(o_a, lse_a, o_b, lse_b):
+        out, lse = _empty_state(o_a.shape, o_a)
+        kernels.merge_two(o_a, lse_a, o_b, lse_b, out, lse, is_lse_base_on_e)
+        return out, lse
+    out, lse = merge_ref.merge_two_states_ref(
+        o_a, lse_a, o_b, lse_b, is_lse_base_on_e=is_lse_base_on_e
+    )
+    return out.to(o_a.dtype), lse
+
+
+def pack_partials(out: Tensor, lse: Tensor, world_size: int) -> Tensor:
+    """Lay partial output and LSE out for one all-to-all.
+
+    Slice p of the result holds heads [p * heads / N, (p + 1) * heads / N), so an
+    all-to-all with equal splits of dim 0 gives every rank the N partials of its own heads.
+    A row is head_dim values, padding up to a multiple of 16 bytes (its content is
+    undefined), and in the last 4 bytes the LSE, bit for bit.
+
+    Parameters
+    ----------
+    out : [tokens, heads, head_dim]
+    lse : [tokens, heads], any log base
+    world_size : N, divides heads
+
+    Returns
+    -------
+    packed : [N, tokens, heads / N, width] in ``out.dtype``, contiguous
+    """
+    _check_states(out, lse, 3, "out", "lse")
+    tokens, heads, head_dim = out.shape
+    if heads % world_size:
+        raise ValueError(f"{heads} heads do not divide by world size {world_size}")
+    if kernels := _kernels_for(out, lse):
+        width = merge_ref.packed_width(head_dim, out.dtype)
+        packed = out.new_empty(world_size, tokens, heads // world_size, width)
+        kernels.pack(out, lse, packed)
+        return packed
+    return merge_ref.pack_partials_ref(out, lse, world_size)
+
+
+def unpack_combine(
+    packed: Tensor,
+    head_dim: int,
+    *,
+    is_lse_base_on_e: bool = True,
+    return_lse: bool = False,
+) -> Merged:
+    """Merge what an all-to-all of ``pack_partials`` buffers delivered.
+
+    Parameters
+    ----------
+    packed : [N, tokens, heads, width], contiguous, slice n from rank n
+    head_dim : elements of the payload
+
+    Returns
+    -------
+    out : [tokens, heads, head_dim] in ``packed.dtype``
+    lse : [tokens, heads], only with ``return_lse``
+    """
+    if packed.dtype not in PARTIAL_DTYPES:
+        raise TypeError(f"packed must be one of {PARTIAL_DTYPES}, got {packed.dtype}")
+    width = merge_ref.packed_width(head_dim, packed.dtype)
+    if packed.dim() != 4 or packed.shape[-1] != width or not packed.is_contiguous():
+        raise ValueError(
+            f"packed must be contiguous [N, tokens, heads, {width}] for head_dim "
+            f"{head_dim} in {packed.dtype}, got {tuple(packed.shape)}"
+        )
+    if kernels := _kernels_for(packed):
+        out, lse = _empty_state((*packed.shape[1:3], head_dim), packed)
+        kernels.unpack_combine(packed, out, lse, is_lse_base_on_e)
+    else:
+        out, lse = merge_ref.unpack_combine_ref(
+            packed, head_dim, is_lse_base_on_e=is_lse_base_on_e
+        )
+        out = out.to(packed.dtype)
+    return (out, lse) if return_lse else out
+
+
+def _kernels_for(*tensors: Tensor) -> ModuleType | None:
+    devices = {tensor.device for tensor in tensors}
+    if len(devices) > 1:
+        raise ValueError(f"tensors are on different devices: {devices}")
+    device = devices.pop()
+    if device.type == "cpu":
+        return None
+    if device.type != "cuda":
+        raise NotImplementedError(f"LSE merge has no kernel for {device}: cuda or cpu")
+    # Not at module level: CPU users may have no Triton.
+    from sglang_dcp.layers import merge_triton
+
+    return merge_triton
+
+
+def _empty_state(shape: tuple[int, ...], like: Tensor) -> tuple[Tensor, Tensor]:
+    return like.new_empty(shape), like.new_empty(shape[:-1], dtype=torch.float32)
+
+
+def _check_same_shape(a: Tensor, b: Tensor, names: str) -> None:
+    if a.shape != b.shape:
+        raise ValueError(f"{names} differ: {tuple(a.shape)} and {tuple(b.shape)}")
+
+
+def _check_states(out: Tensor, lse: Tensor, dims: int, *names: str) -> None:
+    if out.dim() != dims or lse.shape != out.shape[:-1]:
+        raise ValueError(
+            f"{names[0]} must have {dims} dimensions and {names[1]} the same without the "
+            f"last: got {tuple(out.shape)} and {tuple(lse.shape)}"
+        )
+    if out.dtype not in PARTIAL_DTYPES or lse.dtype != torch.float32:
+        raise TypeError(
+            f"{names[0]} must be float16, bfloat16 or float32 and {names[1]} float32: "
+            f"got {out.dtype} and {lse.dtype}"
+        )
+
+
+def _squeeze_views(out: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
+    if out.dim() == 4 and out.shape[1] == 1:
+        out = out.squeeze(1)
+    squeezed = [lses.squeeze(dim) for dim in range(1, lses.dim())]
+    matching = (view for view in squeezed if view.shape[1:] == out.shape[:-1])
+    return out, next(matching, lses)

@@ -1,0 +1,63 @@
+"""Seams of a scheduler process: proof of the seams, context, groups."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Callable
+
+import torch
+
+from sglang_dcp.context import DcpContext, clear_context, find_context, set_context
+
+logger = logging.getLogger(__name__)
+
+
+def configure_scheduler_process(
+    server_args: Any, gpu_id: int, tp_rank: int, *args: Any, **kwargs: Any
+) -> None:
+    """Seam: first statement of a scheduler process after the plugins were loaded.
+
+    Raises
+    ------
+    SystemExit
+        Where DCP is on and a seam is not live or SGLang's source is not the known one.
+    """
+    if server_args.dcp is None:
+        return
+    from sglang_dcp.verify import exit_unless_verified
+
+    exit_unless_verified()
+    set_context(DcpContext(server_args.dcp, tp_rank))
+
+
+def initialize_model_parallel(result: Any, *args: Any, **kwargs: Any) -> Any:
+    """Seam: after SGLang made its groups."""
+    from sglang_dcp.distributed.groups import init_dcp_groups
+
+    context = find_context()
+    if context is not None:
+        init_dcp_groups(context.config.layout)
+    return result
+
+
+def destroy_model_parallel(*args: Any, **kwargs: Any) -> None:
+    """Seam: before SGLang destroys its groups."""
+    from sglang_dcp.distributed.groups import destroy_dcp_groups
+
+    destroy_dcp_groups()
+    clear_context()
+
+
+def group_all_to_all_single(
+    original: Callable[..., None],
+    group: Any,
+    output: torch.Tensor,
+    input: torch.Tensor,
+) -> None:
+    """Seam: `GroupCoordinator.all_to_all_single`, with PyNccl where it may be used."""
+    if find_context() is None:
+        original(group, output, input)
+        return
+    from sglang_dcp.distributed.all_to_all import group_all_to_all_single as exchange
+
+    exchange(group, output, input)

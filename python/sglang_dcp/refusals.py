@@ -1,0 +1,298 @@
+"""What does not work with DCP yet, each named with its value and the way out.
+
+The checks read a resolved `ServerArgs` (or `ModelConfig`) and know nothing of
+processes, so that a test can hand them any object with the right attributes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Callable, NamedTuple, Optional
+
+from sglang_dcp.config import DcpConfig, DcpConfigError
+
+ADAPTORS = ("torch_native",)
+
+# Built with the model-agnostic head sharding and compared with tp 1 in test/srt.
+GQA_ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+)
+MLA_ARCHITECTURES = ("DeepseekV2ForCausalLM",)
+
+
+class Refusal(NamedTuple):
+    """One combination that is refused.
+
+    `value` returns what to print after the flag, or None where the combination is fine.
+    """
+
+    flag: str
+    value: Callable[[Any], Optional[Any]]
+    reason: str
+    way_out: str
+
+
+def _set(name: str) -> Callable[[Any], Optional[Any]]:
+    """Refuse any truthy value of a server argument."""
+    return lambda args: getattr(args, name) or None
+
+
+def _above_one(name: str) -> Callable[[Any], Optional[Any]]:
+    return lambda args: getattr(args, name) if getattr(args, name) > 1 else None
+
+
+def _disaggregation(args: Any) -> Optional[str]:
+    return None if args.disaggregation_mode == "null" else args.disaggregation_mode
+
+
+def _canary(args: Any) -> Optional[str]:
+    return None if args.kv_canary in (None, "none") else args.kv_canary
+
+
+def _packed_kv(args: Any) -> Optional[str]:
+    return (
+        None if args.kv_cache_dtype in ("auto", "bfloat16", "bf16") else args.kv_cache_dtype
+    )
+
+
+def _hnd_layout(args: Any) -> Optional[str]:
+    from sglang.srt.environ import envs
+
+    return "1" if envs.SGLANG_USE_HND_KVCACHE.get() else None
+
+
+_DROP = "drop the flag, or run without --dcp-size / --attn-tp-size"
+
+SERVER_REFUSALS: tuple[Refusal, ...] = (
+    Refusal(
+        "--speculative-algorithm",
+        _set("speculative_algorithm"),
+        "a draft token would be checked against one shard of the sequence",
+        _DROP,
+    ),
+    Refusal(
+        "--disaggregation-mode",
+        _disaggregation,
+        "KV transfer does not know which rank owns a token",
+        "use --disaggregation-mode null",
+    ),
+    Refusal(
+        "--enable-hierarchical-cache",
+        _set("enable_hierarchical_cache"),
+        "host copies are indexed by logical slots",
+        _DROP,
+    ),
+    Refusal(
+        "--enable-lmcache",
+        _set("enable_lmcache"),
+        "LMCache is indexed by logical slots",
+        _DROP,
+    ),
+    Refusal(
+        "--enable-unified-memory",
+        _set("enable_unified_memory"),
+        "the unified pool is not sharded by position",
+        _DROP,
+    ),
+    Refusal(
+        "--enable-hisparse", _set("enable_hisparse"), "its pools are not sharded", _DROP
+    ),
+    Refusal(
+        "--enable-page-major-kv-layout",
+        _set("enable_page_major_kv_layout"),
+        "its page stride assumes logical pages",
+        _DROP,
+    ),
+    Refusal(
+        "--prefill-only-disable-kv-cache",
+        _set("prefill_only_disable_kv_cache"),
+        "there is no KV cache to shard",
+        _DROP,
+    ),
+    Refusal(
+        "--kv-cache-dtype",
+        _packed_kv,
+        "no attention adaptor of this version reads it",
+        "use --kv-cache-dtype auto",
+    ),
+    Refusal(
+        "--attention-context-parallel-size",
+        _above_one("attn_cp_size"),
+        "prefill context parallelism cuts the sequence a second time",
+        "use --attention-context-parallel-size 1",
+    ),
+    Refusal(
+        "--enable-prefill-cp",
+        _set("enable_prefill_cp"),
+        "prefill context parallelism cuts the sequence a second time",
+        _DROP,
+    ),
+    Refusal(
+        "--enable-dp-attention",
+        _set("enable_dp_attention"),
+        "KVP groups are cut from the whole tensor-parallel group and would cross its "
+        "data-parallel replicas",
+        "use --dp-size replicas without --enable-dp-attention",
+    ),
+    Refusal(
+        "--pp-size",
+        _above_one("pp_size"),
+        "pipeline stages were not tested",
+        "use --pp-size 1",
+    ),
+    Refusal(
+        "--nnodes",
+        _above_one("nnodes"),
+        "KVP groups over several nodes were not tested",
+        "use one node",
+    ),
+    Refusal(
+        "--enable-lora",
+        _set("enable_lora"),
+        "adapters are cut by SGLang's own KV-head count",
+        _DROP,
+    ),
+    Refusal(
+        "--enable-two-batch-overlap",
+        _set("enable_two_batch_overlap"),
+        "two batches would share one local table",
+        _DROP,
+    ),
+    Refusal("--enable-pdmux", _set("enable_pdmux"), "not tested", _DROP),
+    Refusal("--dllm-algorithm", _set("dllm_algorithm"), "not causal", _DROP),
+    Refusal(
+        "--kv-canary", _canary, "it checks logical slots against one rank's pool", _DROP
+    ),
+    Refusal(
+        "--elastic-ep-backend",
+        _set("elastic_ep_backend"),
+        "groups would change after start",
+        _DROP,
+    ),
+    Refusal(
+        "--use-ray",
+        _set("use_ray"),
+        "Ray actors rebuild the server arguments",
+        "start without Ray",
+    ),
+    Refusal(
+        "SGLANG_USE_HND_KVCACHE",
+        _hnd_layout,
+        "slots are written in NHD order",
+        "unset the variable",
+    ),
+)
+
+
+def _sinks(model: Any) -> Optional[str]:
+    return "attention sinks" if model.has_attention_sinks else None
+
+
+def _windowed(model: Any) -> Optional[str]:
+    text = model.hf_text_config
+    layers = getattr(text, "layer_types", None) or ()
+    if model.is_hybrid_swa or any("sliding" in kind for kind in layers):
+        return "sliding window layers"
+    used = getattr(text, "use_sliding_window", True)
+    window = getattr(text, "sliding_window", None)
+    return f"sliding_window {window}" if used and window else None
+
+
+def _encoder_decoder(model: Any) -> Optional[str]:
+    return "cross attention" if model.is_encoder_decoder else None
+
+
+def _architecture(model: Any) -> Optional[str]:
+    known = GQA_ARCHITECTURES + MLA_ARCHITECTURES
+    name = (model.hf_config.architectures or ["?"])[0]
+    return None if name in known else name
+
+
+MODEL_REFUSALS: tuple[Refusal, ...] = (
+    Refusal(
+        "--model-path",
+        _encoder_decoder,
+        "encoder keys are not in the sharded pool",
+        "serve this model without DCP",
+    ),
+    Refusal(
+        "--model-path",
+        _sinks,
+        "each shard would add the sink once",
+        "serve this model without DCP",
+    ),
+    Refusal(
+        "--model-path",
+        _windowed,
+        "a window needs positions that a shard's own table does not hold",
+        "serve this model without DCP",
+    ),
+    Refusal(
+        "--model-path",
+        _architecture,
+        "models with DCP are " + ", ".join(GQA_ARCHITECTURES + MLA_ARCHITECTURES),
+        "serve this model without DCP",
+    ),
+)
+
+
+def check_server_args(args: Any) -> None:
+    """Refuse what `SERVER_REFUSALS` and the adaptor list name.
+
+    Raises
+    ------
+    DcpConfigError
+        With the first refused flag, its value, the reason and the way out.
+    """
+    _check(SERVER_REFUSALS, args)
+    for flag in ("attention", "prefill_attention", "decode_attention"):
+        name = getattr(args, f"{flag}_backend")
+        if name is not None and name not in ADAPTORS:
+            _refuse(
+                f"--{flag.replace('_', '-')}-backend",
+                name,
+                "this version has no adaptor for it",
+                f"use {', '.join(ADAPTORS)}",
+            )
+
+
+def check_model(model: Any, config: DcpConfig) -> None:
+    """Refuse a model whose attention DCP cannot shard, before a weight is loaded.
+
+    `model` is SGLang's `ModelConfig` as read from disk: KV heads not yet scaled.
+    """
+    _check(MODEL_REFUSALS, model)
+    heads = model.hf_text_config.num_attention_heads
+    kv_heads = 1 if is_mla(model) else model.get_total_num_kv_heads()
+    try:
+        config.layout.check_heads(heads, kv_heads)
+    except ValueError as error:
+        raise DcpConfigError(str(error)) from None
+    if config.replicate_q_proj and model.quantization is not None:
+        _refuse(
+            "--dcp-replicate-q-proj",
+            f"with quantization {model.quantization}",
+            "only unquantized Q projections can be held at attn_tp width",
+            "drop the flag",
+        )
+
+
+def is_mla(model: Any) -> bool:
+    """Whether SGLang will serve `model` with latent (MLA) attention."""
+    from sglang.srt.configs.model_config import AttentionArch
+
+    return model.attention_arch == AttentionArch.MLA
+
+
+def _check(refusals: tuple[Refusal, ...], subject: Any) -> None:
+    for refusal in refusals:
+        value = refusal.value(subject)
+        if value is not None:
+            _refuse(refusal.flag, value, refusal.reason, refusal.way_out)
+
+
+def _refuse(flag: str, value: Any, reason: str, way_out: str) -> None:
+    shown = "" if value is True else f" {value}"
+    raise DcpConfigError(f"{flag}{shown} does not work with DCP: {reason}; {way_out}")

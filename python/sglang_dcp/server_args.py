@@ -1,0 +1,179 @@
+"""SGLang's `ServerArgs` with the DCP flags as real fields.
+
+The fields give the command line (`--help`), `sgl.Engine(...)` and `/server_info` the
+flags in SGLang's own way. SGLang's `dcp_size` stays 1 inside: its models, pools and
+allocators would localise slots a second time. What the user asked for is in `dcp`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import sys
+from typing import Any, Optional
+
+from sglang.srt.arg_groups.arg_utils import A, Arg
+from sglang.srt.server_args import ServerArgs
+
+from sglang_dcp.config import (
+    COMM_BACKENDS,
+    DcpConfig,
+    DcpConfigError,
+    resolve_config,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class DcpServerArgs(ServerArgs):
+    """`ServerArgs` that understands decode context parallelism.
+
+    Without a DCP flag every method is the parent's.
+
+    Raises
+    ------
+    DcpConfigError
+        From the constructor, for sizes that disagree and for anything that does not
+        work with DCP.
+    """
+
+    dcp_size: A[
+        Optional[int],
+        Arg(
+            help="Decode context parallelism: ranks that share K/V heads and split the "
+            "sequence (KVP). Divides --tp-size. Default: tp-size / attn-tp-size.",
+            aliases=["--decode-context-parallel-size"],
+        ),
+    ] = None
+    attn_tp_size: A[
+        Optional[int],
+        Arg(
+            help="Ranks over which K/V heads are sharded; the rest of --tp-size splits "
+            "the sequence. attn-tp-size x dcp-size = tp-size, either implies the other.",
+            aliases=["--attention-tensor-parallel-size"],
+        ),
+    ] = None
+    dcp_comm_backend: A[
+        str,
+        Arg(
+            help="How partial attention outputs meet: ag_rs (all-gather the LSE, "
+            "reduce-scatter the outputs) or a2a (one packed all-to-all). "
+            f"One of {', '.join(COMM_BACKENDS)}.",
+        ),
+    ] = "ag_rs"
+    dcp_replicate_q_proj: A[
+        bool,
+        Arg(
+            help="Hold the Q projection at attn-tp width, so that decode gathers no "
+            "queries. Costs dcp-size times the Q weights of a rank."
+        ),
+    ] = False
+    dcp: A[Optional[DcpConfig], Arg(no_cli=True)] = None
+
+    def __post_init__(self) -> None:
+        if self.dcp is not None:
+            raise DcpConfigError("dcp is derived from --dcp-size; do not pass it")
+        self.dcp = resolve_config(
+            tp_size=self.tp_size,
+            dcp_size=self.dcp_size,
+            attn_tp_size=self.attn_tp_size,
+            comm_backend=self.dcp_comm_backend,
+            replicate_q_proj=self.dcp_replicate_q_proj,
+        )
+        self.dcp_size = 1
+        if self.dcp is None:
+            super().__post_init__()
+            return
+        prepare(self)
+        super().__post_init__()
+        finish(self)
+
+    @classmethod
+    def from_cli_args(cls, args: argparse.Namespace) -> DcpServerArgs:
+        """Build from the command line; a refused flag is one line and exit code 2."""
+        try:
+            return super().from_cli_args(args)
+        except DcpConfigError as error:
+            sys.exit(_cli_error(error))
+
+    def post_capture_kv_sizing_planned(self) -> bool:
+        """Never under DCP: the resize counts one rank's tokens as logical ones."""
+        return self.dcp is None and super().post_capture_kv_sizing_planned()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Unpickled in a scheduler: from here on a missing seam ends the process."""
+        self.__dict__.update(state)
+        if self.dcp is not None:
+            from sglang_dcp.verify import require_seams
+
+            require_seams()
+
+
+def _cli_error(error: DcpConfigError) -> int:
+    print(f"sglang-dcp: error: {error}", file=sys.stderr)
+    return 2
+
+
+def prepare(args: Any) -> None:
+    """Seam: before SGLang resolves `args` (whose `dcp` is set)."""
+    from sglang_dcp.refusals import ADAPTORS, check_server_args
+    from sglang_dcp.verify import verify_seams
+
+    verify_seams()
+    check_server_args(args)
+    named = (
+        args.attention_backend,
+        args.prefill_attention_backend,
+        args.decode_attention_backend,
+    )
+    if all(name is None for name in named):
+        args.attention_backend = ADAPTORS[0]
+        logger.info(
+            "DCP: no attention backend named, using %s", args.attention_backend
+        )
+
+
+def finish(args: Any) -> None:
+    """Seam: after SGLang resolved `args`; pages and tokens become logical."""
+    from sglang_dcp.refusals import check_server_args
+
+    if args.model_path.lower() in ("none", "dummy"):
+        return
+    check_server_args(args)
+    _turn_off_prefill_graph(args)
+    page_size = args.page_size or 1
+    config = dataclasses.replace(args.dcp, page_size=page_size)
+    args.override(
+        "dcp.logical_pages",
+        dcp=config,
+        attn_tp_size=config.attn_tp_size,
+        page_size=page_size * config.dcp_size,
+        chunked_prefill_size=_align_chunk(
+            args.chunked_prefill_size, page_size * config.dcp_size
+        ),
+    )
+
+
+def _align_chunk(chunk: Optional[int], page: int) -> Optional[int]:
+    """Largest whole number of logical pages in a chunk: SGLang cuts on pages."""
+    if chunk is None or chunk <= 0 or chunk % page == 0:
+        return chunk
+    if chunk < page:
+        raise DcpConfigError(
+            f"--chunked-prefill-size {chunk} is less than one logical page of {page} "
+            f"tokens (page-size x dcp-size); use at least {page}"
+        )
+    aligned = chunk // page * page
+    logger.info("DCP: chunked_prefill_size %d -> %d, whole pages", chunk, aligned)
+    return aligned
+
+
+def _turn_off_prefill_graph(args: Any) -> None:
+    from sglang.srt.model_executor.cuda_graph_config import Backend
+
+    prefill = args.cuda_graph_config.prefill
+    if prefill.backend != Backend.DISABLED:
+        logger.info("DCP: prefill CUDA graph (%s) turned off", prefill.backend)
+        prefill.backend = Backend.DISABLED

@@ -1,0 +1,172 @@
+"""Proof that every seam is live and SGLang's source is the one that we know.
+
+SGLang's plugin loader logs a failing hook and starts anyway. With a DCP flag set that
+would serve wrong tokens, so the process ends here instead.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import json
+import pkgutil
+import sys
+from pathlib import Path
+from typing import Any, Iterable, NamedTuple
+
+from sglang_dcp.config import DcpConfigError
+from sglang_dcp.seams import Kind, Seam, active_seams
+
+_MANIFESTS = Path(__file__).parent / "manifests"
+# Set where a DCP server's arguments arrive in a scheduler process.
+_required = False
+
+
+class SeamState(NamedTuple):
+    """One seam as found in this process.
+
+    `state` is `live`, `not hooked`, `missing` (no such target) or `drifted` (the file
+    that holds the target is not the one in the manifest).
+    """
+
+    seam: Seam
+    state: str
+    file: str
+
+
+def require_seams() -> None:
+    """From now on `plugin.load` in this process must succeed."""
+    global _required
+    _required = True
+
+
+def seams_required() -> bool:
+    return _required
+
+
+def sglang_version() -> str:
+    """Version of the installed SGLang."""
+    from importlib.metadata import version
+
+    return version("sglang")
+
+
+def load_manifest(version: str) -> dict[str, str]:
+    """Known sha256 by file, relative to the `sglang` package.
+
+    Raises
+    ------
+    DcpConfigError
+        For a version that this package does not know.
+    """
+    path = _MANIFESTS / f"{version}.json"
+    if not path.exists():
+        known = ", ".join(sorted(p.stem for p in _MANIFESTS.glob("*.json")))
+        raise DcpConfigError(
+            f"sglang {version} is not known to this sglang-dcp (known: {known}); "
+            f"install sglang=={known.split(', ')[-1]}, or run without DCP flags"
+        )
+    return json.loads(path.read_text())["files"]
+
+
+def seam_file(seam: Seam) -> Path:
+    """The SGLang source file that holds a seam's target."""
+    spec = importlib.util.find_spec(seam.module)
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin)
+
+
+@functools.cache
+def package_root() -> Path:
+    """Folder of the installed `sglang` package."""
+    spec = importlib.util.find_spec("sglang")
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).parent
+
+
+def file_hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def seam_states(seams: Iterable[Seam]) -> list[SeamState]:
+    """State of each seam in this process."""
+    manifest = load_manifest(sglang_version())
+    return [_seam_state(seam, manifest) for seam in seams]
+
+
+def _seam_state(seam: Seam, manifest: dict[str, str]) -> SeamState:
+    try:
+        path = seam_file(seam)
+    except ModuleNotFoundError:
+        return SeamState(seam, "missing", seam.target)
+    name = path.relative_to(package_root()).as_posix()
+    if manifest.get(name) != file_hash(path):
+        return SeamState(seam, "drifted", name)
+    return SeamState(seam, "live" if is_live(seam) else "not hooked", name)
+
+
+def is_live(seam: Seam) -> bool:
+    """Whether the target, looked up now, is ours or wraps the original with ours."""
+    if seam.kind in (Kind.ATTRIBUTE, Kind.ENTRY):
+        return look_up(seam) is seam.load()
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    hooks = HookRegistry._hooks.get(seam.target, ())
+    ours = seam.load()
+    return seam.target in HookRegistry._patched and any(h[1] is ours for h in hooks)
+
+
+def look_up(seam: Seam) -> Any:
+    """What an assigned seam's target holds now, or None."""
+    path, _, key = seam.target.rstrip("]").partition("[")
+    try:
+        found = pkgutil.resolve_name(path)
+    except (ImportError, AttributeError):
+        return None
+    return found.get(key) if key else found
+
+
+def problems(states: Iterable[SeamState]) -> list[str]:
+    """One line for each seam that is not live."""
+    version = sglang_version()
+    lines = {
+        "drifted": "{file} is not the file of sglang {version} that seam {name} knows",
+        "missing": "{target} does not exist (seam {name})",
+        "not hooked": "{target} is not hooked (seam {name}); is the sglang_dcp plugin "
+        "allowed by SGLANG_PLUGINS?",
+    }
+    return [
+        lines[s.state].format(
+            file=s.file, version=version, name=s.seam.name, target=s.seam.target
+        )
+        for s in states
+        if s.state != "live"
+    ]
+
+
+def verify_seams() -> None:
+    """Raise unless every seam of this machine is live on known source.
+
+    Raises
+    ------
+    DcpConfigError
+        Naming each seam that is not, and what to do.
+    """
+    found = problems(seam_states(active_seams()))
+    if found:
+        raise DcpConfigError(
+            "cannot run with DCP on this SGLang: "
+            + "; ".join(found)
+            + ". Reinstall sglang=="
+            + sglang_version()
+            + " unchanged, or run without DCP flags"
+        )
+
+
+def exit_unless_verified() -> None:
+    """`verify_seams` for a scheduler process: ends it with the reason."""
+    try:
+        verify_seams()
+    except DcpConfigError as error:
+        sys.exit(f"sglang-dcp: error: {error}")
