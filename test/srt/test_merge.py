@@ -26,7 +26,6 @@ EMPTY_LSES = {"minus-inf": -INF, "nan": NAN, "plus-inf": INF}
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 # Both sides compute in fp32: what may differ is one rounding to the payload's dtype.
 ROUNDING = {"fp16": 1e-3, "bf16": 8e-3, "fp32": 3e-6}
-WORKER_TIMEOUT_S = 120
 
 
 class Case(NamedTuple):
@@ -219,7 +218,7 @@ def kernel_results() -> dict[str, str]:
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
-        timeout=WORKER_TIMEOUT_S,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -298,7 +297,4 @@ def worker() -> None:
 
 
 if __name__ == "__main__":
-    if "--worker" in sys.argv:
-        worker()
-    else:
-        sys.exit(pytest.main([__file__]))
+    sys.exit(worker() if "--worker" in sys.argv else pytest.main([__file__]))

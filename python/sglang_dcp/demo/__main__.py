@@ -126,6 +126,7 @@ def _demo(options: argparse.Namespace) -> int:
     logs = cache / "logs"
     first = _run(label, dcp_size, model, flags, logs / "dcp.log")
     second = _run(f"tp {options.reference_tp}", 1, model, plain, logs / "reference.log")
+    print(f"\n{_copies(options.model, options.tp, dcp_size)}")
     return _report(first, second)
 
 
@@ -225,6 +226,17 @@ def _report(first: Run, second: Run) -> int:
 
 def _as_reply(answer: Answer) -> Reply:
     return Reply([ord(t) for t in answer.tokens], answer.logprobs)
+
+
+def _copies(kind: str, tp: int, dcp_size: int) -> str:
+    """How often one K/V value is stored, by the sharding rule for K/V heads."""
+    heads = KINDS[kind].kv_heads
+    alone = max(1, tp // heads)
+    cut = max(1, tp // dcp_size // heads)
+    return (
+        f"K/V heads: {heads}; of {tp} ranks, those that store the same K/V value: "
+        f"{alone} by tensor parallelism alone, {cut} at dcp {dcp_size}"
+    )
 
 
 def _capacity(run: Run) -> str:

@@ -1,5 +1,6 @@
 """Start a SGLang CPU server as a child, wait for it, and leave no process behind."""
 
+import ctypes
 import os
 import signal
 import socket
@@ -18,6 +19,7 @@ from typing import IO
 import psutil
 
 _POLL_SECONDS = 0.5
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 class ServerFailed(RuntimeError):
@@ -29,7 +31,8 @@ class ServerProcess:
 
     Use it as a context manager: the server starts on entry and is gone, with its
     schedulers and its detokenizer, after exit, Ctrl-C included. It runs in its own
-    process group, so a Ctrl-C on the terminal reaches the caller alone.
+    process group, so a Ctrl-C on the terminal reaches the caller alone; it ends when
+    the thread that started it ends, even if that was killed.
 
     ``grace`` is how long ``stop`` waits for the server to end by itself, which takes
     about six seconds; 0 kills it at once.
@@ -173,8 +176,14 @@ def _child_env(more: Mapping[str, str]) -> dict[str, str]:
 def _spawn(
     command: Sequence[str], env: Mapping[str, str], log: IO[bytes]
 ) -> subprocess.Popen[bytes]:
+    libc = ctypes.CDLL(None)
+
+    def end_with_parent() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
     return subprocess.Popen(
         command,
+        preexec_fn=end_with_parent,
         env=env,
         stdin=subprocess.DEVNULL,
         stdout=log,

@@ -197,13 +197,11 @@ def _write_model(path: Path, spec: TinyModel, seed: int) -> None:
 def _no_progress_bar() -> Iterator[None]:
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
-            logging.enable_progress_bar()
+        logging.enable_progress_bar()
 
 
 def _add_config_keys(file: Path, extra: Mapping[str, Any]) -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from sglang_dcp.context import DcpContext
     from sglang_dcp.distributed.exchange import Exchange
+    from sglang_dcp.layers.q_replication import QReplicas
 
 
 class DcpAttentionBackend(AttentionBackend):
@@ -42,6 +43,8 @@ class DcpAttentionBackend(AttentionBackend):
     context : DcpContext
     req_to_token_pool, token_to_kv_pool
         SGLang's pools: logical slot table, this rank's K and V.
+    q_replicas : QReplicas, optional
+        Wide Q projections to switch on in decode.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class DcpAttentionBackend(AttentionBackend):
         context: DcpContext,
         req_to_token_pool: Any,
         token_to_kv_pool: Any,
+        q_replicas: Optional[QReplicas] = None,
     ) -> None:
         super().__init__()
         self.adaptor = adaptor
@@ -61,6 +65,7 @@ class DcpAttentionBackend(AttentionBackend):
         self._exchange = exchange
         self._dcp_size = context.config.dcp_size
         self._kvp_rank = context.kvp_rank
+        self._q_replicas = q_replicas
         self._view: Optional[LocalView] = None
 
     @classmethod
@@ -82,17 +87,17 @@ class DcpAttentionBackend(AttentionBackend):
             context,
             runner.req_to_token_pool,
             runner.token_to_kv_pool,
+            getattr(runner, "dcp_q_replicas", None),
         )
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Localise the batch once for all layers."""
-        from sglang_dcp.layers.q_replication import select_q_width
-
         if forward_batch.forward_mode.is_idle():
             return
         self._view = self._views.build(forward_batch)
         self.adaptor.init_forward_metadata(forward_batch, self._view.batch)
-        select_q_width(decode=forward_batch.forward_mode.is_decode())
+        if self._q_replicas is not None:
+            self._q_replicas.select(wide=forward_batch.forward_mode.is_decode())
 
     def support_triton(self) -> bool:
         """False: slots and positions are computed in torch, as torch_native asks."""

@@ -1,0 +1,331 @@
+"""DCP attention on real gloo ranks over sharded pools, against attention over all keys.
+
+Only this file runs table, pool, adaptor, exchange and merge together: it finds a key
+that no rank reads, that two ranks read, or that meets the wrong head, and a rank that
+skips a collective. Pools hold NaN where nothing may be read; each rank compares its own
+heads and looks at every slot of its pool.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from typing import Any, Iterator, NamedTuple
+
+import pytest
+import torch
+from attention_oracle import (
+    LAYERS,
+    LOCAL_PAGES,
+    NAN,
+    FakePool,
+    Served,
+    Shape,
+    Step,
+    Truth,
+    decode,
+    extend,
+    mixed,
+    move,
+)
+from torch import Tensor
+from utils import Outcomes, Worlds, enter_layout, fault_of, fork_worlds, leave_layout
+
+from sglang_dcp.config import DcpConfig
+from sglang_dcp.distributed.topology import Layout
+from sglang_dcp.layers.adaptors.base import DcpAdaptor, Partial
+
+COMMS = ("ag_rs", "a2a")
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+
+# Query and K/V heads of the model by (tp, attn_tp).
+SHAPES = {
+    (2, 1): {
+        "own-heads-share-one-kv-head": Shape(8, 2),
+        "own-heads-span-kv-heads": Shape(8, 4),
+        "uneven-12-3": Shape(12, 3),
+        "uneven-6-3": Shape(6, 3),
+        "mha": Shape(4, 4, 16, 16),
+        "mla": Shape(4, 1, 80, 64, latent=True),
+    },
+    (3, 1): {
+        "own-heads-share-one-kv-head": Shape(12, 1),
+        "own-heads-span-kv-heads": Shape(12, 6),
+        "uneven-6-2": Shape(6, 2),
+        "mla": Shape(6, 1, 80, 64, latent=True),
+    },
+    (4, 1): {
+        "own-heads-share-one-kv-head": Shape(8, 2),
+        "own-heads-span-kv-heads": Shape(16, 8),
+        "uneven-12-3": Shape(12, 3),
+        "mla": Shape(8, 1, 80, 64, latent=True),
+    },
+    (4, 2): {
+        "own-heads-share-one-kv-head": Shape(8, 2),
+        "own-heads-span-kv-heads": Shape(16, 8),
+        "uneven-12-6": Shape(12, 6),
+        "kv-head-replicated": Shape(8, 1),
+        "mla": Shape(8, 1, 80, 64, latent=True),
+    },
+}
+WORLDS = (2, 3, 4)
+
+SCRIPTS = {
+    "extend-no-prefix": [extend(a=1, b=7, c=12, d=16, e=33)],
+    # Prefix 1 leaves all ranks but one without a key; d has no prefix at all.
+    "extend-prefix": [extend(a=1, b=7, c=12), mixed(a=5, d=4, b=1, c=9)],
+    "chunks-then-decode": [
+        extend(a=16),
+        extend(a=16, b=3),
+        mixed(a=5, b=16),
+        decode("ab"),
+        decode("ba"),
+    ],
+    # e was never extended: length 1.
+    "decode-ragged": [extend(a=1, b=6, c=12, d=19), decode("eabcd"), decode("de")],
+    "decode-batch-1": [decode("a")] * 6,
+    # The scheduler replaces a row's slots by those of the radix tree.
+    "rows-moved": [
+        extend(a=9, b=14),
+        decode("ab"),
+        move("b"),
+        decode("ab"),
+        move("ab"),
+        extend(a=3, b=2),
+    ],
+}
+LIFE = [
+    extend(a=1, b=7, c=13),
+    mixed(b=1, d=5, a=4, c=8),
+    decode("ebdca"),
+    move("c"),
+    mixed(c=6, e=3),
+    decode("cea"),
+]
+
+
+class Case(NamedTuple):
+    """`garbage` is the LSE that a kernel returns, with NaN outputs, for no keys."""
+
+    shape: Shape
+    steps: list[Step]
+    comm: str
+    page_size: int = 4
+    dtype: torch.dtype = torch.float32
+    replicated_q: bool = False
+    garbage: float | None = None
+
+
+def cases_of(tp_size: int, attn_tp_size: int) -> dict[str, Case]:
+    shapes = SHAPES[tp_size, attn_tp_size]
+    plain = shapes["own-heads-span-kv-heads"]
+    named: dict[str, Case] = {}
+    for comm in COMMS:
+        for (name, steps), page in itertools.product(SCRIPTS.items(), (1, 4)):
+            named[f"{name}-page{page}-{comm}"] = Case(plain, steps, comm, page)
+        for name, shape in shapes.items():
+            named[f"{name}-{comm}"] = Case(shape, LIFE, comm)
+            wide = Case(shape, LIFE, comm, replicated_q=True)
+            named[f"{name}-replicated-q-{comm}"] = wide
+        for lse in (NAN, 0.0, float("inf")):
+            named[f"garbage-lse-{lse}-{comm}"] = Case(plain, LIFE, comm, garbage=lse)
+        named[f"bf16-{comm}"] = Case(plain, LIFE, comm, dtype=torch.bfloat16)
+    return {f"tp{tp_size}-attn{attn_tp_size}-{k}": v for k, v in named.items()}
+
+
+class SpyExchange:
+    """The real exchange, noting its calls; or the switch of replicated Q."""
+
+    def __init__(self, exchange: Any) -> None:
+        self._exchange = exchange
+        self.calls: list[str] = []
+
+    def gather_heads(self, q: Tensor) -> Tensor:
+        self.calls.append("gather")
+        return self._exchange.gather_heads(q)
+
+    def reduce(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls.append("reduce+lse" if kwargs.get("return_lse") else "reduce")
+        return self._exchange.reduce(*args, **kwargs)
+
+    def select(self, *, wide: bool) -> None:
+        self.calls.append("wide" if wide else "narrow")
+
+
+class GarbageAdaptor(DcpAdaptor):
+    """A kernel that leaves rows without keys as its buffers were."""
+
+    is_lse_base_on_e = True
+
+    def __init__(self, inner: Any, lse: float) -> None:
+        self._inner, self._lse = inner, lse
+
+    def decode(self, q: Tensor, layer: Any, local: Any) -> Partial:
+        partial = self._inner.decode(q, layer, local)
+        return self._spoil(partial, local.seq_lens == 0)
+
+    def extend_new(self, *args: Any) -> Partial:
+        return self._inner.extend_new(*args)
+
+    def extend_prefix(self, q: Tensor, layer: Any, local: Any) -> Partial:
+        rows = (local.seq_lens == 0).repeat_interleave(local.extend_seq_lens)
+        return self._spoil(self._inner.extend_prefix(q, layer, local), rows)
+
+    def _spoil(self, partial: Partial, rows: Tensor) -> Partial:
+        partial.out[rows], partial.lse[rows] = NAN, self._lse
+        return partial
+
+
+class Rank:
+    """One rank serving a case; knows by hand arithmetic which heads are its own."""
+
+    def __init__(self, case: Case, layout: Layout, tp_rank: int, group: Any) -> None:
+        from sglang_dcp.context import DcpContext
+        from sglang_dcp.distributed.exchange import create_exchange
+        from sglang_dcp.layers.adaptors.torch_native import TorchNativeAdaptor
+        from sglang_dcp.layers.attention import DcpAttentionBackend
+        from sglang_dcp.layers.local_view import LocalViewBuilder
+
+        self.case, self.dcp = case, layout.tp_size // layout.attn_tp_size
+        self.kvp_rank, shard = tp_rank % self.dcp, tp_rank // self.dcp
+        own = case.shape.q_heads // layout.tp_size
+        width = max(1, case.shape.kv_heads // layout.attn_tp_size)
+        first = shard * case.shape.kv_heads // layout.attn_tp_size
+        self.own = slice(tp_rank * own, (tp_rank + 1) * own)
+        self.shard = slice(shard * own * self.dcp, (shard + 1) * own * self.dcp)
+        self.kv = slice(first, first + width)
+        self.truth = Truth(case.shape, case.dtype)
+        self.served = Served(case.page_size, self.dcp)
+        slots = LOCAL_PAGES * case.page_size
+        self.pool = FakePool(case.shape, width, slots, case.dtype)
+        views = LocalViewBuilder(self.served.table, self.dcp, self.kvp_rank)
+        adaptor: Any = TorchNativeAdaptor(views.local_table, self.pool)
+        if case.garbage is not None:
+            adaptor = GarbageAdaptor(adaptor, case.garbage)
+        self.spy = SpyExchange(create_exchange(case.comm, group))
+        config = DcpConfig(layout, case.comm, case.replicated_q, case.page_size)
+        self.backend = DcpAttentionBackend(
+            adaptor,
+            views,
+            self.spy,  # type: ignore[arg-type]
+            DcpContext(config, tp_rank),
+            None,
+            self.pool,
+            self.spy if case.replicated_q else None,  # type: ignore[arg-type]
+        )
+        self.layers = [self._layer(own, width, i) for i in range(LAYERS)]
+
+    def _layer(self, own: int, width: int, layer_id: int) -> Any:
+        from sglang.srt.layers.radix_attention import RadixAttention
+
+        dim = self.case.shape.qk_dim
+        v_dim = self.case.shape.v_dim
+        return RadixAttention(own, dim, dim**-0.5, width, layer_id, v_head_dim=v_dim)
+
+    def run(self, step: Step) -> Iterator[tuple[str, Any, Any]]:
+        """One forward of all layers; what came out beside what should have."""
+        if step.mode == "MOVE":
+            for name in step.tokens:
+                old = self.served.local_slots(name, self.kvp_rank).values()
+                self.served.relocate(name)
+                new = self.served.local_slots(name, self.kvp_rank).values()
+                self.pool.move(list(old), list(new))
+            return
+        new = {name: self.served.grow(name, n) for name, n in step.tokens.items()}
+        batch = self.served.batch(step.mode, new)
+        self.spy.calls.clear()
+        self.backend.init_forward_metadata(batch)
+        wide = self.case.replicated_q and step.mode == "DECODE"
+        for layer in self.layers:
+            q, k, v = self._inputs(new, layer.layer_id, self.shard if wide else self.own)
+            out = self.backend.forward(q, k, v, layer, batch)
+            wanted = torch.cat(
+                [
+                    self.truth.attention(name, layer.layer_id, where)[:, self.own]
+                    for name, where in new.items()
+                ]
+            )
+            yield "attention", out, wanted.flatten(1).to(out.dtype)
+        yield "calls", self.spy.calls.copy(), self._calls(step.mode, new)
+
+    def _inputs(self, new: dict[str, range], layer: int, heads: slice) -> list[Tensor]:
+        rows: tuple[list[Tensor], ...] = ([], [], [])
+        for name, where in new.items():
+            truth = self.truth.of(name, layer)
+            for part, all_heads, cut in zip(rows, truth, (heads, self.kv, self.kv)):
+                part.append(all_heads[list(where), cut])
+        return [torch.cat(part).to(self.case.dtype).flatten(1) for part in rows]
+
+    def _calls(self, mode: str, new: dict[str, range]) -> list[str]:
+        replicated = self.case.replicated_q
+        if mode == "DECODE":
+            each = ["reduce"] if replicated else ["gather", "reduce"]
+            return ["wide"] * replicated + each * LAYERS
+        reads = any(where.start for where in new.values())
+        return ["narrow"] * replicated + ["gather", "reduce+lse"] * reads * LAYERS
+
+    def pool_contents(self) -> Iterator[tuple[str, Any, Any]]:
+        """Each owned position at its slot, and NaN everywhere else."""
+        wanted = torch.full_like(self.pool.keys, NAN)
+        for name, layer in itertools.product(self.served.rows, range(LAYERS)):
+            at = self.served.local_slots(name, self.kvp_rank)
+            keys = self.truth.of(name, layer)[1][list(at), self.kv]
+            wanted[layer, list(at.values())] = keys.to(wanted.dtype)
+        same = torch.equal(wanted.nan_to_num(9e9), self.pool.keys.nan_to_num(9e9))
+        yield "pool holds owned positions, and those only", same, True
+
+
+def check_case(case: Case, layout: Layout, tp_rank: int, group: Any) -> None:
+    rank = Rank(case, layout, tp_rank, group)
+    # All communication before the first assertion: a failing rank must not leave.
+    seen = [
+        (f"step {number}, {what}", got, wanted)
+        for number, step in enumerate(case.steps)
+        for found in (rank.run(step), rank.pool_contents())
+        for what, got, wanted in found
+    ]
+    tol = TOLERANCE[case.dtype]
+    for what, got, wanted in seen:
+        if isinstance(got, Tensor):
+            assert got.dtype == case.dtype, what
+            torch.testing.assert_close(
+                got, wanted, rtol=tol, atol=tol, msg=lambda m, at=what: f"{at}: {m}"
+            )
+        else:
+            assert got == wanted, what
+
+
+def rank_body(rank: int, world_size: int) -> Outcomes:
+    outcomes: Outcomes = {}
+    for tp_size, attn_tp_size in SHAPES:
+        if tp_size != world_size:
+            continue
+        layout = Layout(tp_size, attn_tp_size)
+        group = enter_layout(DcpConfig(layout), rank)
+        for name, case in cases_of(tp_size, attn_tp_size).items():
+            outcomes[name] = fault_of(check_case, case, layout, rank, group)
+        leave_layout()
+    return outcomes
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> Worlds:
+    return Worlds(__file__, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize(
+    ("world_size", "name"),
+    [
+        pytest.param(layout[0], name, id=name)
+        for layout in SHAPES
+        for name in cases_of(*layout)
+    ],
+)
+def test_equals_unsharded(world_size: int, name: str, worlds: Worlds) -> None:
+    worlds.assert_passed(world_size, name)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        sys.exit(fork_worlds(rank_body, sys.argv[2], WORLDS))
+    sys.exit(pytest.main([__file__]))

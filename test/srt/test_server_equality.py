@@ -1,0 +1,170 @@
+"""Live servers, end to end: DCP = tp 1 = Hugging Face transformers, in fp32.
+
+Only here do scheduler, radix tree, allocator, chunked prefill, overlap, model code,
+head sharding, pool and exchange meet. Every case runs the whole request set of `e2e.py`
+and checks what the server says of its own capacity afterwards.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import e2e
+import pytest
+from sglang_dcp.demo.client import Reply, http_json
+from sglang_dcp.demo.server import ServerProcess
+from sglang_dcp.demo.tiny_model import make_tiny_model
+
+pytestmark = pytest.mark.server
+
+READY_SECONDS = 300
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layout; `flags` beside model, device and dtype."""
+
+    kind: str
+    flags: str
+    per_rank: int = 4096
+    dcp_size: int = 2
+
+
+CASES = {
+    # A decode inside a prefill batch is the one prefix that is no multiple of KVP.
+    "llama-2kv-tp2-dcp2-a2a-chunk64-mixed": Case(
+        "llama-2kv",
+        "--tp 2 --dcp-size 2 --dcp-comm-backend a2a --chunked-prefill-size 64 "
+        "--enable-mixed-chunk",
+    ),
+    # 300 tokens a rank: requests of 397 and 399 are longer than one rank's pool, and
+    # eight at once (1111) evict what the radix tree holds.
+    "llama-8kv-tp2-dcp2-ag_rs-replicated-page4-eviction": Case(
+        "llama-8kv",
+        "--tp 2 --dcp-size 2 --dcp-replicate-q-proj --page-size 4 "
+        "--chunked-prefill-size 64",
+        per_rank=300,
+    ),
+    "llama-odd-tp2-dcp2-a2a-no-overlap": Case(
+        "llama-odd",
+        "--tp 2 --dcp-size 2 --dcp-comm-backend a2a --disable-overlap-schedule",
+    ),
+    "qwen2-tp2-attn-tp1-ag_rs-replicated": Case(
+        "qwen2", "--tp 2 --attn-tp-size 1 --dcp-replicate-q-proj"
+    ),
+    "qwen3-tp2-attn-tp1-a2a-replicated-chunk64": Case(
+        "qwen3",
+        "--tp 2 --attention-tensor-parallel-size 1 --dcp-comm-backend a2a "
+        "--dcp-replicate-q-proj --chunked-prefill-size 64",
+    ),
+    "qwen3-moe-tp2-dcp2-a2a": Case(
+        "qwen3-moe", "--tp 2 --dcp-size 2 --dcp-comm-backend a2a"
+    ),
+    "mla-dense-tp2-dcp2-ag_rs-page4": Case(
+        "mla-dense", "--tp 2 --decode-context-parallel-size 2 --page-size 4"
+    ),
+    "mla-moe-tp2-dcp2-a2a-replicated-chunk64": Case(
+        "mla-moe",
+        "--tp 2 --dcp-size 2 --dcp-comm-backend a2a --dcp-replicate-q-proj "
+        "--chunked-prefill-size 64",
+    ),
+    "llama-2kv-tp4-attn-tp2-a2a-replicated": Case(
+        "llama-2kv",
+        "--tp 4 --attn-tp-size 2 --dcp-comm-backend a2a --dcp-replicate-q-proj",
+    ),
+    "llama-8kv-tp4-attn-tp2-ag_rs-chunk64": Case(
+        "llama-8kv", "--tp 4 --attn-tp-size 2 --chunked-prefill-size 64"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What tp 1 answers to the request set."""
+
+    requests: list[e2e.Request]
+    replies: list[Reply]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Checkpoint of a kind, made once."""
+    root = tmp_path_factory.mktemp("models")
+    return lambda kind: make_tiny_model(root / kind, kind)
+
+
+@pytest.fixture(scope="module")
+def reference(models: Callable[[str], Path]) -> Callable[[str], Reference]:
+    """tp 1 without DCP flags, run once a kind and compared with transformers."""
+    done: dict[str, Reference] = {}
+
+    def run(kind: str) -> Reference:
+        if kind not in done:
+            requests = e2e.build_requests()
+            flags = "--tp 1 --attention-backend torch_native --max-total-tokens 4096"
+            with server(models(kind), flags) as tp1:
+                replies = e2e.run_requests(tp1.base_url, requests)
+            oracle = e2e.hf_reference(models(kind), requests)
+            e2e.assert_equal_to_reference(requests, replies, oracle)
+            done[kind] = Reference(requests, replies)
+        return done[kind]
+
+    return run
+
+
+@contextmanager
+def server(
+    model: Path, flags: str, env: Mapping[str, str] | None = None
+) -> Iterator[ServerProcess]:
+    """A float32 server that answers."""
+    args = ["--dtype", "float32", "--random-seed", "0", *flags.split()]
+    with ServerProcess(model, args, env=env, grace=5.0) as running:
+        running.wait_ready(READY_SECONDS)
+        yield running
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_equal_to_tp1(
+    case: Case,
+    models: Callable[[str], Path],
+    reference: Callable[[str], Reference],
+) -> None:
+    want = reference(case.kind)
+    flags = f"{case.flags} --max-total-tokens {case.per_rank} --enable-metrics"
+    with server(models(case.kind), flags) as dcp:
+        replies = e2e.run_requests(dcp.base_url, want.requests)
+        info = http_json(f"{dcp.base_url}/server_info")
+        metrics = _metrics(dcp)
+        log = dcp.log_path.read_text(errors="replace")
+    e2e.assert_equal_to_reference(want.requests, replies, want.replies)
+    logical = case.per_rank * case.dcp_size
+    assert info["max_total_num_tokens"] == logical
+    assert info["dcp"]["layout"]["attn_tp_size"] == info["attn_tp_size"]
+    assert metrics["sglang:max_total_num_tokens"] == logical
+    assert f"KV tokens: {case.per_rank} per rank, {logical} in all" in log
+    assert "leak" not in log.lower()
+    print(f"max |d logprob| {e2e.max_difference(replies, want.replies):.2e}")
+
+
+def _metrics(dcp: ServerProcess) -> dict[str, float]:
+    """Gauges of rank 0 by name."""
+    import urllib.request
+
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(f"{dcp.base_url}/metrics", timeout=30) as answer:
+        lines = answer.read().decode().splitlines()
+    found: dict[str, Any] = {}
+    for line in lines:
+        if line.startswith("sglang:") and " " in line:
+            name, value = line.rsplit(" ", 1)
+            found.setdefault(name.split("{")[0], float(value))
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__, "-s"]))
