@@ -44,7 +44,9 @@ def write_manifest() -> int:
         path.relative_to(root).as_posix(): verify.file_hash(path)
         for path in sorted(paths)
     }
-    target = Path(verify.__file__).parent / "manifests" / f"{verify.sglang_version()}.json"
+    target = (
+        Path(verify.__file__).parent / "manifests" / f"{verify.sglang_version()}.json"
+    )
     target.parent.mkdir(exist_ok=True)
     text = json.dumps({"sglang": verify.sglang_version(), "files": files}, indent=2)
     target.write_text(text + "\n")

@@ -5,11 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Optional
 
-from sglang_dcp.distributed.topology import Layout
-
-COMM_BACKENDS = ("ag_rs", "a2a")
-# Declared in the design, built by a later release: refused by name, not as a typo.
-PLANNED_COMM_BACKENDS = ("symm_a2a",)
+from sglang_dcp.distributed.exchange import exchange_class
+from sglang_dcp.distributed.topology import Layout, divisors
 
 
 class DcpConfigError(ValueError):
@@ -25,7 +22,7 @@ class DcpConfig:
     layout : Layout
         `tp_size` ranks as `dcp_size` sequence shards x `attn_tp_size` head shards.
     comm_backend : str
-        One of `COMM_BACKENDS`.
+        A name of `distributed.exchange.EXCHANGES`.
     replicate_q_proj : bool
         Hold the Q projection at attn_tp width, so that decode gathers no queries.
     page_size : int
@@ -71,7 +68,10 @@ def resolve_config(
         or a flag that needs `--dcp-size` > 1 without it.
     """
     layout = _resolve_layout(tp_size, dcp_size, attn_tp_size)
-    _check_comm_backend(comm_backend)
+    try:
+        exchange_class(comm_backend)
+    except ValueError as error:
+        raise DcpConfigError(str(error)) from None
     if layout.dcp_size > 1:
         return DcpConfig(layout, comm_backend, replicate_q_proj)
     if comm_backend != "ag_rs":
@@ -96,7 +96,7 @@ def _resolve_layout(
         if value < 1 or tp_size % value:
             raise DcpConfigError(
                 f"{flag} {value} does not divide --tp-size {tp_size}; "
-                f"use one of {_divisors(tp_size)}"
+                f"use one of {divisors(tp_size)}"
             )
     if dcp_size is not None and attn_tp_size is not None:
         if dcp_size * attn_tp_size != tp_size:
@@ -107,20 +107,3 @@ def _resolve_layout(
     if attn_tp_size is None:
         attn_tp_size = tp_size // (dcp_size or 1)
     return Layout(tp_size=tp_size, attn_tp_size=attn_tp_size)
-
-
-def _check_comm_backend(name: str) -> None:
-    if name in PLANNED_COMM_BACKENDS:
-        raise DcpConfigError(
-            f"--dcp-comm-backend {name} is not available in this version; "
-            f"use one of {', '.join(COMM_BACKENDS)}"
-        )
-    if name not in COMM_BACKENDS:
-        raise DcpConfigError(
-            f"--dcp-comm-backend {name} is unknown; "
-            f"use one of {', '.join(COMM_BACKENDS)}"
-        )
-
-
-def _divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]

@@ -22,7 +22,9 @@ def init_threads_binding(*, tp_rank: int, tp_size: int) -> None:
     if _BIND in os.environ or tp_size <= len(get_cpu_ids_by_node()):
         return
     cores = sorted(os.sched_getaffinity(0))
-    os.environ[_BIND] = "|".join(cores_of_rank(cores, r, tp_size) for r in range(tp_size))
+    os.environ[_BIND] = "|".join(
+        cores_of_rank(cores, r, tp_size) for r in range(tp_size)
+    )
 
 
 def cores_of_rank(cores: list[int], rank: int, ranks: int) -> str:

@@ -53,7 +53,9 @@ def _canary(args: Any) -> Optional[str]:
 
 def _packed_kv(args: Any) -> Optional[str]:
     return (
-        None if args.kv_cache_dtype in ("auto", "bfloat16", "bf16") else args.kv_cache_dtype
+        None
+        if args.kv_cache_dtype in ("auto", "bfloat16", "bf16")
+        else args.kv_cache_dtype
     )
 
 

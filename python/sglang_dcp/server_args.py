@@ -11,17 +11,13 @@ import argparse
 import dataclasses
 import logging
 import sys
-from typing import Any, Optional
+from typing import Annotated, Any, Optional
 
-from sglang.srt.arg_groups.arg_utils import A, Arg
+from sglang.srt.arg_groups.arg_utils import Arg
 from sglang.srt.server_args import ServerArgs
 
-from sglang_dcp.config import (
-    COMM_BACKENDS,
-    DcpConfig,
-    DcpConfigError,
-    resolve_config,
-)
+from sglang_dcp.config import DcpConfig, DcpConfigError, resolve_config
+from sglang_dcp.distributed.exchange import EXCHANGES
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +35,7 @@ class DcpServerArgs(ServerArgs):
         work with DCP.
     """
 
-    dcp_size: A[
+    dcp_size: Annotated[
         Optional[int],
         Arg(
             help="Decode context parallelism: ranks that share K/V heads and split the "
@@ -47,7 +43,7 @@ class DcpServerArgs(ServerArgs):
             aliases=["--decode-context-parallel-size"],
         ),
     ] = None
-    attn_tp_size: A[
+    attn_tp_size: Annotated[
         Optional[int],
         Arg(
             help="Ranks over which K/V heads are sharded; the rest of --tp-size splits "
@@ -55,22 +51,22 @@ class DcpServerArgs(ServerArgs):
             aliases=["--attention-tensor-parallel-size"],
         ),
     ] = None
-    dcp_comm_backend: A[
+    dcp_comm_backend: Annotated[
         str,
         Arg(
             help="How partial attention outputs meet: ag_rs (all-gather the LSE, "
             "reduce-scatter the outputs) or a2a (one packed all-to-all). "
-            f"One of {', '.join(COMM_BACKENDS)}.",
+            f"One of {', '.join(EXCHANGES)}.",
         ),
     ] = "ag_rs"
-    dcp_replicate_q_proj: A[
+    dcp_replicate_q_proj: Annotated[
         bool,
         Arg(
             help="Hold the Q projection at attn-tp width, so that decode gathers no "
             "queries. Costs dcp-size times the Q weights of a rank."
         ),
     ] = False
-    dcp: A[Optional[DcpConfig], Arg(no_cli=True)] = None
+    dcp: Annotated[Optional[DcpConfig], Arg(no_cli=True)] = None
 
     def __post_init__(self) -> None:
         if self.dcp is not None:
@@ -130,9 +126,7 @@ def prepare(args: Any) -> None:
     )
     if all(name is None for name in named):
         args.attention_backend = ADAPTORS[0]
-        logger.info(
-            "DCP: no attention backend named, using %s", args.attention_backend
-        )
+        logger.info("DCP: no attention backend named, using %s", args.attention_backend)
 
 
 def finish(args: Any) -> None:

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple, Sequence
 import torch
 from torch import Tensor
 
+from sglang_dcp.layers.adaptors.base import DcpAdaptor, Partial
+
 NAN = float("nan")
 MAX_LEN = 48
 ROWS = 9
@@ -194,3 +196,46 @@ class Served:
                 as_tensor = torch.tensor(getattr(batch, f"{name}_cpu")).int()
                 setattr(batch, name, as_tensor)
         return batch
+
+
+class SpyExchange:
+    """The real exchange, noting its calls; or the switch of replicated Q."""
+
+    def __init__(self, exchange: Any) -> None:
+        self._exchange = exchange
+        self.calls: list[str] = []
+
+    def gather_heads(self, q: Tensor) -> Tensor:
+        self.calls.append("gather")
+        return self._exchange.gather_heads(q)
+
+    def reduce(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls.append("reduce+lse" if kwargs.get("return_lse") else "reduce")
+        return self._exchange.reduce(*args, **kwargs)
+
+    def select(self, *, wide: bool) -> None:
+        self.calls.append("wide" if wide else "narrow")
+
+
+class GarbageAdaptor(DcpAdaptor):
+    """A kernel that leaves rows without keys as its buffers were."""
+
+    is_lse_base_on_e = True
+
+    def __init__(self, inner: Any, lse: float) -> None:
+        self._inner, self._lse = inner, lse
+
+    def decode(self, q: Tensor, layer: Any, local: Any) -> Partial:
+        partial = self._inner.decode(q, layer, local)
+        return self._spoil(partial, local.seq_lens == 0)
+
+    def extend_new(self, *args: Any) -> Partial:
+        return self._inner.extend_new(*args)
+
+    def extend_prefix(self, q: Tensor, layer: Any, local: Any) -> Partial:
+        rows = (local.seq_lens == 0).repeat_interleave(local.extend_seq_lens)
+        return self._spoil(self._inner.extend_prefix(q, layer, local), rows)
+
+    def _spoil(self, partial: Partial, rows: Tensor) -> Partial:
+        partial.out[rows], partial.lse[rows] = NAN, self._lse
+        return partial

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Iterator
+import os
+from typing import Any, Iterator
 
 import pytest
 
@@ -24,6 +24,24 @@ def plugins() -> None:
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
+
+
+@pytest.fixture
+def server_args(plugins: None, tiny_llama: str) -> Iterator[Any]:
+    """Construct SGLang's `ServerArgs` for the tiny model; the environment is put back.
+
+    The class is looked up as SGLang does, so it is ours where the plugin was loaded.
+    """
+    from sglang.srt import server_args as module
+
+    def make(**arguments: Any) -> Any:
+        common = {"model_path": tiny_llama, "device": "cpu", "random_seed": 1}
+        return module.ServerArgs(**{**common, **arguments})
+
+    before = dict(os.environ)
+    yield make
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

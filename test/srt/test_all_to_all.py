@@ -16,7 +16,6 @@ import torch
 
 from sglang_dcp.distributed import all_to_all
 from sglang_dcp.distributed.all_to_all import (
-    attach_pynccl_method,
     group_all_to_all_single,
     pynccl_all_to_all_single,
 )
@@ -200,14 +199,6 @@ def test_group_chooses_its_back_end(
     monkeypatch.setattr(torch.Tensor, "is_cpu", is_cpu)
     group_all_to_all_single(group, torch.zeros(2), torch.ones(2))
     assert seen == [taken]
-
-
-def test_method_is_attached_only_where_missing() -> None:
-    old: Any = type("Old", (), {})
-    new: Any = type("New", (), {"all_to_all_single": "upstream's"})
-    assert attach_pynccl_method(old) and not attach_pynccl_method(old)
-    assert old.all_to_all_single is pynccl_all_to_all_single
-    assert not attach_pynccl_method(new) and new.all_to_all_single == "upstream's"
 
 
 def test_real_ranks_of_worlds_2_and_3(tmp_path: Path) -> None:

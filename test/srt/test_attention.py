@@ -14,13 +14,17 @@ from typing import Any, Iterator, NamedTuple
 
 import pytest
 import torch
+from torch import Tensor
+
 from attention_oracle import (
     LAYERS,
     LOCAL_PAGES,
     NAN,
     FakePool,
+    GarbageAdaptor,
     Served,
     Shape,
+    SpyExchange,
     Step,
     Truth,
     decode,
@@ -28,12 +32,9 @@ from attention_oracle import (
     mixed,
     move,
 )
-from torch import Tensor
-from utils import Outcomes, Worlds, enter_layout, fault_of, fork_worlds, leave_layout
-
 from sglang_dcp.config import DcpConfig
 from sglang_dcp.distributed.topology import Layout
-from sglang_dcp.layers.adaptors.base import DcpAdaptor, Partial
+from utils import Outcomes, Worlds, enter_layout, fault_of, fork_worlds, leave_layout
 
 COMMS = ("ag_rs", "a2a")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
@@ -133,49 +134,6 @@ def cases_of(tp_size: int, attn_tp_size: int) -> dict[str, Case]:
     return {f"tp{tp_size}-attn{attn_tp_size}-{k}": v for k, v in named.items()}
 
 
-class SpyExchange:
-    """The real exchange, noting its calls; or the switch of replicated Q."""
-
-    def __init__(self, exchange: Any) -> None:
-        self._exchange = exchange
-        self.calls: list[str] = []
-
-    def gather_heads(self, q: Tensor) -> Tensor:
-        self.calls.append("gather")
-        return self._exchange.gather_heads(q)
-
-    def reduce(self, *args: Any, **kwargs: Any) -> Any:
-        self.calls.append("reduce+lse" if kwargs.get("return_lse") else "reduce")
-        return self._exchange.reduce(*args, **kwargs)
-
-    def select(self, *, wide: bool) -> None:
-        self.calls.append("wide" if wide else "narrow")
-
-
-class GarbageAdaptor(DcpAdaptor):
-    """A kernel that leaves rows without keys as its buffers were."""
-
-    is_lse_base_on_e = True
-
-    def __init__(self, inner: Any, lse: float) -> None:
-        self._inner, self._lse = inner, lse
-
-    def decode(self, q: Tensor, layer: Any, local: Any) -> Partial:
-        partial = self._inner.decode(q, layer, local)
-        return self._spoil(partial, local.seq_lens == 0)
-
-    def extend_new(self, *args: Any) -> Partial:
-        return self._inner.extend_new(*args)
-
-    def extend_prefix(self, q: Tensor, layer: Any, local: Any) -> Partial:
-        rows = (local.seq_lens == 0).repeat_interleave(local.extend_seq_lens)
-        return self._spoil(self._inner.extend_prefix(q, layer, local), rows)
-
-    def _spoil(self, partial: Partial, rows: Tensor) -> Partial:
-        partial.out[rows], partial.lse[rows] = NAN, self._lse
-        return partial
-
-
 class Rank:
     """One rank serving a case; knows by hand arithmetic which heads are its own."""
 
@@ -237,7 +195,9 @@ class Rank:
         self.backend.init_forward_metadata(batch)
         wide = self.case.replicated_q and step.mode == "DECODE"
         for layer in self.layers:
-            q, k, v = self._inputs(new, layer.layer_id, self.shard if wide else self.own)
+            q, k, v = self._inputs(
+                new, layer.layer_id, self.shard if wide else self.own
+            )
             out = self.backend.forward(q, k, v, layer, batch)
             wanted = torch.cat(
                 [

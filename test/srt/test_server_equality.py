@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import e2e
 import pytest
+
+import e2e
 from sglang_dcp.demo.client import Reply, http_json
 from sglang_dcp.demo.server import ServerProcess
 from sglang_dcp.demo.tiny_model import make_tiny_model
@@ -31,8 +32,15 @@ class Case:
 
     kind: str
     flags: str
-    per_rank: int = 4096
+    max_total_tokens: int = 4096
+    page_size: int = 1
     dcp_size: int = 2
+
+    @property
+    def per_rank(self) -> int:
+        """KV tokens of a rank: SGLang rounds the pool down to whole logical pages."""
+        page = self.page_size * self.dcp_size
+        return self.max_total_tokens // page * page
 
 
 CASES = {
@@ -48,14 +56,16 @@ CASES = {
         "llama-8kv",
         "--tp 2 --dcp-size 2 --dcp-replicate-q-proj --page-size 4 "
         "--chunked-prefill-size 64",
-        per_rank=300,
+        max_total_tokens=300,
+        page_size=4,
     ),
     "llama-odd-tp2-dcp2-a2a-no-overlap": Case(
         "llama-odd",
         "--tp 2 --dcp-size 2 --dcp-comm-backend a2a --disable-overlap-schedule",
     ),
-    "qwen2-tp2-attn-tp1-ag_rs-replicated": Case(
-        "qwen2", "--tp 2 --attn-tp-size 1 --dcp-replicate-q-proj"
+    "qwen2-tp2-attn-tp1-ag_rs-replicated-no-radix": Case(
+        "qwen2",
+        "--tp 2 --attn-tp-size 1 --dcp-replicate-q-proj --disable-radix-cache",
     ),
     "qwen3-tp2-attn-tp1-a2a-replicated-chunk64": Case(
         "qwen3",
@@ -66,7 +76,9 @@ CASES = {
         "qwen3-moe", "--tp 2 --dcp-size 2 --dcp-comm-backend a2a"
     ),
     "mla-dense-tp2-dcp2-ag_rs-page4": Case(
-        "mla-dense", "--tp 2 --decode-context-parallel-size 2 --page-size 4"
+        "mla-dense",
+        "--tp 2 --decode-context-parallel-size 2 --page-size 4",
+        page_size=4,
     ),
     "mla-moe-tp2-dcp2-a2a-replicated-chunk64": Case(
         "mla-moe",
@@ -135,7 +147,7 @@ def test_equal_to_tp1(
     reference: Callable[[str], Reference],
 ) -> None:
     want = reference(case.kind)
-    flags = f"{case.flags} --max-total-tokens {case.per_rank} --enable-metrics"
+    flags = f"{case.flags} --max-total-tokens {case.max_total_tokens} --enable-metrics"
     with server(models(case.kind), flags) as dcp:
         replies = e2e.run_requests(dcp.base_url, want.requests)
         info = http_json(f"{dcp.base_url}/server_info")

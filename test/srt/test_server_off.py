@@ -10,8 +10,9 @@ import sys
 import urllib.error
 from pathlib import Path
 
-import e2e
 import pytest
+
+import e2e
 from sglang_dcp.demo.client import Reply, greedy, http_json
 from sglang_dcp.demo.server import ServerProcess
 from sglang_dcp.demo.tiny_model import make_tiny_model
@@ -22,11 +23,11 @@ pytestmark = pytest.mark.server
 FLAGS = "--tp 1 --attention-backend torch_native --max-total-tokens 300"
 
 # What a CPU server needs to start at all, written here apart from the package.
-SHIM = '''
+SHIM = """
 def load():
     from sglang.srt.layers.rotary_embedding import base
     base._is_cpu = True
-'''
+"""
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,9 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "rope_shim.py").write_text(SHIM)
     info = root / "rope_shim-1.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: rope-shim\nVersion: 1\n")
+    (info / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: rope-shim\nVersion: 1\n"
+    )
     (info / "entry_points.txt").write_text(
         "[sglang.srt.plugins]\nrope_shim = rope_shim:load\n"
     )
@@ -51,7 +54,9 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_bit_identical_to_sglang_alone_and_bounded_by_its_pool(
     model: Path, shim: Path
 ) -> None:
-    requests = [r for r in e2e.build_requests() if len(r.ids) < 200 and not r.concurrent]
+    requests = [
+        r for r in e2e.build_requests() if len(r.ids) < 200 and not r.concurrent
+    ]
     with server(model, FLAGS) as packaged:
         ours = e2e.run_requests(packaged.base_url, requests)
         info = http_json(f"{packaged.base_url}/server_info")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 from sglang_dcp.demo.server import ServerProcess, run_to_exit
 from sglang_dcp.demo.tiny_model import make_tiny_model
 from test_server_equality import server

@@ -14,6 +14,7 @@ from typing import Iterator, List, Tuple
 import pytest
 
 from sglang_dcp.distributed.topology import Layout
+from sglang_dcp.layers.layout import own_kv_heads
 
 LAYOUTS = [
     Layout(tp_size, attn_tp_size)
@@ -105,46 +106,20 @@ def test_kv_shard_is_what_the_qkv_layer_loads() -> None:
                 assert layout.kv_shard(kv_heads, tp_rank) == range(first, first + width)
 
 
-def test_local_kv_slice_covers_exactly_the_own_q_heads() -> None:
+def test_own_kv_heads_are_those_of_the_own_q_heads() -> None:
     cases = 0
     for layout in LAYOUTS:
         for q_heads, kv_heads in models(layout):
-            even = True
             for tp_rank in range(layout.tp_size):
                 held = layout.kv_shard(kv_heads, tp_rank)
                 own = own_q_heads(layout, q_heads, tp_rank)
+                local = own_kv_heads(
+                    len(own), len(held), layout.dcp_size, layout.kvp_rank(tp_rank)
+                )
                 used = [head // (q_heads // kv_heads) for head in own]
-                local = layout.local_kv_slice(q_heads, kv_heads, tp_rank)
-                assert list(held[local]) == sorted(set(used))
-                spread = {used.count(head) for head in used}
-                even = even and len(spread) == 1
+                assert [held[head] for head in local] == used
                 cases += 1
-            assert layout.local_kv_is_even(q_heads, kv_heads) == even
     assert cases > 10_000
-
-
-@pytest.mark.parametrize(
-    ("layout", "q_heads", "kv_heads", "slices"),
-    [
-        pytest.param(Layout(4, 2), 8, 2, [(0, 1)] * 4, id="llama-tp4-attn2"),
-        pytest.param(
-            Layout(8, 1), 32, 8, [(r, r + 1) for r in range(8)], id="kvp8-kv8"
-        ),
-        pytest.param(
-            Layout(4, 1), 32, 8, [(0, 2), (2, 4), (4, 6), (6, 8)], id="kvp4-two-each"
-        ),
-        pytest.param(Layout(8, 4), 64, 2, [(0, 1)] * 8, id="replicated-kv"),
-        pytest.param(Layout(2, 1), 6, 3, [(0, 2), (1, 3)], id="shared-middle-head"),
-    ],
-)
-def test_local_kv_slice_by_hand(
-    layout: Layout, q_heads: int, kv_heads: int, slices: List[Tuple[int, int]]
-) -> None:
-    seen = [
-        layout.local_kv_slice(q_heads, kv_heads, tp_rank)
-        for tp_rank in range(layout.tp_size)
-    ]
-    assert [(part.start, part.stop) for part in seen] == slices
 
 
 @pytest.mark.parametrize(
@@ -197,8 +172,6 @@ def test_bad_heads_say_what_to_do(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         layout.check_heads(q_heads, kv_heads)
-    with pytest.raises(ValueError, match=message):
-        layout.local_kv_slice(q_heads, kv_heads, 0)
 
 
 def test_suggested_attn_tp_sizes_work() -> None:

@@ -31,8 +31,8 @@ class ServerProcess:
 
     Use it as a context manager: the server starts on entry and is gone, with its
     schedulers and its detokenizer, after exit, Ctrl-C included. It runs in its own
-    process group, so a Ctrl-C on the terminal reaches the caller alone; it ends when
-    the thread that started it ends, even if that was killed.
+    process group, so a Ctrl-C on the terminal reaches the caller alone; a ready
+    server also ends when the thread that started it ends, even if that was killed.
 
     ``grace`` is how long ``stop`` waits for the server to end by itself, which takes
     about six seconds; 0 kills it at once.

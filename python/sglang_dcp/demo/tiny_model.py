@@ -67,8 +67,7 @@ def _gqa(q_heads: int, kv_heads: int, **more: Any) -> dict[str, Any]:
 
 
 def _llama(q_heads: int, kv_heads: int, **more: Any) -> TinyModel:
-    sizes = _gqa(q_heads, kv_heads, **more)
-    return TinyModel("LlamaConfig", "LlamaForCausalLM", sizes)
+    return TinyModel("LlamaConfig", "LlamaForCausalLM", _gqa(q_heads, kv_heads, **more))
 
 
 def _mla(first_dense: int, q_lora_rank: int | None) -> TinyModel:
@@ -197,11 +196,13 @@ def _write_model(path: Path, spec: TinyModel, seed: int) -> None:
 def _no_progress_bar() -> Iterator[None]:
     from transformers.utils import logging
 
+    shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        logging.enable_progress_bar()
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _add_config_keys(file: Path, extra: Mapping[str, Any]) -> None:
@@ -241,11 +242,7 @@ def _write_tokenizer(path: Path) -> None:
 
 def _byte_symbols() -> Iterator[tuple[int, str]]:
     """Each byte with the character that ByteLevel shows for it."""
-    shown = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    hidden = 0
-    for byte in range(256):
-        if byte in shown:
-            yield byte, chr(byte)
-        else:
-            yield byte, chr(0x100 + hidden)
-            hidden += 1
+    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = (byte for byte in range(256) if byte not in shown)
+    yield from ((byte, chr(byte)) for byte in shown)
+    yield from ((byte, chr(0x100 + i)) for i, byte in enumerate(hidden))

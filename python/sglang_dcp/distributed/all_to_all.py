@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from sglang.srt.distributed.parallel_state import GroupCoordinator
 
 __all__ = [
-    "attach_pynccl_method",
     "group_all_to_all_single",
     "pynccl_all_to_all_single",
 ]
@@ -69,7 +68,7 @@ def group_all_to_all_single(
 ) -> None:
     """Send chunk p of ``input`` to rank p; chunk p of ``output`` comes from rank p.
 
-    Stands in for ``GroupCoordinator._all_to_all_single``. PyNccl is used where it is
+    Stands in for ``GroupCoordinator.all_to_all_single``. PyNccl is used where it is
     enabled (SGLang enables it in graph capture), else torch.distributed. Unlike the
     public method of SGLang, whose custom op has a CUDA kernel only, this can be
     called with CPU tensors. Safe in CUDA graph capture.
@@ -100,19 +99,6 @@ def group_all_to_all_single(
         # which takes no CPU tensor.
         process_group = group.cpu_group if input.is_cpu else group.device_group
         all_to_all_single(_on_wire(output), _on_wire(input), group=process_group)
-
-
-def attach_pynccl_method(cls: Any) -> bool:
-    """Give ``PyNcclCommunicator`` an ``all_to_all_single`` unless it has one.
-
-    Returns
-    -------
-    Whether the method was attached.
-    """
-    if hasattr(cls, "all_to_all_single"):
-        return False
-    cls.all_to_all_single = pynccl_all_to_all_single
-    return True
 
 
 def _check_pair(output: torch.Tensor, input: torch.Tensor, world_size: int) -> None:

@@ -10,10 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import List, Sequence
 
-__all__ = ["Layout"]
+__all__ = ["Layout", "divisors"]
 
 
-def _divisors(number: int) -> List[int]:
+def divisors(number: int) -> List[int]:
+    """Divisors of a positive number, ascending."""
     return [size for size in range(1, number + 1) if number % size == 0]
 
 
@@ -54,7 +55,7 @@ class Layout:
             if size < 1:
                 raise ValueError(f"{flag} is {size}; it has to be at least 1.")
         if self.tp_size % self.attn_tp_size:
-            widths = _divisors(self.tp_size)
+            widths = divisors(self.tp_size)
             raise ValueError(
                 f"--attn-tp-size {self.attn_tp_size} does not divide "
                 f"--tp-size {self.tp_size}, so no --dcp-size makes "
@@ -131,13 +132,13 @@ class Layout:
                 "without --dcp-size and --attn-tp-size."
             )
         if q_heads % self.tp_size:
-            widths = [size for size in _divisors(q_heads) if size <= self.tp_size]
+            widths = [size for size in divisors(q_heads) if size <= self.tp_size]
             raise ValueError(
                 f"--tp-size {self.tp_size} does not divide the model's {q_heads} "
                 f"query heads. Use --tp-size {_listed(widths)}."
             )
         if not self._cuts_kv_heads(kv_heads, self.attn_tp_size):
-            widths = _divisors(self.tp_size)
+            widths = divisors(self.tp_size)
             widths = [size for size in widths if self._cuts_kv_heads(kv_heads, size)]
             raise ValueError(
                 f"--attn-tp-size {self.attn_tp_size} (--dcp-size {self.dcp_size}) "
@@ -161,44 +162,6 @@ class Layout:
         width = self.kv_heads_per_rank(kv_heads)
         first = self.attn_tp_rank(tp_rank) * kv_heads // self.attn_tp_size
         return range(first, first + width)
-
-    def local_kv_slice(self, q_heads: int, kv_heads: int, tp_rank: int) -> slice:
-        """The rank's local K/V heads that serve its own Q heads.
-
-        A rank owns ``n = q_heads / tp_size`` Q heads, while its K/V shard serves the
-        ``n * dcp_size`` Q heads of its KVP group. With ``g`` Q heads per K/V head the
-        own ones, ``[r * n, (r + 1) * n)`` at ``kvp_rank`` r, reach the local heads
-        ``[(r * n) // g, ((r + 1) * n - 1) // g]``.
-
-        Its width may differ between ranks, and its heads may serve unequal numbers of
-        own Q heads: see `local_kv_is_even`.
-        """
-        self.check_heads(q_heads, kv_heads)
-        own = q_heads // self.tp_size
-        per_kv_head = self._q_per_local_kv(q_heads, kv_heads)
-        first = self.kvp_rank(tp_rank) * own
-        return slice(first // per_kv_head, (first + own - 1) // per_kv_head + 1)
-
-    def local_kv_is_even(self, q_heads: int, kv_heads: int) -> bool:
-        """Whether, on each rank, the heads of its slice serve equally many Q heads.
-
-        A GQA kernel maps Q to K/V heads by one ratio, so it can take the slice as it
-        is only where this holds: always where plain TP would serve the model (one of
-        ``kv_heads`` and ``tp_size`` divides the other), elsewhere only sometimes. With
-        six Q and three KV heads at ``tp_size`` 2, ``attn_tp_size`` 1, the first rank's
-        Q heads use KV heads 0, 0, 1.
-        """
-        self.check_heads(q_heads, kv_heads)
-        own = q_heads // self.tp_size
-        per_kv_head = self._q_per_local_kv(q_heads, kv_heads)
-        for first in range(0, own * self.dcp_size, own):
-            used = [head // per_kv_head for head in range(first, first + own)]
-            if len({used.count(head) for head in used}) > 1:
-                return False
-        return True
-
-    def _q_per_local_kv(self, q_heads: int, kv_heads: int) -> int:
-        return q_heads // self.attn_tp_size // self.kv_heads_per_rank(kv_heads)
 
     @staticmethod
     def _cuts_kv_heads(kv_heads: int, width: int) -> bool:

@@ -11,17 +11,23 @@ EXCHANGES: dict[str, type[Exchange]] = {
     "ag_rs": AllGatherReduceScatterExchange,
     "a2a": A2AExchange,
 }
+# Refused by name, not as a typo.
 _PLANNED = ("symm_a2a",)
+
+
+def exchange_class(name: str) -> type[Exchange]:
+    """Class of exchange ``name``; ValueError for a name that is not registered."""
+    if name in EXCHANGES:
+        return EXCHANGES[name]
+    reason = "is not available in this version" if name in _PLANNED else "is unknown"
+    raise ValueError(
+        f"--dcp-comm-backend {name} {reason}; use one of {', '.join(EXCHANGES)}"
+    )
 
 
 def create_exchange(name: str, group: ExchangeGroup) -> Exchange:
     """Exchange ``name`` over ``group``; ValueError for a name that is not registered."""
-    if name in EXCHANGES:
-        return EXCHANGES[name](group)
-    reason = "not available in this version" if name in _PLANNED else "unknown"
-    raise ValueError(
-        f"--dcp-comm-backend {name}: {reason}; choose one of {', '.join(EXCHANGES)}"
-    )
+    return exchange_class(name)(group)
 
 
 __all__ = [
@@ -32,4 +38,5 @@ __all__ = [
     "ExchangeGroup",
     "create_exchange",
     "dcp_a2a_lse_reduce",
+    "exchange_class",
 ]

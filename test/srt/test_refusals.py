@@ -1,0 +1,282 @@
+"""Every combination that does not work with DCP is refused, by name, before it starts.
+
+Only this file catches a table entry that never fires: each entry must be the first to
+speak for one case here, so an entry without a case fails.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sglang_dcp.config import DcpConfig, DcpConfigError
+from sglang_dcp.distributed.topology import Layout
+from sglang_dcp.refusals import (
+    ADAPTORS,
+    GQA_ARCHITECTURES,
+    MLA_ARCHITECTURES,
+    MODEL_REFUSALS,
+    SERVER_REFUSALS,
+    Refusal,
+    check_model,
+    check_server_args,
+)
+
+FINE_SERVER = dict(
+    speculative_algorithm=None,
+    disaggregation_mode="null",
+    enable_hierarchical_cache=False,
+    enable_lmcache=False,
+    enable_unified_memory=False,
+    enable_hisparse=False,
+    enable_page_major_kv_layout=False,
+    prefill_only_disable_kv_cache=False,
+    kv_cache_dtype="auto",
+    attn_cp_size=1,
+    enable_prefill_cp=False,
+    enable_dp_attention=False,
+    pp_size=1,
+    nnodes=1,
+    enable_lora=None,
+    enable_two_batch_overlap=False,
+    enable_pdmux=False,
+    dllm_algorithm=None,
+    kv_canary="none",
+    elastic_ep_backend=None,
+    use_ray=False,
+    attention_backend="torch_native",
+    prefill_attention_backend=None,
+    decode_attention_backend=None,
+)
+
+# Flag, the changed server argument, and what the message shows after the flag.
+SERVER_CASES: dict[str, tuple[dict[str, Any], str]] = {
+    "--speculative-algorithm": ({"speculative_algorithm": "EAGLE"}, " EAGLE"),
+    "--disaggregation-mode": ({"disaggregation_mode": "decode"}, " decode"),
+    "--enable-hierarchical-cache": ({"enable_hierarchical_cache": True}, ""),
+    "--enable-lmcache": ({"enable_lmcache": True}, ""),
+    "--enable-unified-memory": ({"enable_unified_memory": True}, ""),
+    "--enable-hisparse": ({"enable_hisparse": True}, ""),
+    "--enable-page-major-kv-layout": ({"enable_page_major_kv_layout": True}, ""),
+    "--prefill-only-disable-kv-cache": ({"prefill_only_disable_kv_cache": True}, ""),
+    "--kv-cache-dtype": ({"kv_cache_dtype": "fp8_e4m3"}, " fp8_e4m3"),
+    "--attention-context-parallel-size": ({"attn_cp_size": 2}, " 2"),
+    "--enable-prefill-cp": ({"enable_prefill_cp": True}, ""),
+    "--enable-dp-attention": ({"enable_dp_attention": True}, ""),
+    "--pp-size": ({"pp_size": 2}, " 2"),
+    "--nnodes": ({"nnodes": 2}, " 2"),
+    "--enable-lora": ({"enable_lora": True}, ""),
+    "--enable-two-batch-overlap": ({"enable_two_batch_overlap": True}, ""),
+    "--enable-pdmux": ({"enable_pdmux": True}, ""),
+    "--dllm-algorithm": ({"dllm_algorithm": "LowConfidence"}, " LowConfidence"),
+    "--kv-canary": ({"kv_canary": "raise"}, " raise"),
+    "--elastic-ep-backend": ({"elastic_ep_backend": "mooncake"}, " mooncake"),
+    "--use-ray": ({"use_ray": True}, ""),
+    "SGLANG_USE_HND_KVCACHE": ({}, " 1"),
+}
+
+
+def fine_model(**changes: Any) -> SimpleNamespace:
+    """The part of `ModelConfig` that is read, of a model with 8 heads and 2 K/V heads."""
+    from sglang.srt.configs.model_config import AttentionArch
+
+    text = dict(num_attention_heads=8, layer_types=None, sliding_window=None)
+    text.update(changes.pop("text", {}))
+    kv_heads = changes.pop("kv_heads", 2)
+    architecture = changes.pop("architecture", "LlamaForCausalLM")
+    fields = dict(
+        has_attention_sinks=False,
+        is_hybrid_swa=False,
+        is_encoder_decoder=False,
+        attention_arch=AttentionArch.MHA,
+        quantization=None,
+        hf_text_config=SimpleNamespace(**text),
+        hf_config=SimpleNamespace(architectures=[architecture]),
+        get_total_num_kv_heads=lambda: kv_heads,
+    )
+    return SimpleNamespace(**{**fields, **changes})
+
+
+MODEL_CASES: dict[str, tuple[dict[str, Any], str]] = {
+    "encoder-decoder": ({"is_encoder_decoder": True}, "cross attention"),
+    "sinks": ({"has_attention_sinks": True}, "attention sinks"),
+    "hybrid-swa": ({"is_hybrid_swa": True}, "sliding window layers"),
+    "swa-layer": (
+        {"text": {"layer_types": ["full_attention", "sliding_attention"]}},
+        "sliding window layers",
+    ),
+    "swa-mistral": ({"text": {"sliding_window": 4096}}, "sliding_window 4096"),
+    "architecture": ({"architecture": "GptOssForCausalLM"}, "GptOssForCausalLM"),
+}
+CONFIG = DcpConfig(Layout(4, 2))
+
+
+def first_to_speak(table: tuple[Refusal, ...], subject: Any) -> Refusal:
+    return next(entry for entry in table if entry.value(subject) is not None)
+
+
+def server_subject(flag: str, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    if flag == "SGLANG_USE_HND_KVCACHE":
+        monkeypatch.setenv(flag, "1")
+    return SimpleNamespace(**{**FINE_SERVER, **SERVER_CASES[flag][0]})
+
+
+def test_each_server_entry_has_a_case() -> None:
+    assert [entry.flag for entry in SERVER_REFUSALS] == list(SERVER_CASES)
+
+
+@pytest.mark.parametrize("flag", SERVER_CASES)
+def test_server_flag(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = server_subject(flag, monkeypatch)
+    entry = first_to_speak(SERVER_REFUSALS, subject)
+    assert entry.flag == flag and entry.reason and entry.way_out
+    with pytest.raises(DcpConfigError) as caught:
+        check_server_args(subject)
+    message = str(caught.value)
+    assert message.startswith(f"{flag}{SERVER_CASES[flag][1]} does not work with DCP: ")
+    assert message.endswith(f"{entry.reason}; {entry.way_out}")
+
+
+def test_each_model_entry_has_a_case() -> None:
+    spoke = {
+        first_to_speak(MODEL_REFUSALS, fine_model(**changes))
+        for changes, _ in MODEL_CASES.values()
+    }
+    assert spoke == set(MODEL_REFUSALS)
+
+
+@pytest.mark.parametrize("name", MODEL_CASES)
+def test_model(name: str) -> None:
+    changes, shown = MODEL_CASES[name]
+    with pytest.raises(DcpConfigError) as caught:
+        check_model(fine_model(**changes), CONFIG)
+    assert str(caught.value).startswith(f"--model-path {shown} does not work with DCP")
+    assert "serve this model without DCP" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({}, id="all-defaults"),
+        pytest.param({"kv_cache_dtype": "bfloat16"}, id="bfloat16"),
+        pytest.param({"kv_cache_dtype": "bf16"}, id="bf16"),
+        pytest.param({"kv_canary": None}, id="no-canary"),
+        pytest.param({"attention_backend": None}, id="no-backend-named"),
+        pytest.param({"decode_attention_backend": "torch_native"}, id="decode-backend"),
+    ],
+)
+def test_fine_servers_are_not_refused(
+    changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SGLANG_USE_HND_KVCACHE", raising=False)
+    check_server_args(SimpleNamespace(**{**FINE_SERVER, **changes}))
+
+
+@pytest.mark.parametrize("phase", ["", "prefill-", "decode-"], ids=str)
+def test_attention_backend_without_adaptor(phase: str) -> None:
+    name = f"{phase.replace('-', '_')}attention_backend"
+    subject = SimpleNamespace(**{**FINE_SERVER, name: "fa3"})
+    with pytest.raises(DcpConfigError, match=f"--{phase}attention-backend fa3") as e:
+        check_server_args(subject)
+    assert f"use {', '.join(ADAPTORS)}" in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *(
+            pytest.param({"architecture": name}, id=name)
+            for name in GQA_ARCHITECTURES + MLA_ARCHITECTURES
+        ),
+        # Qwen2 carries a window that it does not use.
+        pytest.param(
+            {"text": {"sliding_window": 4096, "use_sliding_window": False}},
+            id="unused-window",
+        ),
+        pytest.param(
+            {"text": {"layer_types": ["full_attention"] * 2}}, id="full-layers"
+        ),
+        pytest.param({"kv_heads": 1}, id="kv-head-replicated"),
+        pytest.param({"quantization": "fp8"}, id="quantized"),
+    ],
+)
+def test_fine_models_are_not_refused(changes: dict[str, Any]) -> None:
+    check_model(fine_model(**changes), CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("layout", "heads", "kv_heads", "message"),
+    [
+        pytest.param(Layout(4, 2), 6, 2, "--tp-size 4 does not divide", id="q-heads"),
+        pytest.param(Layout(4, 2), 12, 3, "--attn-tp-size 2 ", id="kv-heads"),
+        pytest.param(Layout(4, 2), 8, 3, "8 query heads and 3 KV", id="ratio"),
+    ],
+)
+def test_heads_that_do_not_divide(
+    layout: Layout, heads: int, kv_heads: int, message: str
+) -> None:
+    model = fine_model(text={"num_attention_heads": heads}, kv_heads=kv_heads)
+    with pytest.raises(DcpConfigError, match=message):
+        check_model(model, DcpConfig(layout))
+
+
+def test_mla_has_one_head_whatever_its_config_says() -> None:
+    from sglang.srt.configs.model_config import AttentionArch
+
+    model = fine_model(attention_arch=AttentionArch.MLA, kv_heads=3)
+    check_model(model, CONFIG)
+
+
+def test_replicated_q_of_a_quantized_model() -> None:
+    config = DcpConfig(Layout(4, 2), replicate_q_proj=True)
+    check_model(fine_model(), config)
+    with pytest.raises(DcpConfigError, match="--dcp-replicate-q-proj .* fp8.*drop"):
+        check_model(fine_model(quantization="fp8"), config)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param({"speculative_algorithm": "NGRAM"}, "--speculative-algorithm NGRAM"),
+        pytest.param({"disaggregation_mode": "prefill"}, "--disaggregation-mode prefill"),
+        pytest.param({"enable_hierarchical_cache": True}, "--enable-hierarchical-cache"),
+        pytest.param({"enable_dp_attention": True, "dp_size": 2}, "--enable-dp-att"),
+        pytest.param({"kv_cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype fp8_e5m2"),
+        pytest.param({"attention_backend": "fa3"}, "--attention-backend fa3 .*use torch"),
+        pytest.param({"prefill_attention_backend": "triton"}, "--prefill-att.* triton"),
+        pytest.param({"enable_lora": True}, "--enable-lora"),
+    ],
+    ids=lambda p: "-".join(p) if isinstance(p, dict) else "",
+)
+def test_through_the_real_constructor(
+    arguments: dict[str, Any], message: str, server_args: Any
+) -> None:
+    with pytest.raises(DcpConfigError, match=message):
+        server_args(tp_size=4, dcp_size=2, **arguments)
+
+
+def test_sglang_defaults_are_the_fine_values(server_args: Any) -> None:
+    """What this file calls fine is what SGLang has when no flag is given."""
+    args = server_args(tp_size=4, dcp_size=2)
+    assert {name: getattr(args, name) for name in FINE_SERVER} == FINE_SERVER
+
+
+def test_real_model_config_with_a_window(
+    server_args: Any, tiny_llama: str, tmp_path: Path
+) -> None:
+    """SGLang reads the model while it resolves its arguments: refused before weights."""
+    config = json.loads((Path(tiny_llama) / "config.json").read_text())
+    config.update(architectures=["MistralForCausalLM"], model_type="mistral")
+    config.update(sliding_window=64)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DcpConfigError, match="--model-path sliding_window 64"):
+        server_args(tp_size=4, dcp_size=2, model_path=str(tmp_path))
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__]))
