@@ -254,7 +254,9 @@ def test_help_shows_the_flags(plugins: None) -> None:
 @pytest.mark.parametrize(
     ("line", "parts"),
     [
-        pytest.param("--tp-size 4 --dcp-size 3", ["--dcp-size 3", "1, 2, 4"], id="size"),
+        pytest.param(
+            "--tp-size 4 --dcp-size 3", ["--dcp-size 3", "1, 2, 4"], id="size"
+        ),
         pytest.param(
             "--tp-size 4 --dcp-size 2 --dcp-comm-backend symm_a2a",
             ["--dcp-comm-backend symm_a2a", "use one of"],

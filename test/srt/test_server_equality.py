@@ -8,8 +8,7 @@ and checks what the server says of its own capacity afterwards.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,15 @@ from typing import Any
 import pytest
 
 import e2e
+from servers import server
 from sglang_dcp.demo.client import Reply, http_json
 from sglang_dcp.demo.server import ServerProcess
 from sglang_dcp.demo.tiny_model import make_tiny_model
 
 pytestmark = pytest.mark.server
 
-READY_SECONDS = 300
+# SGLang's leak check at idle is on by default, this one after every batch is not.
+CHECK_EVERY_BATCH = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1"}
 
 
 @dataclass(frozen=True)
@@ -129,17 +130,6 @@ def reference(models: Callable[[str], Path]) -> Callable[[str], Reference]:
     return run
 
 
-@contextmanager
-def server(
-    model: Path, flags: str, env: Mapping[str, str] | None = None
-) -> Iterator[ServerProcess]:
-    """A float32 server that answers."""
-    args = ["--dtype", "float32", "--random-seed", "0", *flags.split()]
-    with ServerProcess(model, args, env=env, grace=5.0) as running:
-        running.wait_ready(READY_SECONDS)
-        yield running
-
-
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_equal_to_tp1(
     case: Case,
@@ -148,7 +138,7 @@ def test_equal_to_tp1(
 ) -> None:
     want = reference(case.kind)
     flags = f"{case.flags} --max-total-tokens {case.max_total_tokens} --enable-metrics"
-    with server(models(case.kind), flags) as dcp:
+    with server(models(case.kind), flags, CHECK_EVERY_BATCH) as dcp:
         replies = e2e.run_requests(dcp.base_url, want.requests)
         info = http_json(f"{dcp.base_url}/server_info")
         metrics = _metrics(dcp)

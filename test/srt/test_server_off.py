@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 import e2e
+from servers import plugin_folder, server
 from sglang_dcp.demo.client import Reply, greedy, http_json
 from sglang_dcp.demo.server import ServerProcess
 from sglang_dcp.demo.tiny_model import make_tiny_model
-from test_server_equality import server
 
 pytestmark = pytest.mark.server
 
@@ -35,24 +35,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("model") / "llama-2kv", "llama-2kv")
 
 
-@pytest.fixture(scope="module")
-def shim(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for PYTHONPATH with a plugin named `rope_shim`."""
-    root = tmp_path_factory.mktemp("shim")
-    (root / "rope_shim.py").write_text(SHIM)
-    info = root / "rope_shim-1.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(
-        "Metadata-Version: 2.1\nName: rope-shim\nVersion: 1\n"
-    )
-    (info / "entry_points.txt").write_text(
-        "[sglang.srt.plugins]\nrope_shim = rope_shim:load\n"
-    )
-    return root
-
-
 def test_bit_identical_to_sglang_alone_and_bounded_by_its_pool(
-    model: Path, shim: Path
+    model: Path, tmp_path: Path
 ) -> None:
     requests = [
         r for r in e2e.build_requests() if len(r.ids) < 200 and not r.concurrent
@@ -61,7 +45,8 @@ def test_bit_identical_to_sglang_alone_and_bounded_by_its_pool(
         ours = e2e.run_requests(packaged.base_url, requests)
         info = http_json(f"{packaged.base_url}/server_info")
         too_long = _refusal(packaged, 397)
-    env = {"SGLANG_PLUGINS": "rope_shim", "PYTHONPATH": str(shim)}
+    env = plugin_folder(tmp_path, "rope_shim", SHIM)
+    env["SGLANG_PLUGINS"] = "rope_shim"
     with server(model, FLAGS, env) as alone:
         theirs: list[Reply] = e2e.run_requests(alone.base_url, requests)
         alone_info = http_json(f"{alone.base_url}/server_info")

@@ -1,0 +1,120 @@
+"""One rank's pool under a scheduler that counts logical tokens.
+
+Only this file looks at the two numbers side by side: logical tokens for the scheduler
+are `dcp_size` times the rows of a rank, and pages of both describe the same memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sglang_dcp.config import DcpConfig
+from sglang_dcp.context import DcpContext, set_context
+from sglang_dcp.distributed.topology import Layout
+from sglang_dcp.layers.kv_pool import (
+    build_kv_pool,
+    config_from_budget,
+    enable_fused_set_kv_buffer,
+)
+
+CONFIGS = {
+    "dcp2": DcpConfig(Layout(4, 2), page_size=4),
+    "dcp3": DcpConfig(Layout(6, 2), "a2a", True, page_size=1),
+    "dcp8": DcpConfig(Layout(8, 1), page_size=16),
+}
+each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+
+
+@dataclasses.dataclass
+class Budget:
+    """The part of SGLang's `MemoryPoolConfig` that matters here."""
+
+    max_total_num_tokens: int
+    max_running_requests: int = 7
+
+
+def configurator(config: DcpConfig | None, tp_rank: int = 0) -> Any:
+    args = SimpleNamespace(dcp=config, attention_backend="torch_native")
+    return SimpleNamespace(server_args=args, ps=SimpleNamespace(tp_rank=tp_rank))
+
+
+class Builder:
+    """SGLang's pool builder: notes how it was called."""
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+        self.pool = SimpleNamespace(page_size="logical")
+
+    def __call__(self, kvc: Any, **kwargs: Any) -> Any:
+        self.calls.append((kvc, kwargs))
+        return self.pool
+
+
+@each_config
+def test_scheduler_sees_the_tokens_of_all_ranks(config: DcpConfig) -> None:
+    budget = Budget(480)
+    seen = config_from_budget(budget, configurator(config), 123, cap_tokens=9)
+    assert seen == Budget(480 * config.dcp_size)
+    assert budget == Budget(480), "SGLang's own object is not changed"
+
+
+@each_config
+def test_a_rank_holds_its_share(config: DcpConfig) -> None:
+    builder, kvc = Builder(), configurator(config)
+    logical = config_from_budget(Budget(480), kvc).max_total_num_tokens
+    pool = build_kv_pool(
+        builder, kvc, max_total_num_tokens=logical, mha_pool_class=int, quant_method=3
+    )
+    assert pool is builder.pool and pool.page_size == config.page_size
+    wanted = dict(max_total_num_tokens=480, mha_pool_class=int, quant_method=3)
+    assert builder.calls == [(kvc, wanted)]
+
+
+def test_off_is_the_very_same_object() -> None:
+    budget, builder, kvc = Budget(480), Builder(), configurator(None)
+    assert config_from_budget(budget, kvc) is budget
+    pool = build_kv_pool(builder, kvc, max_total_num_tokens=481, mha_pool_class=int)
+    assert pool is builder.pool and pool.page_size == "logical"
+    wanted = dict(max_total_num_tokens=481, mha_pool_class=int)
+    assert builder.calls == [(kvc, wanted)]
+
+
+@pytest.mark.parametrize("tp_rank", [0, 1], ids=["rank0", "rank1"])
+def test_layout_is_logged_once(tp_rank: int, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "sglang_dcp")
+    kvc = configurator(CONFIGS["dcp3"], tp_rank)
+    build_kv_pool(Builder(), kvc, max_total_num_tokens=900)
+    if tp_rank:
+        assert caplog.messages == []
+        return
+    [line] = caplog.messages
+    for part in (
+        "6 ranks = attn_tp 2 x KVP 3",
+        "comm backend a2a",
+        "Q projection replicated",
+        "300 per rank, 900 in all",
+    ):
+        assert part in line
+
+
+def test_fused_write_is_off_with_dcp_alone() -> None:
+    asked: list[str] = []
+
+    def original(batch: Any) -> bool:
+        asked.append(batch)
+        return True
+
+    assert enable_fused_set_kv_buffer(original, "batch") is True
+    set_context(DcpContext(CONFIGS["dcp2"], 0))
+    assert enable_fused_set_kv_buffer(original, "batch") is False
+    assert asked == ["batch"]
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__]))
