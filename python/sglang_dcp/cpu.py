@@ -78,15 +78,6 @@ def adjust_config_with_unaligned_cpu_tp(
     return original(model_config, *args, **kwargs) if is_cpu() else model_config
 
 
-def torch_native_forward_method(attn: Any, forward_batch: Any) -> Any:
-    """Seam: DeepSeek attention on torch_native is absorbed MLA in every mode."""
-    from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import (
-        AttnForwardMethod,
-    )
-
-    return AttnForwardMethod.MLA
-
-
 class _TorchKernel:
     """Stands where a Triton kernel was: `kernel[grid](...)` calls the torch function."""
 

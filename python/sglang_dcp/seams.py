@@ -179,6 +179,14 @@ SEAMS: tuple[Seam, ...] = (
         "the DCP-aware RadixAttention",
     ),
     Seam(
+        "mla-torch-native",
+        f"{_SRT}.models.deepseek_common.attention_backend_handler"
+        ".AttentionBackendRegistry._handlers[torch_native]",
+        Kind.ENTRY,
+        "sglang_dcp.layers.adaptors.torch_native:mla_forward_method",
+        "prefill would expand the latent to heads and write it to logical slots",
+    ),
+    Seam(
         "q-replication",
         f"{_SRT}.model_executor.model_runner.ModelRunner.load_model",
         Kind.AFTER,
@@ -246,14 +254,6 @@ CPU_SEAMS: tuple[Seam, ...] = (
         Kind.ATTRIBUTE,
         "sglang_dcp.cpu:ALLOC_DECODE",
         "the paged allocator has only Triton kernels",
-    ),
-    Seam(
-        "cpu-mla-absorb",
-        f"{_SRT}.models.deepseek_common.attention_backend_handler"
-        ".AttentionBackendRegistry._handlers[torch_native]",
-        Kind.ENTRY,
-        "sglang_dcp.cpu:torch_native_forward_method",
-        "torch_native reads K/V from the pool, so MLA must stay absorbed",
     ),
 )
 

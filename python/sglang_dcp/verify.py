@@ -71,9 +71,16 @@ def load_manifest(version: str) -> dict[str, str]:
 
 
 def seam_file(seam: Seam) -> Path:
-    """The SGLang source file that holds a seam's target."""
+    """The SGLang source file that holds a seam's target.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        For a module that is gone: what is left of its path is a folder.
+    """
     spec = importlib.util.find_spec(seam.module)
-    assert spec is not None and spec.origin is not None
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(f"no module holds {seam.target}")
     return Path(spec.origin)
 
 
@@ -101,7 +108,9 @@ def _seam_state(seam: Seam, manifest: dict[str, str]) -> SeamState:
     except ModuleNotFoundError:
         return SeamState(seam, "missing", seam.target)
     name = path.relative_to(package_root()).as_posix()
-    if manifest.get(name) != file_hash(path):
+    if name not in manifest:
+        return SeamState(seam, "missing", name)
+    if manifest[name] != file_hash(path):
         return SeamState(seam, "drifted", name)
     return SeamState(seam, "live" if is_live(seam) else "not hooked", name)
 

@@ -75,6 +75,8 @@ SCRIPTS = {
     "extend-no-prefix": [extend(a=1, b=7, c=12, d=16, e=33)],
     # Prefix 1 leaves all ranks but one without a key; d has no prefix at all.
     "extend-prefix": [extend(a=1, b=7, c=12), mixed(a=5, d=4, b=1, c=9)],
+    # Here no other rank has a key at all, and must still take part.
+    "prefix-1-alone": [extend(a=1), extend(a=6), extend(b=1), mixed(b=1)],
     "chunks-then-decode": [
         extend(a=16),
         extend(a=16, b=3),
@@ -256,16 +258,14 @@ def check_case(case: Case, layout: Layout, tp_rank: int, group: Any) -> None:
 
 
 def rank_body(rank: int, world_size: int) -> Outcomes:
-    outcomes: Outcomes = {}
     for tp_size, attn_tp_size in SHAPES:
         if tp_size != world_size:
             continue
         layout = Layout(tp_size, attn_tp_size)
         group = enter_layout(DcpConfig(layout), rank)
         for name, case in cases_of(tp_size, attn_tp_size).items():
-            outcomes[name] = fault_of(check_case, case, layout, rank, group)
+            yield name, fault_of(check_case, case, layout, rank, group)
         leave_layout()
-    return outcomes
 
 
 @pytest.fixture(scope="module")

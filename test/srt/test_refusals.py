@@ -242,24 +242,18 @@ def test_replicated_q_of_a_quantized_model() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        pytest.param(
-            {"speculative_algorithm": "NGRAM"}, "--speculative-algorithm NGRAM"
-        ),
-        pytest.param(
-            {"disaggregation_mode": "prefill"}, "--disaggregation-mode prefill"
-        ),
-        pytest.param(
-            {"enable_hierarchical_cache": True}, "--enable-hierarchical-cache"
-        ),
-        pytest.param({"enable_dp_attention": True, "dp_size": 2}, "--enable-dp-att"),
-        pytest.param({"kv_cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype fp8_e5m2"),
-        pytest.param(
-            {"attention_backend": "fa3"}, "--attention-backend fa3 .*use torch"
-        ),
-        pytest.param({"prefill_attention_backend": "triton"}, "--prefill-att.* triton"),
-        pytest.param({"enable_lora": True}, "--enable-lora"),
+        pytest.param({name: value, **more}, message, id=name)
+        for name, value, message, more in (
+            ("speculative_algorithm", "NGRAM", "--speculative-algorithm NGRAM", {}),
+            ("disaggregation_mode", "prefill", "--disaggregation-mode prefill", {}),
+            ("enable_hierarchical_cache", True, "--enable-hierarchical-cache ", {}),
+            ("enable_dp_attention", True, "--enable-dp-attention ", {"dp_size": 2}),
+            ("kv_cache_dtype", "fp8_e5m2", "--kv-cache-dtype fp8_e5m2", {}),
+            ("attention_backend", "fa3", "--attention-backend fa3 .*use torch", {}),
+            ("prefill_attention_backend", "triton", "--prefill-att.* triton", {}),
+            ("enable_lora", True, "--enable-lora ", {}),
+        )
     ],
-    ids=lambda p: "-".join(p) if isinstance(p, dict) else "",
 )
 def test_through_the_real_constructor(
     arguments: dict[str, Any], message: str, server_args: Any

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import traceback
 from pathlib import Path
-from typing import Any, Callable, NamedTuple, Sequence
+from typing import Any, Callable, Iterable, Iterator, NamedTuple
 
 import pytest
 
@@ -24,7 +24,8 @@ SCRIPT_TIMEOUT_S = 300
 # Of one collective: how long a rank waits for one that failed.
 GLOO_TIMEOUT_S = 60
 
-Outcomes = dict[str, str]
+# Case name and its fault, or "".
+Outcomes = Iterator[tuple[str, str]]
 Body = Callable[[int, int], Outcomes]
 
 
@@ -69,16 +70,19 @@ class Worlds:
         if self._stderr is None:
             self._stderr = ""
             done = run_python(self._file, "--worker", str(self._folder))
-            self._stderr = done.stderr[-4000:]
+            self._stderr = done.stderr[-8000:]
         files = [self._folder / f"{world_size}-{r}.json" for r in range(world_size)]
-        if not all(file.exists() for file in files):
-            pytest.fail(f"ranks of world {world_size} did not finish\n{self._stderr}")
-        faults = [json.loads(file.read_text())[name] for file in files]
+        faults = [
+            json.loads(file.read_text()).get(name) if file.exists() else None
+            for file in files
+        ]
+        if None in faults:
+            pytest.fail(f"world {world_size} ended before this case\n{self._stderr}")
         if any(faults):
             pytest.fail("\n".join(f"rank {r}: {f}" for r, f in enumerate(faults)))
 
 
-def fork_worlds(body: Body, folder: str, world_sizes: Sequence[int]) -> int:
+def fork_worlds(body: Body, folder: str, world_sizes: Iterable[int]) -> int:
     """In a worker: run `body(rank, world_size)` on the ranks of one world after another.
 
     The plugins are loaded before the fork. A rank that raises ends its world only.
@@ -115,8 +119,11 @@ def _run_rank(body: Body, rank: int, world_size: int, folder: str) -> None:
         backend="gloo",
         timeout=GLOO_TIMEOUT_S,
     )
-    outcomes = body(rank, world_size)
-    (Path(folder) / f"{world_size}-{rank}.json").write_text(json.dumps(outcomes))
+    outcomes: dict[str, str] = {}
+    for name, fault in body(rank, world_size):
+        outcomes[name] = fault
+        # Each time: a rank that dies later leaves the verdicts until then.
+        (Path(folder) / f"{world_size}-{rank}.json").write_text(json.dumps(outcomes))
     parallel_state.destroy_distributed_environment()
 
 

@@ -1,4 +1,4 @@
-"""Start a SGLang CPU server as a child, wait for it, and leave no process behind."""
+"""Start a SGLang server as a child, wait for it, and leave no process behind."""
 
 import ctypes
 import os
@@ -27,7 +27,7 @@ class ServerFailed(RuntimeError):
 
 
 class ServerProcess:
-    """``python -m sglang.launch_server --device cpu`` with everything it spawns.
+    """``python -m sglang.launch_server`` with everything it spawns.
 
     Use it as a context manager: the server starts on entry and is gone, with its
     schedulers and its detokenizer, after exit, Ctrl-C included. It runs in its own
@@ -35,7 +35,8 @@ class ServerProcess:
     server also ends when the thread that started it ends, even if that was killed.
 
     ``grace`` is how long ``stop`` waits for the server to end by itself, which takes
-    about six seconds; 0 kills it at once.
+    about six seconds; 0 kills it at once. On ``device`` cpu the server sees no GPU, on
+    another one those of ``CUDA_VISIBLE_DEVICES``.
     """
 
     def __init__(
@@ -46,14 +47,15 @@ class ServerProcess:
         log_path: str | Path | None = None,
         env: Mapping[str, str] | None = None,
         grace: float = 20.0,
+        device: str = "cpu",
     ) -> None:
         self.port = _free_port()
         self.base_url = f"http://127.0.0.1:{self.port}"
         self.command = [sys.executable, "-m", "sglang.launch_server"]
-        self.command += ["--model-path", str(model_path), "--device", "cpu"]
+        self.command += ["--model-path", str(model_path), "--device", device]
         self.command += ["--host", "127.0.0.1", "--port", str(self.port), *args]
         self._grace = grace
-        self._env = _child_env(env or {})
+        self._env = _child_env(env or {}, device)
         self._log_path = Path(log_path) if log_path else None
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -163,11 +165,12 @@ def run_to_exit(
             return server.wait_exit(timeout), log.read_text(errors="replace")
 
 
-def _child_env(more: Mapping[str, str]) -> dict[str, str]:
+def _child_env(more: Mapping[str, str], device: str) -> dict[str, str]:
     env = dict(os.environ)
     # Without .pyc files SGLang takes three times as long to start.
     env.pop("PYTHONDONTWRITEBYTECODE", None)
-    env["CUDA_VISIBLE_DEVICES"] = ""
+    if device == "cpu":
+        env["CUDA_VISIBLE_DEVICES"] = ""
     env["HF_HUB_OFFLINE"] = "1"
     env.update(more)
     return env

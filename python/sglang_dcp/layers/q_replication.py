@@ -73,6 +73,7 @@ class QReplicas:
             )
         self.refresh()
 
+    @torch.no_grad()
     def refresh(self) -> None:
         """Gather the wide weights anew; a collective over the KVP group."""
         for attention in self._attentions:

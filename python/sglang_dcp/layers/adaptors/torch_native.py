@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Iterable
 
 import torch
 
+from sglang_dcp.context import find_context
 from sglang_dcp.layers.adaptors.base import DcpAdaptor, Partial
 from sglang_dcp.layers.attention_ref import attention_with_lse_ref
 
@@ -25,6 +26,24 @@ def create_torch_native_backend(runner: Any) -> Any:
     from sglang_dcp.layers.attention import DcpAttentionBackend
 
     return DcpAttentionBackend.for_runner(TorchNativeAdaptor, runner)
+
+
+def mla_forward_method(attention: Any, batch: Any) -> Any:
+    """Seam: registry entry `torch_native` of DeepSeek; absorbed MLA in every mode.
+
+    Absorbed, K/V reach the pool through the attention backend and are read from there.
+    On a GPU without DCP the choice is SGLang's own, that of an unregistered backend.
+    """
+    from sglang.srt.models.deepseek_common.attention_backend_handler import (
+        AttentionBackendRegistry,
+    )
+    from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import (
+        AttnForwardMethod,
+    )
+
+    if find_context() is None and torch.cuda.is_available():
+        return AttentionBackendRegistry.get_handler("triton")(attention, batch)
+    return AttnForwardMethod.MLA
 
 
 class TorchNativeAdaptor(DcpAdaptor):

@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# On a bare GPU machine without network: unpack SGLang, run the GPU tests, measure; the
+# short table comes last. Variables:
+#   STACK  archive of SGLang and what it needs beside torch; unpacked into SITE
+#   CACHE  archive of compiled kernels, unpacked into $HOME; they name SITE by its path
+#   OUT    where logs and results go
+#   PARTS  which of: merge exchange server bench
+#   MIXING which values of NCCL_GRAPH_MIXING_SUPPORT to measure with
+set -uo pipefail
+cd "$(dirname "$0")/.."
+: "${STACK:?}" "${SITE:?}" "${OUT:?}"
+PARTS=${PARTS:-merge exchange server bench}
+unset PYTHONDONTWRITEBYTECODE
+export PYTHONPATH=$SITE:$PWD/python PYTHONUNBUFFERED=1 OMP_NUM_THREADS=4
+began=$SECONDS
+
+say() { echo "[$((SECONDS - began)) s] $*"; }
+wanted() { [[ " $PARTS " == *" $1 "* ]]; }
+
+if [[ ! -d $SITE ]]; then
+  mkdir -p "$SITE"
+  tar -C "$SITE" -xf "$STACK"
+  if [[ -n ${CACHE:-} ]]; then tar -C "$HOME" -xf "$CACHE"; fi
+  say unpacked
+  # Many processes import SGLang at once: compile it once before.
+  python3 -m compileall -q -j 0 "$SITE" >/dev/null 2>&1
+  say compiled
+fi
+
+run_tests() {
+  local name=$1 limit=$2
+  shift 2
+  timeout "$limit" python3 -m pytest -q -p no:cacheprovider --durations=3 \
+    --basetemp="/tmp/gpu-tests-$name" "$@" >"$OUT/$name.log" 2>&1
+  say "$name ended with $?"
+}
+
+# None of these is timed, so they may share the machine.
+wanted merge && run_tests merge 200 -n 10 test/srt/test_merge_gpu.py &
+wanted exchange && run_tests exchange 240 test/srt/test_exchange_gpu.py &
+wanted server && run_tests server 270 -s test/srt/test_server_gpu.py &
+wait
+tar -C /tmp --ignore-failed-read -czf "$OUT/server-logs.tgz" \
+  gpu-tests-server/fleet0 --exclude=*.safetensors 2>/dev/null
+
+if wanted bench; then
+  for mixing in ${MIXING:-1 0}; do
+    NCCL_GRAPH_MIXING_SUPPORT=$mixing timeout 100 python3 benchmark/bench_exchange.py \
+      "$OUT/exchange-mixing$mixing.csv" >"$OUT/bench$mixing.log" 2>&1
+    say "bench with NCCL_GRAPH_MIXING_SUPPORT=$mixing ended with $?"
+  done
+fi
+for part in merge exchange server; do
+  wanted "$part" || continue
+  echo "== $part"
+  grep -E "max \|d|^(FAILED|ERROR)|passed|failed|error" "$OUT/$part.log" | tail -12 | cut -c1-400
+done
+for log in "$OUT"/bench?.log; do
+  echo "== $log"
+  tail -12 "$log" | cut -c1-400
+done
+say end
