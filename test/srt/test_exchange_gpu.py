@@ -68,35 +68,21 @@ def exchange_cases() -> dict[str, Case]:
 
 
 CASES = exchange_cases()
-NAMES = [
-    *(f"all_to_all-{mode}-{dtype}" for mode in ALL_TO_ALL for dtype in WIRE_DTYPES),
-    *CASES,
-    *(f"gather_heads-{mode}" for mode in MODES),
-    *(f"layers-in-one-graph-{backend}" for backend in EXCHANGES),
-    "groups",
-]
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    return Ranks(__file__, WORLD_SIZE, tmp_path_factory.mktemp("nccl"))
-
-
-@needs_gpus(WORLD_SIZE)
-@pytest.mark.parametrize("name", NAMES)
-def test_every_rank(name: str, ranks: Ranks) -> None:
-    ranks.assert_passed(name)
 
 
 def check_groups(group: Any) -> None:
-    """What `init_dcp_groups` asks for on GPU: PyNccl off until a capture turns it on."""
-    from sglang.srt.distributed import parallel_state
-
-    comm = group.pynccl_comm
+    """What `init_dcp_groups` asks for on GPU: PyNccl in captures and nowhere else."""
+    comm, sends = group.pynccl_comm, []
     assert comm is not None and comm.available and comm.disabled
     assert group.ca_comm is None and group.world_size == WORLD_SIZE
-    with parallel_state.graph_capture():
-        assert not comm.disabled
+    send, source = comm.nccl.ncclSend, torch.ones(WORLD_SIZE, device="cuda")
+    exchange = partial(group.all_to_all_single, torch.empty_like(source), source)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comm.nccl, "ncclSend", lambda *a: sends.append(a) or send(*a))
+        exchange()
+        assert not sends
+        capture(exchange)
+    assert len(sends) == 2 * (WORLD_SIZE - 1), "warm-up and capture, to each peer"
     assert comm.disabled
 
 
@@ -292,6 +278,17 @@ def checks(group: Any) -> Iterator[tuple[str, Callable[[], None]]]:
 
 def body(group: Any) -> Outcomes:
     return {name: fault_of(check) for name, check in checks(group)}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    return Ranks(__file__, WORLD_SIZE, tmp_path_factory.mktemp("nccl"))
+
+
+@needs_gpus(WORLD_SIZE)
+@pytest.mark.parametrize("name", [name for name, _ in checks(None)])
+def test_every_rank(name: str, ranks: Ranks) -> None:
+    ranks.assert_passed(name)
 
 
 if __name__ == "__main__":
