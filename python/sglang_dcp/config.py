@@ -48,6 +48,14 @@ class DcpConfig:
         return self.layout.tp_size
 
 
+def dcp_of(server_args: object) -> Optional[DcpConfig]:
+    """The config of a server's arguments, None where DCP is off.
+
+    Also for a plain `ServerArgs`, which somebody may have built from SGLang's class.
+    """
+    return getattr(server_args, "dcp", None)
+
+
 def resolve_config(
     *,
     tp_size: int,

@@ -7,6 +7,7 @@ from typing import Any, Callable
 
 import torch
 
+from sglang_dcp.config import dcp_of
 from sglang_dcp.context import DcpContext, clear_context, find_context, set_context
 
 logger = logging.getLogger(__name__)
@@ -22,12 +23,13 @@ def configure_scheduler_process(
     SystemExit
         Where DCP is on and a seam is not live or SGLang's source is not the known one.
     """
-    if server_args.dcp is None:
+    config = dcp_of(server_args)
+    if config is None:
         return
     from sglang_dcp.verify import exit_unless_verified
 
     exit_unless_verified()
-    set_context(DcpContext(server_args.dcp, tp_rank))
+    set_context(DcpContext(config, tp_rank))
 
 
 def initialize_model_parallel(result: Any, *args: Any, **kwargs: Any) -> Any:

@@ -9,8 +9,7 @@ from __future__ import annotations
 from typing import Any, Callable, NamedTuple, Optional
 
 from sglang_dcp.config import DcpConfig, DcpConfigError
-
-ADAPTORS = ("torch_native",)
+from sglang_dcp.layers.adaptors.registry import adaptor_names
 
 # Built with the model-agnostic head sharding and compared with tp 1 in test/srt.
 GQA_ARCHITECTURES = (
@@ -240,8 +239,8 @@ MODEL_REFUSALS: tuple[Refusal, ...] = (
 )
 
 
-def check_server_args(args: Any) -> None:
-    """Refuse what `SERVER_REFUSALS` and the adaptor list name.
+def check_server_args(args: Any, *, mla: bool = False) -> None:
+    """Refuse what `SERVER_REFUSALS` names and attention backends without an adaptor.
 
     Raises
     ------
@@ -249,15 +248,29 @@ def check_server_args(args: Any) -> None:
         With the first refused flag, its value, the reason and the way out.
     """
     _check(SERVER_REFUSALS, args)
-    for flag in ("attention", "prefill_attention", "decode_attention"):
-        name = getattr(args, f"{flag}_backend")
-        if name is not None and name not in ADAPTORS:
+    names = adaptor_names(device=args.device, mla=mla)
+    used = {}
+    for kind in ("attention", "prefill_attention", "decode_attention"):
+        name = getattr(args, f"{kind}_backend")
+        flag = f"--{kind.replace('_', '-')}-backend"
+        if name is None:
+            continue
+        if name not in names:
+            served = "latent attention" if mla else f"device {args.device}"
             _refuse(
-                f"--{flag.replace('_', '-')}-backend",
+                flag,
                 name,
-                "this version has no adaptor for it",
-                f"use {', '.join(ADAPTORS)}",
+                f"this version has no adaptor for it on {served}",
+                f"use {', '.join(names)}",
             )
+        used[name] = flag
+    if len(used) > 1:
+        _refuse(
+            " and ".join(used.values()),
+            " and ".join(used),
+            "prefill and decode share one local view",
+            "name one backend with --attention-backend",
+        )
 
 
 def check_model(model: Any, config: DcpConfig) -> None:

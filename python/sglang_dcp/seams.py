@@ -71,138 +71,148 @@ class Seam:
 _SRT = "sglang.srt"
 
 SEAMS: tuple[Seam, ...] = (
-    Seam(
-        "server-args",
-        f"{_SRT}.server_args.ServerArgs",
-        Kind.REPLACE,
-        "sglang_dcp.server_args:DcpServerArgs",
-        "the flags, their rules, and logical pages for everything that schedules",
-    ),
-    Seam(
-        "engine-server-args",
-        f"{_SRT}.entrypoints.engine.Engine.server_args_class",
-        Kind.ATTRIBUTE,
-        "sglang_dcp.server_args:DcpServerArgs",
-        "Engine keeps the class in an attribute that no hook reaches",
-    ),
-    Seam(
-        "scheduler-process",
-        f"{_SRT}.managers.scheduler.configure_scheduler_process",
-        Kind.BEFORE,
-        "sglang_dcp.process:configure_scheduler_process",
-        "each scheduler proves its seams and learns its place in the layout",
-    ),
-    Seam(
-        "groups-init",
-        f"{_SRT}.distributed.parallel_state.initialize_model_parallel",
-        Kind.AFTER,
-        "sglang_dcp.process:initialize_model_parallel",
-        "_KVP and _ATTN_TP are made with the other groups",
-    ),
-    Seam(
-        "groups-destroy",
-        f"{_SRT}.distributed.parallel_state.destroy_model_parallel",
-        Kind.BEFORE,
-        "sglang_dcp.process:destroy_model_parallel",
-        "_KVP and _ATTN_TP end with the other groups",
-    ),
-    Seam(
-        "groups-capture",
-        f"{_SRT}.distributed.parallel_state.graph_capture",
-        Kind.AROUND,
-        "sglang_dcp.distributed.groups:graph_capture_with_dcp",
-        "collectives inside a CUDA graph need the group in capture mode",
-    ),
-    Seam(
-        "all-to-all-group",
-        f"{_SRT}.distributed.parallel_state.GroupCoordinator.all_to_all_single",
-        Kind.AROUND,
-        "sglang_dcp.process:group_all_to_all_single",
-        "0.5.16 has torch.distributed on CUDA alone: not on CPU, not in a CUDA graph",
-    ),
-    Seam(
-        "all-to-all-pynccl",
-        f"{_SRT}.distributed.device_communicators.pynccl"
-        ".PyNcclCommunicator.all_to_all_single",
-        Kind.ATTRIBUTE,
-        "sglang_dcp.distributed.all_to_all:pynccl_all_to_all_single",
-        "0.5.16 has no such method",
-    ),
-    Seam(
-        "kv-heads-config",
-        f"{_SRT}.configs.model_config.ModelConfig.from_server_args",
-        Kind.AROUND,
-        "sglang_dcp.layers.heads:model_config_from_server_args",
-        "model, pool and backend read the KV-head count from here",
-    ),
-    Seam(
-        "kv-heads-weights",
-        f"{_SRT}.layers.linear.QKVParallelLinear.__init__",
-        Kind.AROUND,
-        "sglang_dcp.layers.heads:qkv_parallel_linear_init",
-        "ranks of one KVP group load the same K/V heads",
-    ),
-    Seam(
-        "kv-pool-budget",
-        f"{_SRT}.mem_cache.kv_cache_configurator.KVCacheConfigurator"
-        ".config_from_budget",
-        Kind.AFTER,
-        "sglang_dcp.layers.kv_pool:config_from_budget",
-        "the scheduler counts logical tokens: KVP x what one rank holds",
-    ),
-    Seam(
-        "kv-pool-mha",
-        f"{_SRT}.mem_cache.kv_cache_configurator.KVCacheConfigurator._build_mha_kv_pool",
-        Kind.AROUND,
-        "sglang_dcp.layers.kv_pool:build_kv_pool",
-        "a rank's pool holds only the positions that it owns",
-    ),
-    Seam(
-        "kv-pool-mla",
-        f"{_SRT}.mem_cache.kv_cache_configurator.KVCacheConfigurator._build_mla_kv_pool",
-        Kind.AROUND,
-        "sglang_dcp.layers.kv_pool:build_kv_pool",
-        "a rank's pool holds only the positions that it owns",
-    ),
-    Seam(
-        "fused-kv-write",
-        f"{_SRT}.models.utils.enable_fused_set_kv_buffer",
-        Kind.AROUND,
-        "sglang_dcp.layers.kv_pool:enable_fused_set_kv_buffer",
-        "the fused RoPE kernel writes logical slots into a rank's pool",
-    ),
-    Seam(
-        "attention-torch-native",
-        f"{_SRT}.layers.attention.attention_registry.ATTENTION_BACKENDS[torch_native]",
-        Kind.ENTRY,
-        "sglang_dcp.layers.adaptors.torch_native:create_torch_native_backend",
-        "the DCP-aware RadixAttention",
-    ),
-    Seam(
-        "mla-torch-native",
-        f"{_SRT}.models.deepseek_common.attention_backend_handler"
-        ".AttentionBackendRegistry._handlers[torch_native]",
-        Kind.ENTRY,
-        "sglang_dcp.layers.adaptors.torch_native:mla_forward_method",
-        "prefill would expand the latent to heads and write it to logical slots",
-    ),
-    Seam(
-        "q-replication",
-        f"{_SRT}.model_executor.model_runner.ModelRunner.load_model",
-        Kind.AFTER,
-        "sglang_dcp.layers.q_replication:after_load_model",
-        "--dcp-replicate-q-proj widens the loaded Q projection",
-    ),
-) + tuple(
-    Seam(
-        f"q-replication-{source}",
-        f"{_SRT}.model_executor.model_runner_components.weight_updater"
-        f".WeightUpdater.update_weights_from_{source}",
-        Kind.AROUND,
-        "sglang_dcp.layers.q_replication:around_weight_update",
-        "new weights must reach the widened copy too",
+    (
+        Seam(
+            "server-args",
+            f"{_SRT}.server_args.ServerArgs",
+            Kind.REPLACE,
+            "sglang_dcp.server_args:DcpServerArgs",
+            "the flags, their rules, and logical pages for everything that schedules",
+        ),
+        Seam(
+            "engine-server-args",
+            f"{_SRT}.entrypoints.engine.Engine.server_args_class",
+            Kind.ATTRIBUTE,
+            "sglang_dcp.server_args:DcpServerArgs",
+            "Engine keeps the class in an attribute that no hook reaches",
+        ),
+        Seam(
+            "scheduler-process",
+            f"{_SRT}.managers.scheduler.configure_scheduler_process",
+            Kind.BEFORE,
+            "sglang_dcp.process:configure_scheduler_process",
+            "each scheduler proves its seams and learns its place in the layout",
+        ),
+        Seam(
+            "groups-init",
+            f"{_SRT}.distributed.parallel_state.initialize_model_parallel",
+            Kind.AFTER,
+            "sglang_dcp.process:initialize_model_parallel",
+            "_KVP and _ATTN_TP are made with the other groups",
+        ),
+        Seam(
+            "groups-destroy",
+            f"{_SRT}.distributed.parallel_state.destroy_model_parallel",
+            Kind.BEFORE,
+            "sglang_dcp.process:destroy_model_parallel",
+            "_KVP and _ATTN_TP end with the other groups",
+        ),
+        Seam(
+            "groups-capture",
+            f"{_SRT}.distributed.parallel_state.graph_capture",
+            Kind.AROUND,
+            "sglang_dcp.distributed.groups:graph_capture_with_dcp",
+            "collectives inside a CUDA graph need the group in capture mode",
+        ),
+        Seam(
+            "all-to-all-group",
+            f"{_SRT}.distributed.parallel_state.GroupCoordinator.all_to_all_single",
+            Kind.AROUND,
+            "sglang_dcp.process:group_all_to_all_single",
+            "0.5.16 has torch.distributed on CUDA alone: not on CPU, not in a CUDA graph",
+        ),
+        Seam(
+            "all-to-all-pynccl",
+            f"{_SRT}.distributed.device_communicators.pynccl"
+            ".PyNcclCommunicator.all_to_all_single",
+            Kind.ATTRIBUTE,
+            "sglang_dcp.distributed.all_to_all:pynccl_all_to_all_single",
+            "0.5.16 has no such method",
+        ),
+        Seam(
+            "kv-heads-config",
+            f"{_SRT}.configs.model_config.ModelConfig.from_server_args",
+            Kind.AROUND,
+            "sglang_dcp.layers.heads:model_config_from_server_args",
+            "model, pool and backend read the KV-head count from here",
+        ),
+        Seam(
+            "kv-heads-weights",
+            f"{_SRT}.layers.linear.QKVParallelLinear.__init__",
+            Kind.AROUND,
+            "sglang_dcp.layers.heads:qkv_parallel_linear_init",
+            "ranks of one KVP group load the same K/V heads",
+        ),
+        Seam(
+            "kv-pool-budget",
+            f"{_SRT}.mem_cache.kv_cache_configurator.KVCacheConfigurator"
+            ".config_from_budget",
+            Kind.AFTER,
+            "sglang_dcp.layers.kv_pool:config_from_budget",
+            "the scheduler counts logical tokens: KVP x what one rank holds",
+        ),
+        Seam(
+            "kv-pool-mha",
+            f"{_SRT}.mem_cache.kv_cache_configurator.KVCacheConfigurator._build_mha_kv_pool",
+            Kind.AROUND,
+            "sglang_dcp.layers.kv_pool:build_kv_pool",
+            "a rank's pool holds only the positions that it owns",
+        ),
+        Seam(
+            "kv-pool-mla",
+            f"{_SRT}.mem_cache.kv_cache_configurator.KVCacheConfigurator._build_mla_kv_pool",
+            Kind.AROUND,
+            "sglang_dcp.layers.kv_pool:build_kv_pool",
+            "a rank's pool holds only the positions that it owns",
+        ),
+        Seam(
+            "fused-kv-write",
+            f"{_SRT}.models.utils.enable_fused_set_kv_buffer",
+            Kind.AROUND,
+            "sglang_dcp.layers.kv_pool:enable_fused_set_kv_buffer",
+            "the fused RoPE kernel writes logical slots into a rank's pool",
+        ),
+        Seam(
+            "mla-torch-native",
+            f"{_SRT}.models.deepseek_common.attention_backend_handler"
+            ".AttentionBackendRegistry._handlers[torch_native]",
+            Kind.ENTRY,
+            "sglang_dcp.layers.adaptors.torch_native:mla_forward_method",
+            "prefill would expand the latent to heads and write it to logical slots",
+        ),
+        Seam(
+            "q-replication",
+            f"{_SRT}.model_executor.model_runner.ModelRunner.load_model",
+            Kind.AFTER,
+            "sglang_dcp.layers.q_replication:after_load_model",
+            "--dcp-replicate-q-proj widens the loaded Q projection",
+        ),
     )
-    for source in ("disk", "distributed", "tensor", "ipc")
+    + tuple(
+        Seam(
+            f"attention-{name}",
+            f"{_SRT}.layers.attention.attention_registry.ATTENTION_BACKENDS[{name}]",
+            Kind.ENTRY,
+            f"sglang_dcp.layers.adaptors.registry:{creator}",
+            "the DCP-aware RadixAttention",
+        )
+        for name, creator in (
+            ("torch_native", "create_torch_native_backend"),
+            ("triton", "create_triton_backend"),
+            ("fa3", "create_flashattention_v3_backend"),
+        )
+    )
+    + tuple(
+        Seam(
+            f"q-replication-{source}",
+            f"{_SRT}.model_executor.model_runner_components.weight_updater"
+            f".WeightUpdater.update_weights_from_{source}",
+            Kind.AROUND,
+            "sglang_dcp.layers.q_replication:around_weight_update",
+            "new weights must reach the widened copy too",
+        )
+        for source in ("disk", "distributed", "tensor", "ipc")
+    )
 )
 
 CPU_SEAMS: tuple[Seam, ...] = (

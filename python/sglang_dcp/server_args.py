@@ -98,6 +98,15 @@ class DcpServerArgs(ServerArgs):
         """Never under DCP: the resize counts one rank's tokens as logical ones."""
         return self.dcp is None and super().post_capture_kv_sizing_planned()
 
+    def _get_default_attn_backend(
+        self, use_mla_backend: bool, model_config: Any
+    ) -> str:
+        """SGLang's choice, or what DCP has an adaptor for."""
+        preferred = super()._get_default_attn_backend(use_mla_backend, model_config)
+        if self.dcp is None:
+            return preferred
+        return default_backend(self.device, preferred, mla=use_mla_backend)
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickled in a scheduler: from here on a missing seam ends the process."""
         self.__dict__.update(state)
@@ -114,7 +123,7 @@ def _cli_error(error: DcpConfigError) -> int:
 
 def prepare(args: Any) -> None:
     """Seam: before SGLang resolves `args` (whose `dcp` is set)."""
-    from sglang_dcp.refusals import ADAPTORS, check_server_args
+    from sglang_dcp.refusals import check_server_args
     from sglang_dcp.verify import verify_seams
 
     verify_seams()
@@ -124,9 +133,23 @@ def prepare(args: Any) -> None:
         args.prefill_attention_backend,
         args.decode_attention_backend,
     )
-    if all(name is None for name in named):
-        args.attention_backend = ADAPTORS[0]
-        logger.info("DCP: no attention backend named, using %s", args.attention_backend)
+    # On a GPU, SGLang asks `_get_default_attn_backend` once it knows the model.
+    if args.device == "cpu" and all(name is None for name in named):
+        args.attention_backend = default_backend("cpu", None, mla=False)
+
+
+def default_backend(
+    device: Optional[str], preferred: Optional[str], *, mla: bool
+) -> str:
+    """The attention backend where the user names none: SGLang's choice if it can serve."""
+    from sglang_dcp.layers.adaptors.registry import adaptor_names
+
+    names = adaptor_names(device=device, mla=mla)
+    # Without its own kernels here (no Hopper), FA3 is not what SGLang prefers.
+    others = [name for name in names if name != "fa3"]
+    chosen = preferred if preferred in names else others[0]
+    logger.info("DCP: no attention backend named, using %s", chosen)
+    return chosen
 
 
 def finish(args: Any) -> None:
@@ -135,18 +158,22 @@ def finish(args: Any) -> None:
 
     if args.model_path.lower() in ("none", "dummy"):
         return
-    check_server_args(args)
+    check_server_args(args, mla=args.use_mla_backend())
     _turn_off_prefill_graph(args)
     page_size = args.page_size or 1
     config = dataclasses.replace(args.dcp, page_size=page_size)
+    logical = page_size * config.dcp_size
+    if args.device != "cpu" and logical & (logical - 1):
+        raise DcpConfigError(
+            f"--page-size {page_size} x --dcp-size {config.dcp_size} is {logical}: "
+            "SGLang's GPU allocator needs a power of two; choose others"
+        )
     args.override(
         "dcp.logical_pages",
         dcp=config,
         attn_tp_size=config.attn_tp_size,
-        page_size=page_size * config.dcp_size,
-        chunked_prefill_size=_align_chunk(
-            args.chunked_prefill_size, page_size * config.dcp_size
-        ),
+        page_size=logical,
+        chunked_prefill_size=_align_chunk(args.chunked_prefill_size, logical),
     )
 
 

@@ -112,7 +112,20 @@ def _seam_state(seam: Seam, manifest: dict[str, str]) -> SeamState:
         return SeamState(seam, "missing", name)
     if manifest[name] != file_hash(path):
         return SeamState(seam, "drifted", name)
+    if not _exists(seam):
+        return SeamState(seam, "missing", name)
     return SeamState(seam, "live" if is_live(seam) else "not hooked", name)
+
+
+def _exists(seam: Seam) -> bool:
+    """Whether SGLang has the target, or it is one that only we provide."""
+    if seam.kind in (Kind.ATTRIBUTE, Kind.ENTRY):
+        return True
+    try:
+        pkgutil.resolve_name(seam.target)
+    except (ImportError, AttributeError):
+        return False
+    return True
 
 
 def is_live(seam: Seam) -> bool:

@@ -7,7 +7,7 @@ own keys and the KVP group exchanges partial outputs (Helix, arXiv 2507.07120, 2
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Callable, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
@@ -69,19 +69,18 @@ class DcpAttentionBackend(AttentionBackend):
         self._view: Optional[LocalView] = None
 
     @classmethod
-    def for_runner(
-        cls, adaptor: Callable[[torch.Tensor, Any], DcpAdaptor], runner: Any
-    ) -> DcpAttentionBackend:
+    def for_runner(cls, adaptor: type[DcpAdaptor], runner: Any) -> DcpAttentionBackend:
         """Build for SGLang's `ModelRunner` from the process's context and groups."""
         from sglang_dcp.context import get_context
         from sglang_dcp.distributed.exchange import create_exchange
         from sglang_dcp.distributed.groups import get_kvp_group
+        from sglang_dcp.layers.local_runner import LocalRunner
 
         context = get_context()
         table = runner.req_to_token_pool.req_to_token
         views = LocalViewBuilder(table, context.config.dcp_size, context.kvp_rank)
         return cls(
-            adaptor(views.local_table, runner.token_to_kv_pool),
+            adaptor.from_runner(LocalRunner(runner, views.local_table, context.config)),
             views,
             create_exchange(context.config.comm_backend, get_kvp_group()),
             context,
@@ -96,12 +95,36 @@ class DcpAttentionBackend(AttentionBackend):
             return
         self._view = self._views.build(forward_batch)
         self.adaptor.init_forward_metadata(forward_batch, self._view.batch)
+        self._select_q_width(wide=forward_batch.forward_mode.is_decode())
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        """Allocate the local view and the adaptor's state of captured decode steps."""
+        self._views.init_static(max_bs)
+        self.adaptor.init_cuda_graph_state(max_bs, max_num_tokens)
+
+    def init_forward_metadata_out_graph(
+        self, forward_batch: ForwardBatch, in_capture: bool = False
+    ) -> None:
+        """Refresh, outside the graph, what a captured decode step reads."""
+        if not forward_batch.forward_mode.is_decode():
+            raise NotImplementedError(
+                f"DCP captures decode only, not {forward_batch.forward_mode}"
+            )
+        self._view = self._views.build_static(forward_batch)
+        self.adaptor.init_graph_metadata(self._view.batch, in_capture)
+        self._select_q_width(wide=True)
+
+    def get_cuda_graph_seq_len_fill_value(self) -> int:
+        """Length of padding rows: one token, which lies on KVP rank 0."""
+        return 1
+
+    def _select_q_width(self, *, wide: bool) -> None:
         if self._q_replicas is not None:
-            self._q_replicas.select(wide=forward_batch.forward_mode.is_decode())
+            self._q_replicas.select(wide=wide)
 
     def support_triton(self) -> bool:
-        """False: slots and positions are computed in torch, as torch_native asks."""
-        return False
+        """Whether SGLang may compute slots and positions with Triton kernels."""
+        return torch.cuda.is_available()
 
     def forward_decode(
         self,
@@ -216,11 +239,10 @@ class DcpAttentionBackend(AttentionBackend):
 
 
 def _mask_empty(partial: Partial, view: LocalView) -> Partial:
-    """Rows without a key on this rank: out 0, LSE -inf, whatever the kernel returned."""
-    rows = view.empty_rows
-    if rows is None:
-        return partial
+    """Rows without a key on this rank: LSE -inf, whatever the kernel returned.
+
+    That alone decides: no merge reads the output of an empty shard.
+    """
     return Partial(
-        partial.out.masked_fill(rows[:, None, None], 0.0),
-        partial.lse.masked_fill(rows[:, None], float("-inf")),
+        partial.out, partial.lse.masked_fill(view.empty_rows[:, None], float("-inf"))
     )

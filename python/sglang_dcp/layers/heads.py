@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, Callable
 
-from sglang_dcp.config import DcpConfig
+from sglang_dcp.config import DcpConfig, dcp_of
 from sglang_dcp.context import find_context
 
 _MARK = "dcp_kv_head_scale"
@@ -26,8 +26,9 @@ def model_config_from_server_args(
         Before any weight is loaded, for a model that DCP does not support.
     """
     model = original(server_args, *args, **kwargs)
-    if server_args.dcp is not None:
-        scale_kv_heads(model, server_args.dcp)
+    config = dcp_of(server_args)
+    if config is not None:
+        scale_kv_heads(model, config)
     return model
 
 

@@ -11,12 +11,14 @@ import dataclasses
 import logging
 from typing import Any, Callable
 
+from sglang_dcp.config import dcp_of
+
 logger = logging.getLogger(__name__)
 
 
 def config_from_budget(result: Any, kvc: Any, *args: Any, **kwargs: Any) -> Any:
     """Seam: `KVCacheConfigurator.config_from_budget`, from one rank's tokens to all."""
-    config = kvc.server_args.dcp
+    config = dcp_of(kvc.server_args)
     if config is None:
         return result
     tokens = result.max_total_num_tokens
@@ -31,7 +33,7 @@ def build_kv_pool(
     **kwargs: Any,
 ) -> Any:
     """Seam: `_build_mha_kv_pool` and `_build_mla_kv_pool`, a rank's share of the rows."""
-    config = kvc.server_args.dcp
+    config = dcp_of(kvc.server_args)
     if config is None:
         return original(kvc, max_total_num_tokens=max_total_num_tokens, **kwargs)
     local = max_total_num_tokens // config.dcp_size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING, NamedTuple, Optional
 
 import torch
 
@@ -25,13 +25,21 @@ class LocalView:
         `out_cache_loc` of this rank's pool. In extend the lengths are the prefix's.
     reads_keys : bool
         Whether any rank reads keys from its pool; the same on all ranks.
-    empty_rows : Tensor [tokens] bool, or None
+    empty_rows : Tensor [tokens] bool
         Queries whose request has no key on this rank.
     """
 
     batch: ForwardBatch
     reads_keys: bool
-    empty_rows: Optional[torch.Tensor]
+    empty_rows: torch.Tensor
+
+
+class _StaticBatch(NamedTuple):
+    """What a captured decode step reads of a local batch, [max_bs] each."""
+
+    seq_lens: torch.Tensor
+    out_cache_loc: torch.Tensor
+    empty_rows: torch.Tensor
 
 
 class LocalViewBuilder:
@@ -50,6 +58,29 @@ class LocalViewBuilder:
         self._kvp_rank = kvp_rank
         rows, positions = table.shape
         self.local_table = table.new_zeros(rows, -(-positions // dcp_size))
+        self._static: Optional[_StaticBatch] = None
+
+    def init_static(self, max_bs: int) -> None:
+        """Allocate the tensors that captured decode steps read at every replay."""
+        device = self._table.device
+        self._static = _StaticBatch(
+            seq_lens=torch.zeros(max_bs, dtype=torch.int64, device=device),
+            out_cache_loc=torch.zeros(max_bs, dtype=torch.int64, device=device),
+            empty_rows=torch.zeros(max_bs, dtype=torch.bool, device=device),
+        )
+
+    def build_static(self, batch: ForwardBatch) -> LocalView:
+        """`build` for a decode step in a CUDA graph: same addresses at every replay."""
+        assert self._static is not None, "init_static has not run"
+        view = self.build(batch)
+        bs = batch.batch_size
+        static = _StaticBatch(*(tensor[:bs] for tensor in self._static))
+        static.seq_lens.copy_(view.batch.seq_lens)
+        static.out_cache_loc.copy_(view.batch.out_cache_loc)
+        static.empty_rows.copy_(view.empty_rows)
+        view.batch.seq_lens = static.seq_lens
+        view.batch.out_cache_loc = static.out_cache_loc
+        return LocalView(view.batch, True, static.empty_rows)
 
     def build(self, batch: ForwardBatch) -> LocalView:
         """Localise `batch` and refresh the table rows that it reads."""
@@ -83,5 +114,8 @@ class LocalViewBuilder:
         local.seq_lens = local_lens(lens, *where)
         local.seq_lens_cpu = local_lens(lens_cpu, *where)
         local.seq_lens_sum = int(local.seq_lens_cpu.sum())
+        if batch.forward_mode.is_extend():
+            local.extend_prefix_lens = local.seq_lens
+            local.extend_prefix_lens_cpu = local.seq_lens_cpu.tolist()
         local.out_cache_loc = local_slots(batch.out_cache_loc, *where)
         return local

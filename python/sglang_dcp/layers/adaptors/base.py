@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -36,8 +36,21 @@ class DcpAdaptor(ABC):
 
     is_lse_base_on_e: bool
 
+    @classmethod
+    @abstractmethod
+    def from_runner(cls, runner: Any) -> DcpAdaptor:
+        """Build from a `LocalRunner`."""
+
     def init_forward_metadata(self, batch: ForwardBatch, local: ForwardBatch) -> None:
-        """Plan for one forward; both views of the same batch."""
+        """Plan for one eager forward; both views of the same batch."""
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        """Allocate what captured decode steps read; before the first capture."""
+        raise NotImplementedError(f"{type(self).__name__} has no CUDA graphs")
+
+    def init_graph_metadata(self, local: ForwardBatch, in_capture: bool) -> None:
+        """Plan a captured or replayed decode step, outside the graph."""
+        raise NotImplementedError(f"{type(self).__name__} has no CUDA graphs")
 
     @abstractmethod
     def decode(

@@ -15,19 +15,6 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 
-def create_torch_native_backend(runner: Any) -> Any:
-    """Seam: registry entry `torch_native`; SGLang's own backend where DCP is off."""
-    from sglang.srt.layers.attention.attention_registry import (
-        create_torch_native_backend as original,
-    )
-
-    if runner.server_args.dcp is None:
-        return original(runner)
-    from sglang_dcp.layers.attention import DcpAttentionBackend
-
-    return DcpAttentionBackend.for_runner(TorchNativeAdaptor, runner)
-
-
 def mla_forward_method(attention: Any, batch: Any) -> Any:
     """Seam: registry entry `torch_native` of DeepSeek; absorbed MLA in every mode.
 
@@ -62,6 +49,10 @@ class TorchNativeAdaptor(DcpAdaptor):
     def __init__(self, local_table: torch.Tensor, kv_pool: Any) -> None:
         self._table = local_table
         self._pool = kv_pool
+
+    @classmethod
+    def from_runner(cls, runner: Any) -> TorchNativeAdaptor:
+        return cls(runner.req_to_token_pool.req_to_token, runner.token_to_kv_pool)
 
     def decode(
         self, q: torch.Tensor, layer: RadixAttention, local: ForwardBatch

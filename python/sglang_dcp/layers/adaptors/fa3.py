@@ -1,0 +1,149 @@
+"""Adaptor for `--attention-backend fa3`: FlashAttention-3, SGLang's default on Hopper."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Optional
+
+import torch
+
+from sglang_dcp.layers.adaptors.base import DcpAdaptor, Partial
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+
+@dataclass(frozen=True)
+class _Extend:
+    """Plan of an extend forward, shared by its layers."""
+
+    cu_seqlens_q: torch.Tensor  # [requests + 1] int32
+    max_seqlen_q: int
+    page_table: torch.Tensor  # [requests, pages] int32, of the local prefix
+    cache_seqlens: torch.Tensor  # [requests] int32, local prefix lengths
+
+
+class Fa3Adaptor(DcpAdaptor):
+    """SGLang's FlashAttention backend plans decode; kernels are called with their LSE.
+
+    FA3 returns the LSE in natural log as [heads, tokens].
+    """
+
+    is_lse_base_on_e = True
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+        self._extend: Optional[_Extend] = None
+
+    @classmethod
+    def from_runner(cls, runner: Any) -> Fa3Adaptor:
+        from sglang.srt.layers.attention.attention_registry import (
+            create_flashattention_v3_backend,
+        )
+
+        return cls(create_flashattention_v3_backend(runner))
+
+    def init_forward_metadata(self, batch: ForwardBatch, local: ForwardBatch) -> None:
+        if batch.forward_mode.is_extend():
+            self._extend = self._plan_extend(batch, local)
+        else:
+            self._inner.init_forward_metadata(local)
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        self._inner.init_cuda_graph_state(max_bs, max_num_tokens)
+
+    def init_graph_metadata(self, local: ForwardBatch, in_capture: bool) -> None:
+        self._inner.init_forward_metadata_out_graph(local, in_capture=in_capture)
+
+    def decode(
+        self, q: torch.Tensor, layer: RadixAttention, local: ForwardBatch
+    ) -> Partial:
+        plan = self._inner.forward_metadata
+        return self._paged(
+            q,
+            layer,
+            page_table=plan.page_table,
+            cache_seqlens=plan.cache_seqlens_int32,
+            cu_seqlens_q=plan.cu_seqlens_q,
+            max_seqlen_q=1,
+            scheduler_metadata=plan.scheduler_metadata,
+            # One query sees every key either way; the plan was made for causal.
+            causal=True,
+        )
+
+    def extend_new(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        batch: ForwardBatch,
+    ) -> Partial:
+        plan = self._plan()
+        return _partial(
+            self._inner.flash_attn_varlen_func(
+                q=q.contiguous(),
+                k=k.contiguous(),
+                v=v.contiguous(),
+                cu_seqlens_q=plan.cu_seqlens_q,
+                cu_seqlens_k=plan.cu_seqlens_q,
+                max_seqlen_q=plan.max_seqlen_q,
+                max_seqlen_k=plan.max_seqlen_q,
+                softmax_scale=layer.scaling,
+                causal=True,
+                return_softmax_lse=True,
+            )
+        )
+
+    def extend_prefix(
+        self, q: torch.Tensor, layer: RadixAttention, local: ForwardBatch
+    ) -> Partial:
+        plan = self._plan()
+        return self._paged(
+            q,
+            layer,
+            page_table=plan.page_table,
+            cache_seqlens=plan.cache_seqlens,
+            cu_seqlens_q=plan.cu_seqlens_q,
+            max_seqlen_q=plan.max_seqlen_q,
+            causal=False,
+        )
+
+    def _paged(self, q: torch.Tensor, layer: RadixAttention, **plan: Any) -> Partial:
+        keys, values = self._inner.token_to_kv_pool.get_kv_buffer(layer.layer_id)
+        page = self._inner.page_size
+        return _partial(
+            self._inner.flash_attn_with_kvcache(
+                q=q.contiguous(),
+                k_cache=keys.view(-1, page, *keys.shape[1:]),
+                v_cache=values.view(-1, page, *values.shape[1:]),
+                softmax_scale=layer.scaling,
+                num_splits=self._inner.num_splits,
+                return_softmax_lse=True,
+                **plan,
+            )
+        )
+
+    def _plan_extend(self, batch: ForwardBatch, local: ForwardBatch) -> _Extend:
+        lens = batch.extend_seq_lens
+        page = self._inner.page_size
+        longest = max(int(local.seq_lens_cpu.max()), 1)
+        table = self._inner.req_to_token[batch.req_pool_indices, :longest:page]
+        return _Extend(
+            cu_seqlens_q=torch.nn.functional.pad(
+                torch.cumsum(lens, 0, dtype=torch.int32), (1, 0)
+            ),
+            max_seqlen_q=max(batch.extend_seq_lens_cpu),
+            page_table=(table // page).to(torch.int32),
+            cache_seqlens=local.seq_lens.to(torch.int32),
+        )
+
+    def _plan(self) -> _Extend:
+        assert self._extend is not None, "init_forward_metadata has not run"
+        return self._extend
+
+
+def _partial(returned: Any) -> Partial:
+    out, lse, *_ = returned
+    return Partial(out, lse.transpose(0, 1))

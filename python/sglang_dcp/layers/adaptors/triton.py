@@ -1,0 +1,151 @@
+"""Adaptor for `--attention-backend triton`: SGLang's Triton kernels."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Optional
+
+import torch
+
+from sglang_dcp.layers.adaptors.base import DcpAdaptor, Partial
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+
+class TritonAdaptor(DcpAdaptor):
+    """SGLang's Triton backend plans; its kernels are called with their LSE.
+
+    Natural log. Decode leaves one LSE a split of the keys, reduced here.
+    """
+
+    is_lse_base_on_e = True
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+        self._no_prefix: Optional[torch.Tensor] = None
+
+    @classmethod
+    def from_runner(cls, runner: Any) -> TritonAdaptor:
+        from sglang.srt.layers.attention.attention_registry import create_triton_backend
+
+        return cls(create_triton_backend(runner))
+
+    def init_forward_metadata(self, batch: ForwardBatch, local: ForwardBatch) -> None:
+        self._inner.init_forward_metadata(local)
+        if batch.forward_mode.is_extend():
+            self._no_prefix = torch.zeros_like(self._inner.forward_metadata.kv_indptr)
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        self._inner.init_cuda_graph_state(max_bs, max_num_tokens)
+
+    def init_graph_metadata(self, local: ForwardBatch, in_capture: bool) -> None:
+        self._inner.init_forward_metadata_out_graph(local, in_capture=in_capture)
+
+    def decode(
+        self, q: torch.Tensor, layer: RadixAttention, local: ForwardBatch
+    ) -> Partial:
+        from sglang_dcp.layers.split_lse import reduce_split_lse
+
+        inner, plan = self._inner, self._inner.forward_metadata
+        out = q.new_empty(q.shape[0], q.shape[1], layer.v_head_dim)
+        keys, values = inner.token_to_kv_pool.get_kv_buffer(layer.layer_id)
+        inner.decode_attention_fwd(
+            q.contiguous(),
+            keys,
+            values,
+            out,
+            plan.kv_indptr,
+            plan.kv_indices,
+            plan.attn_logits,
+            plan.attn_lse,
+            plan.num_kv_splits,
+            inner.max_kv_splits,
+            layer.scaling,
+            1.0,
+            1.0,
+            use_pdl=inner.use_pdl,
+            page_size=inner.page_size,
+        )
+        lse = reduce_split_lse(
+            plan.attn_lse[: q.shape[0]], plan.kv_indptr, plan.num_kv_splits
+        )
+        return Partial(out, lse)
+
+    def extend_new(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        batch: ForwardBatch,
+    ) -> Partial:
+        plan = self._inner.forward_metadata
+        return self._extend(
+            q,
+            k.contiguous(),
+            v.contiguous(),
+            layer,
+            kv_indptr=self._no_prefix,
+            kv_indices=plan.kv_indices[:0],
+            is_causal=True,
+            skip_prefix=True,
+        )
+
+    def extend_prefix(
+        self, q: torch.Tensor, layer: RadixAttention, local: ForwardBatch
+    ) -> Partial:
+        plan = self._inner.forward_metadata
+        # The kernel takes the K/V heads, and so the GQA ratio, from the new keys.
+        kv_heads = layer.tp_k_head_num
+        return self._extend(
+            q,
+            q.new_empty(0, kv_heads, layer.qk_head_dim),
+            q.new_empty(0, kv_heads, layer.v_head_dim),
+            layer,
+            kv_indptr=plan.kv_indptr,
+            kv_indices=plan.kv_indices,
+            is_causal=False,
+            skip_extend=True,
+        )
+
+    def _extend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        *,
+        kv_indptr: Optional[torch.Tensor],
+        kv_indices: torch.Tensor,
+        is_causal: bool,
+        skip_prefix: bool = False,
+        skip_extend: bool = False,
+    ) -> Partial:
+        inner, plan = self._inner, self._inner.forward_metadata
+        out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
+        lse = q.new_empty(q.shape[:2], dtype=torch.float32)
+        keys, values = inner.token_to_kv_pool.get_kv_buffer(layer.layer_id)
+        inner.extend_attention_fwd(
+            q.contiguous(),
+            k,
+            v,
+            out,
+            keys,
+            values,
+            plan.qo_indptr,
+            kv_indptr,
+            kv_indices,
+            None,
+            is_causal,
+            None,
+            plan.max_extend_len,
+            1.0,
+            1.0,
+            sm_scale=layer.scaling,
+            lse_extend=lse,
+            skip_prefix=skip_prefix,
+            skip_extend=skip_extend,
+            page_size=inner.page_size,
+        )
+        return Partial(out, lse)
