@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING, NamedTuple, Optional
 
 import torch
 
-from sglang_dcp.layers.layout import local_lens, local_slots, refresh_local_table
+from sglang_dcp.layers.layout import (
+    DUMMY_SLOT,
+    local_lens,
+    local_slots,
+    refresh_local_table,
+)
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -76,7 +81,10 @@ class LocalViewBuilder:
         bs = batch.batch_size
         static = _StaticBatch(*(tensor[:bs] for tensor in self._static))
         static.seq_lens.copy_(view.batch.seq_lens)
-        static.out_cache_loc.copy_(view.batch.out_cache_loc)
+        # Replayed batches are padded, their slots are not.
+        written = len(view.batch.out_cache_loc)
+        static.out_cache_loc[:written].copy_(view.batch.out_cache_loc)
+        static.out_cache_loc[written:].fill_(DUMMY_SLOT)
         static.empty_rows.copy_(view.empty_rows)
         view.batch.seq_lens = static.seq_lens
         view.batch.out_cache_loc = static.out_cache_loc
