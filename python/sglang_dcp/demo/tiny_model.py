@@ -97,15 +97,19 @@ def _mla(first_dense: int, q_lora_rank: int | None) -> TinyModel:
     return TinyModel("DeepseekV2Config", "DeepseekV2ForCausalLM", sizes, extra)
 
 
-_QWEN3_MOE = _gqa(
-    8,
-    2,
-    num_experts=4,
-    num_experts_per_tok=2,
-    moe_intermediate_size=64,
-    decoder_sparse_step=1,
-    norm_topk_prob=True,
-)
+def _qwen3_moe(q_heads: int, kv_heads: int, **more: Any) -> TinyModel:
+    sizes = _gqa(
+        q_heads,
+        kv_heads,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        decoder_sparse_step=1,
+        norm_topk_prob=True,
+        **more,
+    )
+    return TinyModel("Qwen3MoeConfig", "Qwen3MoeForCausalLM", sizes)
+
 
 KINDS: Mapping[str, TinyModel] = {
     "llama-1kv": _llama(8, 1),
@@ -119,7 +123,8 @@ KINDS: Mapping[str, TinyModel] = {
     "llama-odd": _llama(12, 3, hidden_size=240),
     "qwen2": TinyModel("Qwen2Config", "Qwen2ForCausalLM", _gqa(8, 2)),
     "qwen3": TinyModel("Qwen3Config", "Qwen3ForCausalLM", _gqa(8, 2)),
-    "qwen3-moe": TinyModel("Qwen3MoeConfig", "Qwen3MoeForCausalLM", _QWEN3_MOE),
+    "qwen3-moe": _qwen3_moe(8, 2),
+    "qwen3-moe-d128": _qwen3_moe(16, 4, head_dim=128),
     "mla-dense": _mla(first_dense=3, q_lora_rank=None),
     "mla-moe": _mla(first_dense=1, q_lora_rank=48),
 }
