@@ -1,24 +1,15 @@
 """What does not work with DCP yet, each named with its value and the way out.
 
-The checks read a resolved `ServerArgs` (or `ModelConfig`) and know nothing of
-processes, so that a test can hand them any object with the right attributes.
+The checks read a resolved `ServerArgs` and know nothing of processes, so that a test
+can hand them any object with the right attributes. Models: `model_refusals`.
 """
 
 from __future__ import annotations
 
 from typing import Any, Callable, NamedTuple, Optional
 
-from sglang_dcp.config import DcpConfig, DcpConfigError
+from sglang_dcp.config import DcpConfigError
 from sglang_dcp.layers.adaptors.registry import adaptor_names
-
-# Built with the model-agnostic head sharding and compared with tp 1 in test/srt.
-GQA_ARCHITECTURES = (
-    "LlamaForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-    "Qwen3MoeForCausalLM",
-)
-MLA_ARCHITECTURES = ("DeepseekV2ForCausalLM",)
 
 
 class Refusal(NamedTuple):
@@ -187,58 +178,6 @@ SERVER_REFUSALS: tuple[Refusal, ...] = (
 )
 
 
-def _sinks(model: Any) -> Optional[str]:
-    return "attention sinks" if model.has_attention_sinks else None
-
-
-def _windowed(model: Any) -> Optional[str]:
-    text = model.hf_text_config
-    layers = getattr(text, "layer_types", None) or ()
-    if model.is_hybrid_swa or any("sliding" in kind for kind in layers):
-        return "sliding window layers"
-    used = getattr(text, "use_sliding_window", True)
-    window = getattr(text, "sliding_window", None)
-    return f"sliding_window {window}" if used and window else None
-
-
-def _encoder_decoder(model: Any) -> Optional[str]:
-    return "cross attention" if model.is_encoder_decoder else None
-
-
-def _architecture(model: Any) -> Optional[str]:
-    known = GQA_ARCHITECTURES + MLA_ARCHITECTURES
-    name = (model.hf_config.architectures or ["?"])[0]
-    return None if name in known else name
-
-
-MODEL_REFUSALS: tuple[Refusal, ...] = (
-    Refusal(
-        "--model-path",
-        _encoder_decoder,
-        "encoder keys are not in the sharded pool",
-        "serve this model without DCP",
-    ),
-    Refusal(
-        "--model-path",
-        _sinks,
-        "each shard would add the sink once",
-        "serve this model without DCP",
-    ),
-    Refusal(
-        "--model-path",
-        _windowed,
-        "a window needs positions that a shard's own table does not hold",
-        "serve this model without DCP",
-    ),
-    Refusal(
-        "--model-path",
-        _architecture,
-        "models with DCP are " + ", ".join(GQA_ARCHITECTURES + MLA_ARCHITECTURES),
-        "serve this model without DCP",
-    ),
-)
-
-
 def check_server_args(args: Any, *, mla: bool = False) -> None:
     """Refuse what `SERVER_REFUSALS` names and attention backends without an adaptor.
 
@@ -247,7 +186,7 @@ def check_server_args(args: Any, *, mla: bool = False) -> None:
     DcpConfigError
         With the first refused flag, its value, the reason and the way out.
     """
-    _check(SERVER_REFUSALS, args)
+    check_table(SERVER_REFUSALS, args)
     names = adaptor_names(device=args.device, mla=mla)
     used = {}
     for kind in ("attention", "prefill_attention", "decode_attention"):
@@ -257,7 +196,7 @@ def check_server_args(args: Any, *, mla: bool = False) -> None:
             continue
         if name not in names:
             served = "latent attention" if mla else f"device {args.device}"
-            _refuse(
+            refuse(
                 flag,
                 name,
                 f"this version has no adaptor for it on {served}",
@@ -265,7 +204,7 @@ def check_server_args(args: Any, *, mla: bool = False) -> None:
             )
         used[name] = flag
     if len(used) > 1:
-        _refuse(
+        refuse(
             " and ".join(used.values()),
             " and ".join(used),
             "prefill and decode share one local view",
@@ -273,41 +212,15 @@ def check_server_args(args: Any, *, mla: bool = False) -> None:
         )
 
 
-def check_model(model: Any, config: DcpConfig) -> None:
-    """Refuse a model whose attention DCP cannot shard, before a weight is loaded.
-
-    `model` is SGLang's `ModelConfig` as read from disk: KV heads not yet scaled.
-    """
-    _check(MODEL_REFUSALS, model)
-    heads = model.hf_text_config.num_attention_heads
-    kv_heads = 1 if is_mla(model) else model.get_total_num_kv_heads()
-    try:
-        config.layout.check_heads(heads, kv_heads)
-    except ValueError as error:
-        raise DcpConfigError(str(error)) from None
-    if config.replicate_q_proj and model.quantization is not None:
-        _refuse(
-            "--dcp-replicate-q-proj",
-            f"with quantization {model.quantization}",
-            "only unquantized Q projections can be held at attn_tp width",
-            "drop the flag",
-        )
-
-
-def is_mla(model: Any) -> bool:
-    """Whether SGLang will serve `model` with latent (MLA) attention."""
-    from sglang.srt.configs.model_config import AttentionArch
-
-    return model.attention_arch == AttentionArch.MLA
-
-
-def _check(refusals: tuple[Refusal, ...], subject: Any) -> None:
+def check_table(refusals: tuple[Refusal, ...], subject: Any) -> None:
+    """Raise for the first entry of `refusals` that speaks for `subject`."""
     for refusal in refusals:
         value = refusal.value(subject)
         if value is not None:
-            _refuse(refusal.flag, value, refusal.reason, refusal.way_out)
+            refuse(refusal.flag, value, refusal.reason, refusal.way_out)
 
 
-def _refuse(flag: str, value: Any, reason: str, way_out: str) -> None:
+def refuse(flag: str, value: Any, reason: str, way_out: str) -> None:
+    """Raise `DcpConfigError` with flag, value, reason and way out."""
     shown = "" if value is True else f" {value}"
     raise DcpConfigError(f"{flag}{shown} does not work with DCP: {reason}; {way_out}")

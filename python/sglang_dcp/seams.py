@@ -190,7 +190,7 @@ SEAMS: tuple[Seam, ...] = (
     )
     + tuple(
         Seam(
-            f"attention-{name}",
+            f"attention-{name.replace('_', '-')}",
             f"{_SRT}.layers.attention.attention_registry.ATTENTION_BACKENDS[{name}]",
             Kind.ENTRY,
             f"sglang_dcp.layers.adaptors.registry:{creator}",

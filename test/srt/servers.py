@@ -17,7 +17,7 @@ def server(
 ) -> Iterator[ServerProcess]:
     """A float32 server that answers; gone with all its processes afterwards."""
     args = ["--dtype", "float32", "--random-seed", "0", *flags.split()]
-    with ServerProcess(model, args, env=env, grace=5.0) as running:
+    with ServerProcess(model, args, env=env, grace=0.0) as running:
         running.wait_ready(READY_SECONDS)
         yield running
 

@@ -16,18 +16,17 @@ import pytest
 
 from sglang_dcp.config import DcpConfig, DcpConfigError
 from sglang_dcp.distributed.topology import Layout
-from sglang_dcp.refusals import (
-    ADAPTORS,
+from sglang_dcp.layers.adaptors.registry import adaptor_names
+from sglang_dcp.model_refusals import (
     GQA_ARCHITECTURES,
     MLA_ARCHITECTURES,
     MODEL_REFUSALS,
-    SERVER_REFUSALS,
-    Refusal,
     check_model,
-    check_server_args,
 )
+from sglang_dcp.refusals import SERVER_REFUSALS, Refusal, check_server_args
 
 FINE_SERVER = dict(
+    device="cpu",
     speculative_algorithm=None,
     disaggregation_mode="null",
     enable_hierarchical_cache=False,
@@ -183,7 +182,40 @@ def test_attention_backend_without_adaptor(phase: str) -> None:
     subject = SimpleNamespace(**{**FINE_SERVER, name: "fa3"})
     with pytest.raises(DcpConfigError, match=f"--{phase}attention-backend fa3") as e:
         check_server_args(subject)
-    assert f"use {', '.join(ADAPTORS)}" in str(e.value)
+    assert "on device cpu" in str(e.value) and "use torch_native" in str(e.value)
+
+
+GPU_BACKENDS = {
+    "fa3": ({"attention_backend": "fa3"}, False, None),
+    "triton": ({"attention_backend": "triton"}, False, None),
+    "flashinfer": ({"attention_backend": "flashinfer"}, False, "use fa3, triton, "),
+    "fa3-mla": ({"attention_backend": "fa3"}, True, "latent attention; use torch_n"),
+    "two": (
+        {"attention_backend": "fa3", "decode_attention_backend": "triton"},
+        False,
+        "name one backend",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "changes, mla, message", GPU_BACKENDS.values(), ids=GPU_BACKENDS
+)
+def test_attention_backends_of_a_gpu(
+    changes: dict[str, Any], mla: bool, message: str | None
+) -> None:
+    subject = SimpleNamespace(**{**FINE_SERVER, "device": "cuda", **changes})
+    if message is None:
+        check_server_args(subject, mla=mla)
+        return
+    with pytest.raises(DcpConfigError, match=message):
+        check_server_args(subject, mla=mla)
+
+
+def test_a_default_exists_for_every_device_and_kind_of_attention() -> None:
+    for device in (None, "cpu", "cuda"):
+        for mla in (False, True):
+            assert adaptor_names(device=device, mla=mla)
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def scale_kv_heads(model: Any, config: DcpConfig) -> None:
 
     MLA has one latent head, which SGLang never shards: left alone.
     """
-    from sglang_dcp.refusals import check_model, is_mla
+    from sglang_dcp.model_refusals import check_model, is_mla
 
     if getattr(model.hf_text_config, _MARK, None) is not None:
         return

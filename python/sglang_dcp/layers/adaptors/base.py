@@ -37,9 +37,9 @@ class DcpAdaptor(ABC):
     is_lse_base_on_e: bool
 
     @classmethod
-    @abstractmethod
     def from_runner(cls, runner: Any) -> DcpAdaptor:
         """Build from a `LocalRunner`."""
+        raise NotImplementedError(f"{cls.__name__} is not built from a runner")
 
     def init_forward_metadata(self, batch: ForwardBatch, local: ForwardBatch) -> None:
         """Plan for one eager forward; both views of the same batch."""
