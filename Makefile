@@ -1,4 +1,4 @@
-# make demo | test | lint | format | clean
+# make demo | test | test-fast | test-gpu | lint | format | clean
 #
 # demo and test install what they need into .venv first.
 
@@ -11,7 +11,7 @@ SOURCES := python test/srt benchmark
 # Servers start three times faster with .pyc files.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-fast lint format clean
+.PHONY: demo test test-fast test-gpu lint format clean
 
 demo: $(STAMP)
 	$(BIN)/python -m sglang_dcp.demo
@@ -21,6 +21,9 @@ test: $(STAMP)
 
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest -m "not server"
+
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest -s test/srt/test_*_gpu*.py test/srt/test_split_lse.py
 
 lint: $(VENV)/.lint
 	$(BIN)/black --check -q $(SOURCES)

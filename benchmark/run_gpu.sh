@@ -3,8 +3,9 @@
 # short table comes last. Variables:
 #   STACK  archive of SGLang and what it needs beside torch; unpacked into SITE
 #   CACHE  archive of compiled kernels, unpacked into $HOME; they name SITE by its path
+#   FA3    archive of FlashAttention-3, unpacked into SITE
 #   OUT    where logs and results go
-#   PARTS  which of: merge exchange server bench
+#   PARTS  which of: merge exchange server bf16 bench
 #   MIXING which values of NCCL_GRAPH_MIXING_SUPPORT to measure with
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -21,6 +22,7 @@ if [[ ! -d $SITE ]]; then
   mkdir -p "$SITE"
   tar -C "$SITE" -xf "$STACK"
   if [[ -n ${CACHE:-} ]]; then tar -C "$HOME" -xf "$CACHE"; fi
+  if [[ -n ${FA3:-} ]]; then tar -C "$SITE" -xf "$FA3"; fi
   say unpacked
   # Many processes import SGLang at once: compile it once before.
   python3 -m compileall -q -j 0 "$SITE" >/dev/null 2>&1
@@ -39,6 +41,7 @@ run_tests() {
 wanted merge && run_tests merge 200 -n 10 test/srt/test_merge_gpu.py &
 wanted exchange && run_tests exchange 240 test/srt/test_exchange_gpu.py &
 wanted server && run_tests server 270 -s test/srt/test_server_gpu.py &
+wanted bf16 && run_tests bf16 300 -s test/srt/test_server_gpu_bf16.py &
 wait
 tar -C /tmp --ignore-failed-read -czf "$OUT/server-logs.tgz" \
   gpu-tests-server/fleet0 --exclude=*.safetensors 2>/dev/null
@@ -50,7 +53,7 @@ if wanted bench; then
     say "bench with NCCL_GRAPH_MIXING_SUPPORT=$mixing ended with $?"
   done
 fi
-for part in merge exchange server; do
+for part in merge exchange server bf16; do
   wanted "$part" || continue
   echo "== $part"
   grep -E "max \|d|^(FAILED|ERROR)|passed|failed|error" "$OUT/$part.log" | tail -12 | cut -c1-400
