@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, Callable, NamedTuple, Optional
 
 from sglang_dcp.config import DcpConfigError
-from sglang_dcp.layers.adaptors.registry import adaptor_names
+from sglang_dcp.layers.adaptors.registry import HALF_ONLY, adaptor_names
 
 
 class Refusal(NamedTuple):
@@ -209,6 +209,20 @@ def check_server_args(args: Any, *, mla: bool = False) -> None:
             " and ".join(used),
             "prefill and decode share one local view",
             "name one backend with --attention-backend",
+        )
+
+
+def check_dtype(args: Any, dtype: Any) -> None:
+    """Refuse a model dtype that the chosen backend's kernels were not made for."""
+    import torch
+
+    name = args.attention_backend
+    if name in HALF_ONLY and dtype not in (torch.float16, torch.bfloat16):
+        refuse(
+            "--dtype",
+            str(dtype).removeprefix("torch."),
+            f"attention backend {name} was made and checked for 16-bit types",
+            "use --dtype bfloat16, or --attention-backend torch_native",
         )
 
 

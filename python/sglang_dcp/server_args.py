@@ -154,11 +154,12 @@ def default_backend(
 
 def finish(args: Any) -> None:
     """Seam: after SGLang resolved `args`; pages and tokens become logical."""
-    from sglang_dcp.refusals import check_server_args
+    from sglang_dcp.refusals import check_dtype, check_server_args
 
     if args.model_path.lower() in ("none", "dummy"):
         return
     check_server_args(args, mla=args.use_mla_backend())
+    check_dtype(args, args.get_model_config().dtype)
     _turn_off_prefill_graph(args)
     page_size = args.page_size or 1
     config = dataclasses.replace(args.dcp, page_size=page_size)

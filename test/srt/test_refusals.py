@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from sglang_dcp.config import DcpConfig, DcpConfigError
 from sglang_dcp.distributed.topology import Layout
@@ -23,7 +24,12 @@ from sglang_dcp.model_refusals import (
     MODEL_REFUSALS,
     check_model,
 )
-from sglang_dcp.refusals import SERVER_REFUSALS, Refusal, check_server_args
+from sglang_dcp.refusals import (
+    SERVER_REFUSALS,
+    Refusal,
+    check_dtype,
+    check_server_args,
+)
 
 FINE_SERVER = dict(
     device="cpu",
@@ -210,6 +216,15 @@ def test_attention_backends_of_a_gpu(
         return
     with pytest.raises(DcpConfigError, match=message):
         check_server_args(subject, mla=mla)
+
+
+@pytest.mark.parametrize("backend", ["fa3", "triton"])
+def test_kernels_for_16_bit_refuse_fp32(backend: str) -> None:
+    args = SimpleNamespace(attention_backend=backend)
+    check_dtype(args, torch.bfloat16)
+    check_dtype(SimpleNamespace(attention_backend="torch_native"), torch.float32)
+    with pytest.raises(DcpConfigError, match=f"--dtype float32 .*{backend}.*; use"):
+        check_dtype(args, torch.float32)
 
 
 def test_a_default_exists_for_every_device_and_kind_of_attention() -> None:

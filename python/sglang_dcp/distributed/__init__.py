@@ -1,0 +1,1 @@
+"""Rank arithmetic, process groups and the exchange of partial attention outputs."""

@@ -1,0 +1,1 @@
+"""Attention over a sequence-sharded KV cache: index math, local view, merge, adaptors."""

@@ -19,6 +19,7 @@ ADAPTORS: dict[str, str] = {
 # Latent attention: qk and v of different width over one shared K/V head.
 _MLA = ("torch_native",)
 _CPU = ("torch_native",)
+HALF_ONLY = ("fa3", "triton")
 
 
 def adaptor_names(*, device: Optional[str], mla: bool) -> list[str]:
