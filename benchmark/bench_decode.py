@@ -13,7 +13,7 @@ A step is `ModelRunner.forward` of one token a request, replayed as a CUDA graph
 run ends), with the same small tensors made before it as the scheduler makes. Steps follow
 each other without waiting for the host, as under the overlap scheduler; a step's time is
 between CUDA events, the slowest rank counts, the table holds median and 95th percentile.
-`host_ms` is what one step costs the host: a step can be no shorter.
+`host_ms` is the least that a step took the slowest host: a step can be no shorter.
 
 Not measured: scheduling, sampling, tokenizer and HTTP; prefill; requests of mixed length;
 real weights, whose router may load experts less evenly; a tuned fused-MoE configuration
@@ -85,9 +85,10 @@ class Engine:
         hosts = [1e3 * (last - first) for first, last in zip(stamps, stamps[1:])]
         slowest = sorted(map(max, zip(*self._gather(times))))
         return row._replace(
-            median_ms=statistics.median(slowest),
-            p95_ms=slowest[math.ceil(0.95 * steps) - 1],
-            host_ms=max(map(statistics.median, self._gather(hosts))),
+            median_ms=round(statistics.median(slowest), 4),
+            p95_ms=round(slowest[math.ceil(0.95 * steps) - 1], 4),
+            # A host that is far ahead waits: only the minimum is its own time.
+            host_ms=round(max(map(min, self._gather(hosts))), 4),
         )
 
     def profile(self, batch: int, context: int) -> str:
@@ -106,14 +107,11 @@ class Engine:
             if event.device_type == DeviceType.CUDA
         ]
         total = sum(kernel[0] for kernel in kernels)
-        lines = [
-            f"{total / PROFILED_STEPS:9.1f} us a step in all, {len(kernels)} kinds"
-        ]
-        lines += [
-            f"{us / PROFILED_STEPS:9.1f} us {count / PROFILED_STEPS:7.1f} calls {name}"
-            for us, count, name in sorted(kernels, reverse=True)[:PROFILE_LINES]
-        ]
-        return "\n".join(lines) + "\n"
+        text = f"{total / PROFILED_STEPS:9.1f} us a step, {len(kernels)} kernels\n"
+        for us, count, name in sorted(kernels, reverse=True)[:PROFILE_LINES]:
+            per_step = f"{us / PROFILED_STEPS:9.1f} us {count / PROFILED_STEPS:7.1f}"
+            text += f"{per_step} calls {name[:160]}\n"
+        return text
 
     def _place(self, batch: int, length: int) -> Optional[int]:
         """Give `batch` requests slots for `length` tokens, or tell how many are needed."""

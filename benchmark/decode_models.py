@@ -190,12 +190,19 @@ def model_runner(args: Any, nccl_port: int, rank: int) -> Any:
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.distributed.parallel_state_wrapper import ParallelState
     from sglang.srt.layers.moe import initialize_moe_config
+    from sglang.srt.layers.quantization.fp4_utils import initialize_fp4_gemm_config
+    from sglang.srt.layers.quantization.fp8_utils import initialize_fp8_gemm_config
     from sglang.srt.managers import scheduler
     from sglang.srt.model_executor.model_runner import ModelRunner
 
     # The seam that publishes the DCP context is on this function.
     scheduler.configure_scheduler_process(args, rank, rank, 0, 0, 0, 0, None)
-    initialize_moe_config(args)
+    for initialize in (
+        initialize_moe_config,
+        initialize_fp8_gemm_config,
+        initialize_fp4_gemm_config,
+    ):
+        initialize(args)
     runner = ModelRunner(
         model_config=ModelConfig.from_server_args(args),
         mem_fraction_static=args.mem_fraction_static,
