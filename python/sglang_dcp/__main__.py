@@ -15,7 +15,12 @@ def status() -> int:
     from sglang.srt.plugins import load_plugins
 
     from sglang_dcp.seams import active_seams
-    from sglang_dcp.verify import problems, seam_states, sglang_version
+    from sglang_dcp.verify import (
+        drifted_reliances,
+        problems,
+        seam_states,
+        sglang_version,
+    )
 
     load_plugins()
     print(f"sglang {sglang_version()}")
@@ -26,8 +31,9 @@ def status() -> int:
         return 1
     for state in states:
         print(f"{state.state:<10} {state.seam.name:<24} {state.seam.target}")
-    found = problems(states)
-    print(f"{len(states)} seams, {len(states) - len(found)} live")
+    found = problems(states) + drifted_reliances()
+    live = sum(state.state == "live" for state in states)
+    print(f"{len(states)} seams, {live} live")
     for line in found:
         print(line)
     return 1 if found else 0
@@ -36,10 +42,11 @@ def status() -> int:
 def write_manifest() -> int:
     """Record the installed, unmodified SGLang's files (when moving to a new release)."""
     from sglang_dcp import verify
-    from sglang_dcp.seams import CPU_SEAMS, SEAMS
+    from sglang_dcp.seams import CPU_SEAMS, RELIES_ON, SEAMS
 
-    paths = {verify.seam_file(seam) for seam in SEAMS + CPU_SEAMS}
     root = verify.package_root()
+    paths = {verify.seam_file(seam) for seam in SEAMS + CPU_SEAMS}
+    paths |= {root / name for name in RELIES_ON}
     files = {
         path.relative_to(root).as_posix(): verify.file_hash(path)
         for path in sorted(paths)

@@ -36,13 +36,18 @@ def cores_of_rank(cores: list[int], rank: int, ranks: int) -> str:
 
 
 def pynccl_init(
-    original: Callable[..., None], self: Any, group: Any, device: Any, *args: Any
+    original: Callable[..., None],
+    self: Any,
+    group: Any,
+    device: Any,
+    *args: Any,
+    **kwargs: Any,
 ) -> None:
     """Seam: a communicator for CPU ranks exists, unavailable and disabled."""
     import torch.distributed as dist
 
     if torch.device(device).type != "cpu":
-        original(self, group, device, *args)
+        original(self, group, device, *args, **kwargs)
         return
     self.rank = dist.get_rank(group)
     self.world_size = dist.get_world_size(group)

@@ -49,6 +49,14 @@ def _packed_kv(args: Any) -> Optional[str]:
     )
 
 
+def _moe_a2a(args: Any) -> Optional[str]:
+    return None if args.moe_a2a_backend == "none" else args.moe_a2a_backend
+
+
+def _other_model_impl(args: Any) -> Optional[str]:
+    return None if args.model_impl in ("auto", "sglang") else args.model_impl
+
+
 def _hnd_layout(args: Any) -> Optional[str]:
     from sglang.srt.environ import envs
 
@@ -82,6 +90,62 @@ SERVER_REFUSALS: tuple[Refusal, ...] = (
         "LMCache is indexed by logical slots",
         _DROP,
     ),
+    Refusal(
+        "--enable-flexkv",
+        _set("enable_flexkv"),
+        "FlexKV is indexed by logical slots",
+        _DROP,
+    ),
+    Refusal(
+        "--radix-cache-backend",
+        _set("radix_cache_backend"),
+        "a foreign cache may copy K/V by logical slots",
+        _DROP,
+    ),
+    Refusal(
+        "--enable-torch-compile",
+        _set("enable_torch_compile"),
+        "the local view changes between forwards in ways a traced graph would freeze",
+        _DROP,
+    ),
+    Refusal(
+        "--enable-deterministic-inference",
+        _set("enable_deterministic_inference"),
+        "merging a cached prefix changes the order of summation",
+        _DROP,
+    ),
+    Refusal(
+        "--model-impl",
+        _other_model_impl,
+        "its projections do not take their heads from SGLang's layers",
+        "use --model-impl auto",
+    ),
+    Refusal(
+        "--moe-a2a-backend",
+        _moe_a2a,
+        "tokens would be scattered over ranks that must all see them",
+        "use --moe-a2a-backend none, with --ep-size as you like",
+    ),
+    Refusal(
+        "--moe-dense-tp-size",
+        _set("moe_dense_tp_size"),
+        "tokens would be padded over the attention width",
+        _DROP,
+    ),
+    Refusal(
+        "--enable-attn-tp-input-scattered",
+        _set("enable_attn_tp_input_scattered"),
+        "attention would see a share of the tokens",
+        _DROP,
+    ),
+    Refusal(
+        "--enable-single-batch-overlap",
+        _set("enable_single_batch_overlap"),
+        "not tested",
+        _DROP,
+    ),
+    Refusal("--torchao-config", _set("torchao_config"), "not tested", _DROP),
+    Refusal("--cpu-offload-gb", _set("cpu_offload_gb"), "not tested", _DROP),
     Refusal(
         "--enable-unified-memory",
         _set("enable_unified_memory"),

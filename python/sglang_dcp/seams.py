@@ -268,8 +268,29 @@ CPU_SEAMS: tuple[Seam, ...] = (
 )
 
 
+# Not hooked, but what our adaptors, view and capture were written against.
+RELIES_ON: tuple[str, ...] = (
+    "kernels/ops/attention/decode_attention.py",
+    "kernels/ops/attention/extend_attention.py",
+    "srt/layers/attention/base_attn_backend.py",
+    "srt/layers/attention/flashattention_backend.py",
+    "srt/layers/attention/triton_backend.py",
+    "srt/layers/radix_attention.py",
+    "srt/mem_cache/memory_pool.py",
+    "srt/model_executor/forward_batch_info.py",
+    "srt/model_executor/runner/decode_cuda_graph_runner.py",
+    "srt/model_executor/runner/eager_runner.py",
+    "srt/models/deepseek_common/attention_forward_methods/forward_mla.py",
+    "srt/models/deepseek_v2.py",
+    "srt/models/llama.py",
+    "srt/models/qwen2.py",
+    "srt/models/qwen3.py",
+    "srt/models/qwen3_moe.py",
+)
+
+
 def active_seams() -> tuple[Seam, ...]:
-    """Seams of this machine: the CPU set-up joins where torch sees no GPU."""
+    """Seams of this machine: the CPU set-up joins where torch sees no accelerator."""
     import torch
 
-    return SEAMS if torch.cuda.is_available() else SEAMS + CPU_SEAMS
+    return SEAMS if torch.accelerator.is_available() else SEAMS + CPU_SEAMS

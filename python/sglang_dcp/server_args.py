@@ -13,6 +13,7 @@ import logging
 import sys
 from typing import Annotated, Any, Optional
 
+import torch
 from sglang.srt.arg_groups.arg_utils import Arg
 from sglang.srt.server_args import ServerArgs
 
@@ -95,8 +96,22 @@ class DcpServerArgs(ServerArgs):
             sys.exit(_cli_error(error))
 
     def post_capture_kv_sizing_planned(self) -> bool:
-        """Never under DCP: the resize counts one rank's tokens as logical ones."""
-        return self.dcp is None and super().post_capture_kv_sizing_planned()
+        """Never under DCP: the resize counts one rank's tokens as logical ones.
+
+        Every scheduler asks. It is also where one finds out that no hook of ours ran
+        in its process, which no hook could tell.
+        """
+        from sglang_dcp.context import find_context
+        from sglang_dcp.verify import seams_required
+
+        if self.dcp is None:
+            return super().post_capture_kv_sizing_planned()
+        if seams_required() and find_context() is None:
+            sys.exit(
+                "sglang-dcp: error: the plugin did not load in this scheduler process; "
+                "see its log, and SGLANG_PLUGINS"
+            )
+        return False
 
     def _get_default_attn_backend(
         self, use_mla_backend: bool, model_config: Any
@@ -134,7 +149,10 @@ def prepare(args: Any) -> None:
         args.decode_attention_backend,
     )
     # On a GPU, SGLang asks `_get_default_attn_backend` once it knows the model.
-    if args.device == "cpu" and all(name is None for name in named):
+    on_cpu = args.device == "cpu" or (
+        args.device is None and not torch.accelerator.is_available()
+    )
+    if on_cpu and all(name is None for name in named):
         args.attention_backend = default_backend("cpu", None, mla=False)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Iterable, NamedTuple
 
 from sglang_dcp.config import DcpConfigError
-from sglang_dcp.seams import Kind, Seam, active_seams
+from sglang_dcp.seams import RELIES_ON, Kind, Seam, active_seams
 
 _MANIFESTS = Path(__file__).parent / "manifests"
 # Set where a DCP server's arguments arrive in a scheduler process.
@@ -136,7 +136,19 @@ def is_live(seam: Seam) -> bool:
 
     hooks = HookRegistry._hooks.get(seam.target, ())
     ours = seam.load()
-    return seam.target in HookRegistry._patched and any(h[1] is ours for h in hooks)
+    registered = any(hook is ours for _, hook, _ in hooks)
+    return registered and seam.target in HookRegistry._patched and _reaches(seam, ours)
+
+
+def _reaches(seam: Seam, ours: Any) -> bool:
+    """Whether the target, looked up now, is `ours` or still wraps it."""
+    found = look_up(seam)
+    while found is not None and found is not ours:
+        cells = getattr(found, "__closure__", None) or ()
+        if any(cell.cell_contents is ours for cell in cells):
+            return True
+        found = getattr(found, "__wrapped__", None)
+    return found is ours
 
 
 def look_up(seam: Seam) -> Any:
@@ -167,6 +179,17 @@ def problems(states: Iterable[SeamState]) -> list[str]:
     ]
 
 
+def drifted_reliances() -> list[str]:
+    """One line for each file of `RELIES_ON` that is not the known one."""
+    manifest, version = load_manifest(sglang_version()), sglang_version()
+    return [
+        f"{name} is not the file of sglang {version} that DCP was written against"
+        for name in RELIES_ON
+        if not (package_root() / name).is_file()
+        or manifest.get(name) != file_hash(package_root() / name)
+    ]
+
+
 def verify_seams() -> None:
     """Raise unless every seam of this machine is live on known source.
 
@@ -175,7 +198,7 @@ def verify_seams() -> None:
     DcpConfigError
         Naming each seam that is not, and what to do.
     """
-    found = problems(seam_states(active_seams()))
+    found = problems(seam_states(active_seams())) + drifted_reliances()
     if found:
         raise DcpConfigError(
             "cannot run with DCP on this SGLang: "

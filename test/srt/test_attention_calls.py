@@ -46,6 +46,9 @@ def make_layer(**changes: Any) -> Any:
         scaling=1.0,
         is_cross_attention=False,
         logit_cap=0.0,
+        sliding_window_size=-1,
+        xai_temperature_len=-1,
+        attn_type=SimpleNamespace(value="decoder"),
     )
     return SimpleNamespace(**{**fields, **changes})
 
@@ -70,6 +73,14 @@ def ready() -> tuple[Any, Any]:
     [
         pytest.param({"is_cross_attention": True}, {}, "cross attention", id="cross"),
         pytest.param({"logit_cap": 30.0}, {}, "logit capping", id="logit-cap"),
+        pytest.param({"sliding_window_size": 64}, {}, "windows", id="window"),
+        pytest.param({"xai_temperature_len": 9}, {}, "not supported", id="xai"),
+        pytest.param(
+            {"attn_type": SimpleNamespace(value="encoder_only")},
+            {},
+            "encoder attention",
+            id="encoder",
+        ),
         pytest.param({}, {"sinks": torch.ones(2)}, r"\['sinks'\]", id="sinks"),
         pytest.param({}, {"q_rope": 1, "topk": 2}, r"\['q_rope', 'topk'\]", id="two"),
     ],

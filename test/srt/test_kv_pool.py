@@ -13,8 +13,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from sglang_dcp.config import DcpConfig
+from sglang_dcp.config import DcpConfig, DcpConfigError
 from sglang_dcp.context import DcpContext, set_context
 from sglang_dcp.distributed.topology import Layout
 from sglang_dcp.layers.kv_pool import (
@@ -40,8 +41,15 @@ class Budget:
 
 
 def configurator(config: DcpConfig | None, tp_rank: int = 0) -> Any:
-    args = SimpleNamespace(dcp=config, attention_backend="torch_native")
-    return SimpleNamespace(server_args=args, ps=SimpleNamespace(tp_rank=tp_rank))
+    args = SimpleNamespace(
+        dcp=config, attention_backend="torch_native", kv_cache_dtype="auto"
+    )
+    return SimpleNamespace(
+        server_args=args,
+        ps=SimpleNamespace(tp_rank=tp_rank),
+        kv_cache_dtype=torch.bfloat16,
+        model_dtype=torch.bfloat16,
+    )
 
 
 class Builder:
@@ -114,6 +122,14 @@ def test_fused_write_is_off_with_dcp_alone() -> None:
     set_context(DcpContext(CONFIGS["dcp2"], 0))
     assert enable_fused_set_kv_buffer(original, "batch") is False
     assert asked == ["batch"]
+
+
+def test_kv_dtype_of_the_checkpoint_is_refused() -> None:
+    """`auto` may still mean fp8, which SGLang reads from the checkpoint."""
+    kvc = configurator(DcpConfig(Layout(2, 1)))
+    kvc.kv_cache_dtype = torch.float8_e4m3fn
+    with pytest.raises(DcpConfigError, match="--kv-cache-dtype auto .*float8_e4m3fn"):
+        build_kv_pool(Builder(), kvc, max_total_num_tokens=64)
 
 
 if __name__ == "__main__":

@@ -127,12 +127,25 @@ class Place:
         fill(model, self.rank, seed=2)
         replicas.select(wide=True)
         stale = [attention(self.x)[0] for attention in model]
+        addresses = wide_addresses(replicas)
         replicas.refresh()
+        # A captured decode graph reads them where they were.
+        assert wide_addresses(replicas) == addresses
         fresh = [attention(self.x)[0] for attention in model]
         self.see_widths(replicas, model)
         self.judge()
         for old, new in zip(stale, fresh):
             assert not torch.allclose(old, new), "refresh gathers the new weights"
+
+
+def wide_addresses(replicas: Any) -> list[int]:
+    """Where the wide weights, biases and absorbed K weights lie."""
+    found = []
+    for wide in replicas._attentions:
+        tensors = (wide._method.weight, wide._method.bias, getattr(wide, "_w_kc", None))
+        found += [t.data_ptr() for t in tensors if t is not None]
+    assert found
+    return found
 
 
 def check_gqa(place: Place) -> None:

@@ -19,7 +19,7 @@ from sglang_dcp import plugin, process, verify
 from sglang_dcp.config import DcpConfig, DcpConfigError
 from sglang_dcp.context import find_context, get_context
 from sglang_dcp.distributed.topology import Layout
-from sglang_dcp.seams import CPU_SEAMS, SEAMS, Kind, Seam, active_seams
+from sglang_dcp.seams import CPU_SEAMS, RELIES_ON, SEAMS, Kind, Seam, active_seams
 from utils import run_python
 
 EVERY = SEAMS + CPU_SEAMS
@@ -61,6 +61,27 @@ def test_every_seam_is_live_here(seam: Seam) -> None:
     assert state == verify.SeamState(seam, wanted, state.file)
 
 
+@pytest.mark.parametrize("name", RELIES_ON)
+def test_drifted_reliance_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file without a seam, whose contents our kernels or views repeat."""
+    original, drifted = verify.file_hash, verify.package_root() / name
+    monkeypatch.setattr(
+        verify, "file_hash", lambda p: "x" if p == drifted else original(p)
+    )
+    with pytest.raises(DcpConfigError, match=f"{name} is not the file of sglang"):
+        verify.verify_seams()
+
+
+def test_overwritten_hook_is_not_live(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Registered and applied, and then replaced by somebody's assignment."""
+    from sglang.srt.models import utils
+
+    seam = named("fused-kv-write")
+    assert verify.is_live(seam)
+    monkeypatch.setattr(utils, "enable_fused_set_kv_buffer", lambda batch: True)
+    assert not verify.is_live(seam)
+
+
 def test_verified_here() -> None:
     verify.verify_seams()
     verify.exit_unless_verified()
@@ -68,8 +89,9 @@ def test_verified_here() -> None:
 
 def test_manifest_is_the_installed_source() -> None:
     manifest = verify.load_manifest(verify.sglang_version())
-    files = {verify.seam_file(seam) for seam in EVERY}
     root = verify.package_root()
+    files = {verify.seam_file(seam) for seam in EVERY}
+    files |= {root / name for name in RELIES_ON}
     assert manifest == {
         path.relative_to(root).as_posix(): verify.file_hash(path) for path in files
     }

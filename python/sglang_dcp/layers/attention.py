@@ -231,10 +231,19 @@ class DcpAttentionBackend(AttentionBackend):
         layer: RadixAttention, k: Optional[torch.Tensor], extra: dict[str, Any]
     ) -> None:
         unknown = sorted(name for name, value in extra.items() if value is not None)
-        if unknown or layer.is_cross_attention or k is None or layer.logit_cap:
+        special = (
+            layer.is_cross_attention
+            or k is None
+            or layer.logit_cap
+            or layer.sliding_window_size > -1
+            or layer.xai_temperature_len > 0
+            or layer.attn_type.value != "decoder"
+        )
+        if unknown or special:
             raise NotImplementedError(
                 f"DCP attention, layer {layer.layer_id}: cross attention, shared K/V, "
-                f"logit capping or the arguments {unknown} are not supported"
+                "logit capping, windows, encoder attention or the arguments "
+                f"{unknown} are not supported"
             )
 
 

@@ -11,7 +11,7 @@ import dataclasses
 import logging
 from typing import Any, Callable
 
-from sglang_dcp.config import dcp_of
+from sglang_dcp.config import DcpConfigError, dcp_of
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +36,12 @@ def build_kv_pool(
     config = dcp_of(kvc.server_args)
     if config is None:
         return original(kvc, max_total_num_tokens=max_total_num_tokens, **kwargs)
+    if kvc.kv_cache_dtype != kvc.model_dtype:
+        raise DcpConfigError(
+            f"--kv-cache-dtype {kvc.server_args.kv_cache_dtype} means {kvc.kv_cache_dtype} "
+            f"for this checkpoint, the model is {kvc.model_dtype}: DCP stores K/V in the "
+            "model's dtype only; use a checkpoint without a KV-cache dtype of its own"
+        )
     local = max_total_num_tokens // config.dcp_size
     pool = original(kvc, max_total_num_tokens=local, **kwargs)
     pool.page_size = config.page_size

@@ -4,7 +4,7 @@ Position p of a request belongs to KVP rank `p % dcp_size` and is its `p // dcp_
 A logical page is `dcp_size` aligned runs of the pool, so a slot obeys the same rule as
 the position that it holds: `slot % dcp_size` owns it, at local slot `slot // dcp_size`.
 
-Pure: takes sizes and ranks, knows no process. Every function is the identity at
+Pure: takes sizes and ranks, knows no process. Lengths and slots come back untouched at
 `dcp_size` 1.
 """
 
@@ -58,7 +58,7 @@ def refresh_local_table(
     table : Tensor [requests, positions]
         SGLang's `req_to_token`, logical slots.
     rows : Tensor [batch]
-        Request rows of this batch, distinct.
+        Request rows of this batch; padding may repeat one, and then writes it twice.
     max_len : int
         Longest logical length of the batch.
     """

@@ -26,8 +26,9 @@ class LocalView:
     Attributes
     ----------
     batch : ForwardBatch
-        Copy of SGLang's with `seq_lens`, `seq_lens_cpu`, `seq_lens_sum` and
-        `out_cache_loc` of this rank's pool. In extend the lengths are the prefix's.
+        Copy of SGLang's (in graph replay a namespace of the same fields) with
+        `seq_lens`, `seq_lens_cpu`, `seq_lens_sum` and `out_cache_loc` of this rank's
+        pool. In extend the lengths are the prefix's.
     reads_keys : bool
         Whether any rank reads keys from its pool; the same on all ranks.
     empty_rows : Tensor [tokens] bool
@@ -111,7 +112,9 @@ class LocalViewBuilder:
         local = self._local_batch(batch, lens, torch.as_tensor(lens_cpu))
         empty = local.seq_lens == 0
         if extend:
-            empty = torch.repeat_interleave(empty, batch.extend_seq_lens)
+            empty = torch.repeat_interleave(
+                empty, batch.extend_seq_lens, output_size=sum(batch.extend_seq_lens_cpu)
+            )
         return LocalView(local, longest > 0, empty)
 
     def _local_batch(

@@ -113,6 +113,11 @@ class _WideAttention(ABC):
     def select(self, wide: bool) -> None: ...
 
 
+def _renew(old: Optional[torch.Tensor], new: torch.Tensor) -> torch.Tensor:
+    """`new` where `old` was: captured graphs hold its address."""
+    return new if old is None else old.copy_(new)
+
+
 class _WideLinearMethod:
     """Stands in a linear layer's `quant_method`: the wide weight while switched on."""
 
@@ -144,10 +149,10 @@ class _WideGqa(_WideAttention):
         module.qkv_proj.quant_method = self._method
 
     def refresh(self) -> None:
-        layer = self._module.qkv_proj
-        self._method.weight = self._widen_rows(layer.weight)
+        layer, method = self._module.qkv_proj, self._method
+        method.weight = _renew(method.weight, self._widen_rows(layer.weight))
         if getattr(layer, "bias", None) is not None:
-            self._method.bias = self._widen_rows(layer.bias)
+            method.bias = _renew(method.bias, self._widen_rows(layer.bias))
 
     def _widen_rows(self, own: torch.Tensor) -> torch.Tensor:
         q_size = self._own[0]
@@ -180,8 +185,9 @@ class _WideMla(_WideAttention):
         self._w_kc: Optional[torch.Tensor] = None
 
     def refresh(self) -> None:
-        self._method.weight = self._gather(self._layer.weight)
-        self._w_kc = self._gather(self._module.w_kc)
+        method = self._method
+        method.weight = _renew(method.weight, self._gather(self._layer.weight))
+        self._w_kc = _renew(self._w_kc, self._gather(self._module.w_kc))
 
     def select(self, wide: bool) -> None:
         self._wide = wide

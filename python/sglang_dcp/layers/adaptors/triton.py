@@ -23,6 +23,9 @@ class TritonAdaptor(DcpAdaptor):
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner
+        plan = inner.get_num_kv_splits
+        # SGLang divides by the shortest length, which is 0 where a shard is empty.
+        inner.get_num_kv_splits = lambda splits, lens: plan(splits, lens.clamp(min=1))
         self._no_prefix: Optional[torch.Tensor] = None
 
     @classmethod
