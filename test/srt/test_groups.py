@@ -7,9 +7,6 @@ the same order. The file is its own worker: it imports SGLang once and forks the
 from __future__ import annotations
 
 import multiprocessing
-import os
-import signal
-import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,33 +17,22 @@ import pytest
 
 from sglang_dcp.distributed import groups
 from sglang_dcp.distributed.topology import Layout
+from utils import run_python
 
 TIMEOUT_S = 90
 
 
 def run_worker(file: str, folder: Path, *world_sizes: int) -> None:
     """Run ``file --worker`` in a session of its own and show its stderr if it fails."""
-    environment = dict(
-        os.environ,
+    done = run_python(
+        file,
+        "--worker",
+        str(folder),
+        *map(str, world_sizes),
+        timeout_s=TIMEOUT_S,
         SGLANG_NCCL_SO_PATH="/nonexistent/libnccl.so",
-        OMP_NUM_THREADS="1",
     )
-    environment.pop("PYTHONDONTWRITEBYTECODE", None)
-    process = subprocess.Popen(
-        [sys.executable, file, "--worker", str(folder), *map(str, world_sizes)],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        _, stderr = process.communicate(timeout=TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        _, stderr = process.communicate()
-        pytest.fail(f"no end after {TIMEOUT_S} s\n{stderr[-4000:]}")
-    assert process.returncode == 0, stderr[-4000:]
+    assert done.code == 0, done.stderr[-4000:]
 
 
 def fork_worlds(body: Any, folder: str, *world_sizes: str) -> int:

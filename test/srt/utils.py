@@ -37,7 +37,9 @@ class Finished(NamedTuple):
     stderr: str
 
 
-def run_python(*arguments: str, **environment: str) -> Finished:
+def run_python(
+    *arguments: str, timeout_s: float = SCRIPT_TIMEOUT_S, **environment: str
+) -> Finished:
     """Run this Python in a session of its own; killed with its children when late."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     env.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -50,11 +52,11 @@ def run_python(*arguments: str, **environment: str) -> Finished:
         start_new_session=True,
     )
     try:
-        stdout, stderr = process.communicate(timeout=SCRIPT_TIMEOUT_S)
+        stdout, stderr = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         _, stderr = process.communicate()
-        pytest.fail(f"no end after {SCRIPT_TIMEOUT_S} s\n{stderr[-4000:]}")
+        pytest.fail(f"no end after {timeout_s} s\n{stderr[-4000:]}")
     return Finished(process.returncode, stdout, stderr)
 
 
