@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, Callable, NamedTuple, Optional
 
 from sglang_dcp.config import DcpConfigError
-from sglang_dcp.layers.adaptors.registry import HALF_ONLY, adaptor_names
+from sglang_dcp.layers.adaptors.registry import Need, adaptor_names, unmet
 
 
 class Refusal(NamedTuple):
@@ -41,12 +41,12 @@ def _canary(args: Any) -> Optional[str]:
     return None if args.kv_canary in (None, "none") else args.kv_canary
 
 
+# Which of these an attention backend reads is in its `AdaptorSpec`.
+_KV_DTYPES = ("auto", "bfloat16", "bf16", "fp8_e4m3")
+
+
 def _packed_kv(args: Any) -> Optional[str]:
-    return (
-        None
-        if args.kv_cache_dtype in ("auto", "bfloat16", "bf16")
-        else args.kv_cache_dtype
-    )
+    return None if args.kv_cache_dtype in _KV_DTYPES else args.kv_cache_dtype
 
 
 def _moe_a2a(args: Any) -> Optional[str]:
@@ -171,7 +171,7 @@ SERVER_REFUSALS: tuple[Refusal, ...] = (
         "--kv-cache-dtype",
         _packed_kv,
         "no attention adaptor of this version reads it",
-        "use --kv-cache-dtype auto",
+        "use --kv-cache-dtype auto or fp8_e4m3",
     ),
     Refusal(
         "--attention-context-parallel-size",
@@ -242,8 +242,10 @@ SERVER_REFUSALS: tuple[Refusal, ...] = (
 )
 
 
-def check_server_args(args: Any, *, mla: bool = False) -> None:
-    """Refuse what `SERVER_REFUSALS` names and attention backends without an adaptor.
+def check_server_args(args: Any, need: Optional[Need] = None) -> None:
+    """Refuse what `SERVER_REFUSALS` names and backends that cannot serve `need`.
+
+    `need` is as far as the caller knows it; None: the device alone.
 
     Raises
     ------
@@ -251,22 +253,13 @@ def check_server_args(args: Any, *, mla: bool = False) -> None:
         With the first refused flag, its value, the reason and the way out.
     """
     check_table(SERVER_REFUSALS, args)
-    names = adaptor_names(device=args.device, mla=mla)
     used = {}
     for kind in ("attention", "prefill_attention", "decode_attention"):
         name = getattr(args, f"{kind}_backend")
-        flag = f"--{kind.replace('_', '-')}-backend"
         if name is None:
             continue
-        if name not in names:
-            served = "latent attention" if mla else f"device {args.device}"
-            refuse(
-                flag,
-                name,
-                f"this version has no adaptor for it on {served}",
-                f"use {', '.join(names)}",
-            )
-        used[name] = flag
+        used[name] = f"--{kind.replace('_', '-')}-backend"
+        check_backend(name, need or Need(args.device), flag=used[name])
     if len(used) > 1:
         refuse(
             " and ".join(used.values()),
@@ -276,18 +269,29 @@ def check_server_args(args: Any, *, mla: bool = False) -> None:
         )
 
 
-def check_dtype(args: Any, dtype: Any) -> None:
-    """Refuse a model dtype that the chosen backend's kernels were not made for."""
-    import torch
+def check_backend(name: str, need: Need, *, flag: str = "--attention-backend") -> None:
+    """Refuse backend `name`, given by `flag`, where it cannot serve `need`."""
+    problem = unmet(name, need)
+    if problem is None:
+        return
+    others = adaptor_names(need)
+    if problem.flag == "--attention-backend":
+        way_out = f"use {', '.join(others)}"
+    elif others:
+        way_out = f"use --attention-backend {' or '.join(others)}"
+    else:
+        way_out = _ELSE[problem.flag]
+    if problem.flag == "--attention-backend":
+        problem = problem._replace(flag=flag)
+    refuse(problem.flag, problem.value, problem.reason, way_out)
 
-    name = args.attention_backend
-    if name in HALF_ONLY and dtype not in (torch.float16, torch.bfloat16):
-        refuse(
-            "--dtype",
-            str(dtype).removeprefix("torch."),
-            f"attention backend {name} was made and checked for 16-bit types",
-            "use --dtype bfloat16, or --attention-backend torch_native",
-        )
+
+# Where no attention backend meets a need.
+_ELSE = {
+    "--dtype": "use --dtype bfloat16",
+    "--kv-cache-dtype": "use --kv-cache-dtype auto and a checkpoint without fp8 K/V",
+    "--model-path": "serve this model without DCP",
+}
 
 
 def check_table(refusals: tuple[Refusal, ...], subject: Any) -> None:

@@ -199,6 +199,7 @@ SEAMS: tuple[Seam, ...] = (
         for name, creator in (
             ("torch_native", "create_torch_native_backend"),
             ("triton", "create_triton_backend"),
+            ("flashinfer", "create_flashinfer_backend"),
             ("fa3", "create_flashattention_v3_backend"),
         )
     )
@@ -272,8 +273,10 @@ CPU_SEAMS: tuple[Seam, ...] = (
 RELIES_ON: tuple[str, ...] = (
     "kernels/ops/attention/decode_attention.py",
     "kernels/ops/attention/extend_attention.py",
+    "kernels/ops/kvcache/kv_indices.py",
     "srt/layers/attention/base_attn_backend.py",
     "srt/layers/attention/flashattention_backend.py",
+    "srt/layers/attention/flashinfer_backend.py",
     "srt/layers/attention/triton_backend.py",
     "srt/layers/radix_attention.py",
     "srt/mem_cache/memory_pool.py",

@@ -19,6 +19,7 @@ from sglang.srt.server_args import ServerArgs
 
 from sglang_dcp.config import DcpConfig, DcpConfigError, resolve_config
 from sglang_dcp.distributed.exchange import EXCHANGES
+from sglang_dcp.layers.adaptors.registry import FP8, Need, adaptor_names, unmet
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +121,7 @@ class DcpServerArgs(ServerArgs):
         preferred = super()._get_default_attn_backend(use_mla_backend, model_config)
         if self.dcp is None:
             return preferred
-        return default_backend(self.device, preferred, mla=use_mla_backend)
+        return default_backend(preferred, _need(self, model_config, use_mla_backend))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickled in a scheduler: from here on a missing seam ends the process."""
@@ -153,31 +154,48 @@ def prepare(args: Any) -> None:
         args.device is None and not torch.accelerator.is_available()
     )
     if on_cpu and all(name is None for name in named):
-        args.attention_backend = default_backend("cpu", None, mla=False)
+        args.attention_backend = default_backend(None, Need("cpu"))
 
 
-def default_backend(
-    device: Optional[str], preferred: Optional[str], *, mla: bool
-) -> str:
-    """The attention backend where the user names none: SGLang's choice if it can serve."""
-    from sglang_dcp.layers.adaptors.registry import adaptor_names
+def default_backend(preferred: Optional[str], need: Need) -> str:
+    """The attention backend where the user names none: SGLang's choice if it can serve.
 
-    names = adaptor_names(device=device, mla=mla)
+    With no other that can serve, SGLang's choice all the same: refused by `finish`.
+    """
+    names = adaptor_names(need)
     # Without its own kernels here (no Hopper), FA3 is not what SGLang prefers.
     others = [name for name in names if name != "fa3"]
-    chosen = preferred if preferred in names else others[0]
-    logger.info("DCP: no attention backend named, using %s", chosen)
-    return chosen
+    if preferred in names or not others:
+        chosen = preferred or "torch_native"
+        logger.info("DCP: no attention backend named, using %s", chosen)
+        return chosen
+    problem = unmet(preferred, need) if preferred else None
+    why = f" and not {preferred}: {problem.reason}" if problem else ""
+    logger.info("DCP: no attention backend named, using %s%s", others[0], why)
+    return others[0]
+
+
+def _need(args: Any, model: Any, mla: bool) -> Need:
+    """What `model`, SGLang's `ModelConfig`, asks of an attention backend."""
+    # `auto` may still turn out to be fp8, when the weights are read: `build_kv_pool`.
+    kv_dtypes = {"fp8_e4m3": FP8, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}
+    return Need(
+        args.device,
+        mla,
+        model.dtype,
+        None if mla else model.head_dim,
+        kv_dtypes.get(args.kv_cache_dtype),
+    )
 
 
 def finish(args: Any) -> None:
     """Seam: after SGLang resolved `args`; pages and tokens become logical."""
-    from sglang_dcp.refusals import check_dtype, check_server_args
+    from sglang_dcp.refusals import check_server_args
 
     if args.model_path.lower() in ("none", "dummy"):
         return
-    check_server_args(args, mla=args.use_mla_backend())
-    check_dtype(args, args.get_model_config().dtype)
+    model = args.get_model_config()
+    check_server_args(args, _need(args, model, args.use_mla_backend()))
     _turn_off_prefill_graph(args)
     page_size = args.page_size or 1
     config = dataclasses.replace(args.dcp, page_size=page_size)

@@ -61,36 +61,49 @@ def move(requests: str) -> Step:
 class Truth:
     """Q, K and V of every position of every request, per layer, on all ranks alike."""
 
-    def __init__(self, shape: Shape, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        dtype: torch.dtype,
+        max_len: int = MAX_LEN,
+        device: str = "cpu",
+        kv_scale: float = 1.0,
+    ) -> None:
         self.shape, self.dtype = shape, dtype
+        self._max_len, self._device, self._kv_scale = max_len, device, kv_scale
         self._made: dict[tuple[str, int], tuple[Tensor, Tensor, Tensor]] = {}
 
     def of(self, request: str, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Float64 values that `dtype` can hold, [positions, heads, dim]."""
+        """Float64 values, [positions, heads, dim]; K and V are `kv_scale` x `dtype`'s."""
         if (request, layer) not in self._made:
             gen = torch.Generator().manual_seed(100 * ord(request) + layer)
             s = self.shape
             q, k, v = (
-                torch.randn(MAX_LEN, *sizes, generator=gen).to(self.dtype).double()
+                self._draw(gen, *sizes)
                 for sizes in (
                     (s.q_heads, s.qk_dim),
                     (s.kv_heads, s.qk_dim),
                     (s.kv_heads, s.v_dim),
                 )
             )
+            k, v = k * self._kv_scale, v * self._kv_scale
             # Twice the usual spread: flat scores would prove nothing.
             self._made[request, layer] = 2 * q, k, k[..., : s.v_dim] if s.latent else v
         return self._made[request, layer]
 
+    def _draw(self, gen: torch.Generator, *sizes: int) -> Tensor:
+        drawn = torch.randn(self._max_len, *sizes, generator=gen)
+        return drawn.to(self.dtype).double().to(self._device)
+
     def attention(self, request: str, layer: int, positions: range) -> Tensor:
         """[positions, all heads, v_dim], by a softmax over all keys up to each."""
         q, k, v = self.of(request, layer)
-        served_by = torch.arange(self.shape.q_heads) // (
-            self.shape.q_heads // self.shape.kv_heads
-        )
+        heads = torch.arange(self.shape.q_heads, device=self._device)
+        served_by = heads // (self.shape.q_heads // self.shape.kv_heads)
         keys = slice(0, positions.stop)
         scores = torch.einsum("phd,khd->phk", q[list(positions)], k[keys, served_by])
-        later = torch.arange(positions.stop) > torch.tensor(list(positions))[:, None]
+        at = torch.arange(positions.stop, device=self._device)
+        later = at > at[positions.start :, None]
         scores = scores * self.shape.qk_dim**-0.5
         scores = scores.masked_fill(later[:, None], float("-inf"))
         return torch.einsum("phk,khd->phd", scores.softmax(-1), v[keys, served_by])
@@ -129,13 +142,19 @@ class FakePool:
 class Served:
     """Requests with their logical slots, as scheduler and allocator would leave them."""
 
-    def __init__(self, page_size: int, dcp_size: int) -> None:
+    def __init__(
+        self,
+        page_size: int,
+        dcp_size: int,
+        max_len: int = MAX_LEN,
+        local_pages: int = LOCAL_PAGES,
+    ) -> None:
         self.page_size, self.dcp_size = page_size, dcp_size
         self.logical_page = page_size * dcp_size
-        self._free_pages = list(range(2, LOCAL_PAGES))
+        self._free_pages = list(range(2, local_pages))
         random.Random(5).shuffle(self._free_pages)
         # Unused entries lead to logical page 1, which holds NaN for ever.
-        self.table = torch.full((ROWS, MAX_LEN), self.logical_page, dtype=torch.int32)
+        self.table = torch.full((ROWS, max_len), self.logical_page, dtype=torch.int32)
         self._row_order = [4, 7, 1, 8, 2, 5]
         self.rows: dict[str, int] = {}
         self.pages: dict[str, list[int]] = {}
@@ -195,6 +214,8 @@ class Served:
             for name in ("extend_prefix_lens", "extend_seq_lens"):
                 as_tensor = torch.tensor(getattr(batch, f"{name}_cpu")).int()
                 setattr(batch, name, as_tensor)
+            ends = batch.extend_seq_lens.cumsum(0, dtype=torch.int32)
+            batch.extend_start_loc = ends - batch.extend_seq_lens
         return batch
 
 

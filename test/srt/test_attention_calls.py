@@ -44,6 +44,7 @@ def make_layer(**changes: Any) -> Any:
         qk_head_dim=8,
         v_head_dim=8,
         scaling=1.0,
+        k_scale=None,
         is_cross_attention=False,
         logit_cap=0.0,
         sliding_window_size=-1,

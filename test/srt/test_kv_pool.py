@@ -42,7 +42,10 @@ class Budget:
 
 def configurator(config: DcpConfig | None, tp_rank: int = 0) -> Any:
     args = SimpleNamespace(
-        dcp=config, attention_backend="torch_native", kv_cache_dtype="auto"
+        dcp=config,
+        device="cuda",
+        attention_backend="torch_native",
+        kv_cache_dtype="auto",
     )
     return SimpleNamespace(
         server_args=args,
@@ -124,10 +127,13 @@ def test_fused_write_is_off_with_dcp_alone() -> None:
     assert asked == ["batch"]
 
 
-def test_kv_dtype_of_the_checkpoint_is_refused() -> None:
+def test_kv_dtype_of_the_checkpoint() -> None:
     """`auto` may still mean fp8, which SGLang reads from the checkpoint."""
     kvc = configurator(DcpConfig(Layout(2, 1)))
     kvc.kv_cache_dtype = torch.float8_e4m3fn
+    kvc.server_args.attention_backend = "fa3"
+    build_kv_pool(Builder(), kvc, max_total_num_tokens=64)
+    kvc.server_args.attention_backend = "torch_native"
     with pytest.raises(DcpConfigError, match="--kv-cache-dtype auto .*float8_e4m3fn"):
         build_kv_pool(Builder(), kvc, max_total_num_tokens=64)
 

@@ -7,6 +7,8 @@ speak for one case here, so an entry without a case fails.
 from __future__ import annotations
 
 import json
+import logging
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +19,7 @@ import torch
 
 from sglang_dcp.config import DcpConfig, DcpConfigError
 from sglang_dcp.distributed.topology import Layout
-from sglang_dcp.layers.adaptors.registry import adaptor_names
+from sglang_dcp.layers.adaptors.registry import ADAPTORS, FP8, Need, adaptor_names
 from sglang_dcp.model_refusals import (
     GQA_ARCHITECTURES,
     MLA_ARCHITECTURES,
@@ -27,7 +29,7 @@ from sglang_dcp.model_refusals import (
 from sglang_dcp.refusals import (
     SERVER_REFUSALS,
     Refusal,
-    check_dtype,
+    check_backend,
     check_server_args,
 )
 
@@ -91,7 +93,7 @@ SERVER_CASES: dict[str, tuple[dict[str, Any], str]] = {
     "--enable-hisparse": ({"enable_hisparse": True}, ""),
     "--enable-page-major-kv-layout": ({"enable_page_major_kv_layout": True}, ""),
     "--prefill-only-disable-kv-cache": ({"prefill_only_disable_kv_cache": True}, ""),
-    "--kv-cache-dtype": ({"kv_cache_dtype": "fp8_e4m3"}, " fp8_e4m3"),
+    "--kv-cache-dtype": ({"kv_cache_dtype": "fp8_e5m2"}, " fp8_e5m2"),
     "--attention-context-parallel-size": ({"attn_cp_size": 2}, " 2"),
     "--enable-prefill-cp": ({"enable_prefill_cp": True}, ""),
     "--enable-dp-attention": ({"enable_dp_attention": True}, ""),
@@ -192,6 +194,7 @@ def test_model(name: str) -> None:
         pytest.param({}, id="all-defaults"),
         pytest.param({"kv_cache_dtype": "bfloat16"}, id="bfloat16"),
         pytest.param({"kv_cache_dtype": "bf16"}, id="bf16"),
+        pytest.param({"kv_cache_dtype": "fp8_e4m3"}, id="fp8"),
         pytest.param({"kv_canary": None}, id="no-canary"),
         pytest.param({"attention_backend": None}, id="no-backend-named"),
         pytest.param({"decode_attention_backend": "torch_native"}, id="decode-backend"),
@@ -213,46 +216,123 @@ def test_attention_backend_without_adaptor(phase: str) -> None:
     assert "on device cpu" in str(e.value) and "use torch_native" in str(e.value)
 
 
+def on_gpu(**more: Any) -> Need:
+    return Need("cuda", **{"dtype": torch.bfloat16, **more})
+
+
 GPU_BACKENDS = {
-    "fa3": ({"attention_backend": "fa3"}, False, None),
-    "triton": ({"attention_backend": "triton"}, False, None),
-    "flashinfer": ({"attention_backend": "flashinfer"}, False, "use fa3, triton, "),
-    "fa3-mla": ({"attention_backend": "fa3"}, True, "latent attention; use torch_n"),
-    "two": (
-        {"attention_backend": "fa3", "decode_attention_backend": "triton"},
-        False,
-        "name one backend",
+    "fa3": ("fa3", on_gpu(head_dim=128), None),
+    "fa3-96": ("fa3", on_gpu(head_dim=96), None),
+    "fa3-fp16": ("fa3", on_gpu(dtype=torch.float16), None),
+    "fa3-fp8": ("fa3", on_gpu(kv_dtype=FP8), None),
+    "triton": ("triton", on_gpu(head_dim=80), None),
+    "flashinfer": ("flashinfer", on_gpu(head_dim=64, kv_dtype=FP8), None),
+    "bf16-named": ("triton", on_gpu(kv_dtype=torch.bfloat16), None),
+    "torch_native-fp32": ("torch_native", on_gpu(dtype=torch.float32), None),
+    "unknown": (
+        "flex_attention",
+        on_gpu(),
+        "--attention-backend flex_attention .*use fa3, flashinfer, triton, torch_n",
     ),
+    "fa3-mla": (
+        "fa3",
+        on_gpu(mla=True),
+        "--attention-backend fa3 .*latent attention; use torch_native",
+    ),
+    "flashinfer-80": (
+        "flashinfer",
+        on_gpu(head_dim=80),
+        "--model-path head_dim 80 .*flashinfer.*; use --attention-backend fa3 or tri",
+    ),
+    "fa3-320": (
+        "fa3",
+        on_gpu(head_dim=320),
+        "--model-path head_dim 320 .*; use --attention-backend triton or torch_native",
+    ),
+    "torch_native-fp8": (
+        "torch_native",
+        on_gpu(kv_dtype=FP8),
+        "--kv-cache-dtype float8_e4m3fn .*torch_native.*; use --attention-backend fa3",
+    ),
+    "bf16-cache-of-fp16": (
+        "triton",
+        on_gpu(dtype=torch.float16, kv_dtype=torch.bfloat16),
+        "--kv-cache-dtype bfloat16 .*; use --kv-cache-dtype auto",
+    ),
+    **{
+        f"{name}-fp32": (
+            name,
+            on_gpu(dtype=torch.float32),
+            f"--dtype float32 .*{name}.*16-bit.*; use --attention-backend torch_nat",
+        )
+        for name in ("fa3", "flashinfer", "triton")
+    },
 }
 
 
-@pytest.mark.parametrize(
-    "changes, mla, message", GPU_BACKENDS.values(), ids=GPU_BACKENDS
-)
+@pytest.mark.parametrize("name, need, message", GPU_BACKENDS.values(), ids=GPU_BACKENDS)
 def test_attention_backends_of_a_gpu(
-    changes: dict[str, Any], mla: bool, message: str | None
+    name: str, need: Need, message: str | None
 ) -> None:
-    subject = SimpleNamespace(**{**FINE_SERVER, "device": "cuda", **changes})
     if message is None:
-        check_server_args(subject, mla=mla)
+        check_backend(name, need)
         return
     with pytest.raises(DcpConfigError, match=message):
-        check_server_args(subject, mla=mla)
+        check_backend(name, need)
 
 
-@pytest.mark.parametrize("backend", ["fa3", "triton"])
-def test_kernels_for_16_bit_refuse_fp32(backend: str) -> None:
-    args = SimpleNamespace(attention_backend=backend)
-    check_dtype(args, torch.bfloat16)
-    check_dtype(SimpleNamespace(attention_backend="torch_native"), torch.float32)
-    with pytest.raises(DcpConfigError, match=f"--dtype float32 .*{backend}.*; use"):
-        check_dtype(args, torch.float32)
+def test_backends_of_two_phases() -> None:
+    named = {"attention_backend": "fa3", "decode_attention_backend": "triton"}
+    subject = SimpleNamespace(**{**FINE_SERVER, "device": "cuda", **named})
+    with pytest.raises(DcpConfigError, match="name one backend"):
+        check_server_args(subject)
 
 
 def test_a_default_exists_for_every_device_and_kind_of_attention() -> None:
     for device in (None, "cpu", "cuda"):
         for mla in (False, True):
-            assert adaptor_names(device=device, mla=mla)
+            assert adaptor_names(Need(device, mla))
+
+
+DEFAULTS = {
+    "preferred": ("fa3", on_gpu(head_dim=128), "fa3", ""),
+    "another-can": ("fa3", on_gpu(head_dim=320), "triton", "not fa3.*no kernel"),
+    "no-hopper": ("flashinfer", on_gpu(head_dim=80), "triton", "not flashinfer"),
+    "without-adaptor": ("trtllm_mha", on_gpu(head_dim=64), "flashinfer", "no adaptor"),
+    "mla": ("fa3", on_gpu(mla=True), "torch_native", "not fa3.*latent"),
+    "cpu": (None, Need("cpu"), "torch_native", ""),
+    # Chosen for want of another, and then refused with the reason.
+    "none-can": ("fa3", on_gpu(dtype=torch.float32, kv_dtype=FP8), "fa3", ""),
+}
+
+
+@pytest.mark.parametrize(
+    "preferred, need, chosen, why", DEFAULTS.values(), ids=DEFAULTS
+)
+def test_default_backend_says_why(
+    preferred: str | None,
+    need: Need,
+    chosen: str,
+    why: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from sglang_dcp.server_args import default_backend
+
+    caplog.set_level(logging.INFO, "sglang_dcp")
+    assert default_backend(preferred, need) == chosen
+    [line] = caplog.messages
+    assert f"using {chosen}" in line and re.search(why, line)
+    assert ("not" in line.split(chosen)[1]) == bool(why)
+
+
+def test_every_adaptor_is_a_seam_and_loads_by_name() -> None:
+    from sglang_dcp.seams import SEAMS
+
+    seams = {seam.target for seam in SEAMS}
+    for name, spec in ADAPTORS.items():
+        assert any(target.endswith(f"ATTENTION_BACKENDS[{name}]") for target in seams)
+        module = spec.adaptor.split(":")[0].rpartition(".")[2]
+        assert module == name
 
 
 @pytest.mark.parametrize(

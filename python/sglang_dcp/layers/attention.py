@@ -7,6 +7,7 @@ own keys and the KVP group exchanges partial outputs (Helix, arXiv 2507.07120, 2
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any, Optional
 
 import torch
@@ -166,12 +167,13 @@ class DcpAttentionBackend(AttentionBackend):
         """New tokens among themselves, then against the sharded prefix, then merged."""
         self._check_call(layer, k, kwargs)
         view = self._current_view()
-        if save_kv_cache:
-            self._write(layer, view, k, v)
         q = q.view(q.shape[0], layer.tp_q_head_num, layer.qk_head_dim)
         new = self.adaptor.extend_new(
             q, *self._own_kv(q, k, v, layer), layer, forward_batch
         )
+        # Only now: a write with scales divides K and V in place.
+        if save_kv_cache:
+            self._write(layer, view, k, v)
         if not view.reads_keys:
             return new.out.reshape(q.shape[0], -1)
         base = self.adaptor.is_lse_base_on_e
@@ -201,13 +203,8 @@ class DcpAttentionBackend(AttentionBackend):
         """K and V of the heads that serve this rank's own query heads, in GQA ratio."""
         k = k.view(k.shape[0], -1, layer.qk_head_dim)
         v = v.view(v.shape[0], k.shape[1], layer.v_head_dim)
-        heads = own_kv_heads(q.shape[1], k.shape[1], self._dcp_size, self._kvp_rank)
-        first, last = heads[0], heads[-1]
-        repeats = {heads.count(head) for head in range(first, last + 1)}
-        if len(repeats) == 1:
-            return k[:, first : last + 1], v[:, first : last + 1]
-        # Own heads that start amid a K/V head have no one GQA ratio: one copy a head.
-        return k[:, heads], v[:, heads]
+        kept = _own_kv_heads(q.shape[1], k.shape[1], self._dcp_size, self._kvp_rank)
+        return k[:, kept], v[:, kept]
 
     def _write(
         self,
@@ -219,7 +216,10 @@ class DcpAttentionBackend(AttentionBackend):
         from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
         where = KVWriteLoc(view.batch.out_cache_loc, None)
-        self.token_to_kv_pool.set_kv_buffer(layer, where, k, v)
+        scales = {}
+        if layer.k_scale is not None:
+            scales = {"k_scale": layer.k_scale, "v_scale": layer.v_scale}
+        self.token_to_kv_pool.set_kv_buffer(layer, where, k, v, **scales)
 
     def _current_view(self) -> LocalView:
         if self._view is None:
@@ -245,6 +245,20 @@ class DcpAttentionBackend(AttentionBackend):
                 "logit capping, windows, encoder attention or the arguments "
                 f"{unknown} are not supported"
             )
+
+
+@cache
+def _own_kv_heads(
+    own_q: int, local_kv: int, dcp_size: int, kvp_rank: int
+) -> slice | list[int]:
+    """Index of the K/V heads that serve a rank's own query heads.
+
+    Own heads that start amid a K/V head have no one GQA ratio: then one copy a head.
+    """
+    heads = own_kv_heads(own_q, local_kv, dcp_size, kvp_rank)
+    first, last = heads[0], heads[-1]
+    even = len({heads.count(head) for head in range(first, last + 1)}) == 1
+    return slice(first, last + 1) if even else heads
 
 
 def _mask_empty(partial: Partial, view: LocalView) -> Partial:

@@ -36,12 +36,7 @@ def build_kv_pool(
     config = dcp_of(kvc.server_args)
     if config is None:
         return original(kvc, max_total_num_tokens=max_total_num_tokens, **kwargs)
-    if kvc.kv_cache_dtype != kvc.model_dtype:
-        raise DcpConfigError(
-            f"--kv-cache-dtype {kvc.server_args.kv_cache_dtype} means {kvc.kv_cache_dtype} "
-            f"for this checkpoint, the model is {kvc.model_dtype}: DCP stores K/V in the "
-            "model's dtype only; use a checkpoint without a KV-cache dtype of its own"
-        )
+    _check_kv_dtype(kvc)
     local = max_total_num_tokens // config.dcp_size
     pool = original(kvc, max_total_num_tokens=local, **kwargs)
     pool.page_size = config.page_size
@@ -61,6 +56,21 @@ def build_kv_pool(
             max_total_num_tokens,
         )
     return pool
+
+
+def _check_kv_dtype(kvc: Any) -> None:
+    """Now the weights are read, and `--kv-cache-dtype auto` has its meaning."""
+    from sglang_dcp.layers.adaptors.registry import Need, unmet
+
+    args = kvc.server_args
+    need = Need(args.device, dtype=kvc.model_dtype, kv_dtype=kvc.kv_cache_dtype)
+    problem = unmet(args.attention_backend, need)
+    if problem is not None:
+        raise DcpConfigError(
+            f"--kv-cache-dtype {args.kv_cache_dtype} means {problem.value} for this "
+            f"checkpoint: {problem.reason}; use another --attention-backend, or a "
+            "checkpoint without a KV-cache dtype of its own"
+        )
 
 
 def enable_fused_set_kv_buffer(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Optional
 
 import torch
 
@@ -83,3 +83,42 @@ class DcpAdaptor(ABC):
 
         `q` [tokens, heads of the attn_tp shard, qk_dim].
         """
+
+
+class PlannedAdaptor(DcpAdaptor):
+    """An adaptor over one of SGLang's own backends, which plans decode.
+
+    Built on a `LocalRunner` and fed the local batch, SGLang's backend plans for this
+    rank's pool, in CUDA graphs too; the adaptor calls the kernels with their LSE.
+
+    Attributes
+    ----------
+    creator : str
+        Function of SGLang's attention registry that builds the backend.
+    """
+
+    creator: ClassVar[str]
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    @classmethod
+    def from_runner(cls, runner: Any) -> PlannedAdaptor:
+        from sglang.srt.layers.attention import attention_registry
+
+        return cls(getattr(attention_registry, cls.creator)(runner))
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        self._inner.init_cuda_graph_state(max_bs, max_num_tokens)
+
+    def init_graph_metadata(self, local: ForwardBatch, in_capture: bool) -> None:
+        self._inner.init_forward_metadata_out_graph(local, in_capture=in_capture)
+
+    def _kv(self, layer: RadixAttention) -> tuple[torch.Tensor, torch.Tensor]:
+        """This rank's [slots, kv heads, dim] of K and of V, in the cache's dtype."""
+        return self._inner.token_to_kv_pool.get_kv_buffer(layer.layer_id)
+
+
+def kv_scales(layer: RadixAttention) -> tuple[Optional[float], Optional[float]]:
+    """Factors that a quantized cache's K and V were divided by; None: by nothing."""
+    return layer.k_scale_float, layer.v_scale_float

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 
-from sglang_dcp.layers.adaptors.base import DcpAdaptor, Partial
+from sglang_dcp.layers.adaptors.base import Partial, PlannedAdaptor
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -24,37 +24,26 @@ class _Extend:
     cache_seqlens: torch.Tensor  # [requests] int32, local prefix lengths
 
 
-class Fa3Adaptor(DcpAdaptor):
+class Fa3Adaptor(PlannedAdaptor):
     """SGLang's FlashAttention backend plans decode; kernels are called with their LSE.
 
-    FA3 returns the LSE in natural log as [heads, tokens].
+    FA3 returns the LSE in natural log as [heads, tokens]. It takes Q in the dtype of the
+    cache, so with fp8 K/V the query is cast, as SGLang does; new tokens among themselves
+    stay in the model's dtype.
     """
 
     is_lse_base_on_e = True
+    creator = "create_flashattention_v3_backend"
 
     def __init__(self, inner: Any) -> None:
-        self._inner = inner
+        super().__init__(inner)
         self._extend: Optional[_Extend] = None
-
-    @classmethod
-    def from_runner(cls, runner: Any) -> Fa3Adaptor:
-        from sglang.srt.layers.attention.attention_registry import (
-            create_flashattention_v3_backend,
-        )
-
-        return cls(create_flashattention_v3_backend(runner))
 
     def init_forward_metadata(self, batch: ForwardBatch, local: ForwardBatch) -> None:
         if batch.forward_mode.is_extend():
             self._extend = self._plan_extend(batch, local)
         else:
             self._inner.init_forward_metadata(local)
-
-    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
-        self._inner.init_cuda_graph_state(max_bs, max_num_tokens)
-
-    def init_graph_metadata(self, local: ForwardBatch, in_capture: bool) -> None:
-        self._inner.init_forward_metadata_out_graph(local, in_capture=in_capture)
 
     def decode(
         self, q: torch.Tensor, layer: RadixAttention, local: ForwardBatch
@@ -111,16 +100,17 @@ class Fa3Adaptor(DcpAdaptor):
         )
 
     def _paged(self, q: torch.Tensor, layer: RadixAttention, **plan: Any) -> Partial:
-        keys, values = self._inner.token_to_kv_pool.get_kv_buffer(layer.layer_id)
+        keys, values = self._kv(layer)
         page = self._inner.page_size
         return _partial(
             self._inner.flash_attn_with_kvcache(
-                q=q.contiguous(),
+                q=q.to(keys.dtype).contiguous(),
                 k_cache=keys.view(-1, page, *keys.shape[1:]),
                 v_cache=values.view(-1, page, *values.shape[1:]),
                 softmax_scale=layer.scaling,
                 num_splits=self._inner.num_splits,
                 return_softmax_lse=True,
+                **_descales(layer, keys, plan["cache_seqlens"]),
                 **plan,
             )
         )
@@ -142,6 +132,19 @@ class Fa3Adaptor(DcpAdaptor):
     def _plan(self) -> _Extend:
         assert self._extend is not None, "init_forward_metadata has not run"
         return self._extend
+
+
+def _descales(
+    layer: RadixAttention, keys: torch.Tensor, lens: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Scales of a quantized cache, [requests, kv heads] each, where it has any."""
+    if layer.k_scale is None or keys.itemsize > 1:
+        return {}
+    shape = (len(lens), keys.shape[1])
+    return {
+        "k_descale": layer.k_scale.expand(shape),
+        "v_descale": layer.v_scale.expand(shape),
+    }
 
 
 def _partial(returned: Any) -> Partial:

@@ -6,44 +6,33 @@ from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 
-from sglang_dcp.layers.adaptors.base import DcpAdaptor, Partial
+from sglang_dcp.layers.adaptors.base import Partial, PlannedAdaptor, kv_scales
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 
-class TritonAdaptor(DcpAdaptor):
+class TritonAdaptor(PlannedAdaptor):
     """SGLang's Triton backend plans; its kernels are called with their LSE.
 
     Natural log. Decode leaves one LSE a split of the keys, reduced here.
     """
 
     is_lse_base_on_e = True
+    creator = "create_triton_backend"
 
     def __init__(self, inner: Any) -> None:
-        self._inner = inner
+        super().__init__(inner)
         plan = inner.get_num_kv_splits
         # SGLang divides by the shortest length, which is 0 where a shard is empty.
         inner.get_num_kv_splits = lambda splits, lens: plan(splits, lens.clamp(min=1))
         self._no_prefix: Optional[torch.Tensor] = None
 
-    @classmethod
-    def from_runner(cls, runner: Any) -> TritonAdaptor:
-        from sglang.srt.layers.attention.attention_registry import create_triton_backend
-
-        return cls(create_triton_backend(runner))
-
     def init_forward_metadata(self, batch: ForwardBatch, local: ForwardBatch) -> None:
         self._inner.init_forward_metadata(local)
         if batch.forward_mode.is_extend():
             self._no_prefix = torch.zeros_like(self._inner.forward_metadata.kv_indptr)
-
-    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
-        self._inner.init_cuda_graph_state(max_bs, max_num_tokens)
-
-    def init_graph_metadata(self, local: ForwardBatch, in_capture: bool) -> None:
-        self._inner.init_forward_metadata_out_graph(local, in_capture=in_capture)
 
     def decode(
         self, q: torch.Tensor, layer: RadixAttention, local: ForwardBatch
@@ -52,7 +41,7 @@ class TritonAdaptor(DcpAdaptor):
 
         inner, plan = self._inner, self._inner.forward_metadata
         out = q.new_empty(q.shape[0], q.shape[1], layer.v_head_dim)
-        keys, values = inner.token_to_kv_pool.get_kv_buffer(layer.layer_id)
+        keys, values = self._kv(layer)
         inner.decode_attention_fwd(
             q.contiguous(),
             keys,
@@ -65,8 +54,7 @@ class TritonAdaptor(DcpAdaptor):
             plan.num_kv_splits,
             inner.max_kv_splits,
             layer.scaling,
-            1.0,
-            1.0,
+            *_scales(layer),
             use_pdl=inner.use_pdl,
             page_size=inner.page_size,
         )
@@ -128,7 +116,7 @@ class TritonAdaptor(DcpAdaptor):
         inner, plan = self._inner, self._inner.forward_metadata
         out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
         lse = q.new_empty(q.shape[:2], dtype=torch.float32)
-        keys, values = inner.token_to_kv_pool.get_kv_buffer(layer.layer_id)
+        keys, values = self._kv(layer)
         inner.extend_attention_fwd(
             q.contiguous(),
             k,
@@ -143,8 +131,7 @@ class TritonAdaptor(DcpAdaptor):
             is_causal,
             None,
             plan.max_extend_len,
-            1.0,
-            1.0,
+            *_scales(layer),
             sm_scale=layer.scaling,
             lse_extend=lse,
             skip_prefix=skip_prefix,
@@ -152,3 +139,7 @@ class TritonAdaptor(DcpAdaptor):
             page_size=inner.page_size,
         )
         return Partial(out, lse)
+
+
+def _scales(layer: RadixAttention) -> list[float]:
+    return [1.0 if scale is None else scale for scale in kv_scales(layer)]

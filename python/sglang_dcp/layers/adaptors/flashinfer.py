@@ -1,0 +1,143 @@
+"""Adaptor for `--attention-backend flashinfer`: FlashInfer's wrappers over pages of one."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, Iterable
+
+import torch
+
+from sglang_dcp.layers.adaptors.base import Partial, PlannedAdaptor, kv_scales
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+
+class FlashInferAdaptor(PlannedAdaptor):
+    """SGLang's FlashInfer backend plans decode; extend is planned here, without host sync.
+
+    FlashInfer's LSE is in base 2, [tokens, heads]. SGLang hands it single slots as pages,
+    whatever the page size.
+    """
+
+    is_lse_base_on_e = False
+    creator = "create_flashinfer_backend"
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__(inner)
+        self._new_tokens = inner.prefill_wrapper_ragged
+        self._prefix = inner.prefill_wrappers_paged[0]
+        self._new_tokens_planned = False
+
+    def init_forward_metadata(self, batch: ForwardBatch, local: ForwardBatch) -> None:
+        if not batch.forward_mode.is_extend():
+            self._inner.init_forward_metadata(local)
+            return
+        # Planned by the first layer, which knows the rank's own heads.
+        self._new_tokens_planned = False
+        if any(batch.extend_prefix_lens_cpu):
+            self._plan_prefix(local)
+
+    def decode(
+        self, q: torch.Tensor, layer: RadixAttention, local: ForwardBatch
+    ) -> Partial:
+        [wrapper] = self._inner.forward_metadata.decode_wrappers
+        k_scale, v_scale = kv_scales(layer)
+        return Partial(
+            *wrapper.forward_return_lse(
+                q.contiguous(),
+                self._kv(layer),
+                sm_scale=layer.scaling,
+                k_scale=k_scale,
+                v_scale=v_scale,
+            )
+        )
+
+    def extend_new(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        batch: ForwardBatch,
+    ) -> Partial:
+        if not self._new_tokens_planned:
+            self._plan_new_tokens(q, k, v, batch)
+        return Partial(
+            *self._new_tokens.forward_return_lse(
+                q.contiguous(),
+                k.contiguous(),
+                v.contiguous(),
+                causal=True,
+                sm_scale=layer.scaling,
+            )
+        )
+
+    def extend_prefix(
+        self, q: torch.Tensor, layer: RadixAttention, local: ForwardBatch
+    ) -> Partial:
+        k_scale, v_scale = kv_scales(layer)
+        return Partial(
+            *self._prefix.forward_return_lse(
+                q.contiguous(),
+                self._kv(layer),
+                causal=False,
+                sm_scale=layer.scaling,
+                k_scale=k_scale,
+                v_scale=v_scale,
+            )
+        )
+
+    def _plan_new_tokens(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: ForwardBatch
+    ) -> None:
+        where = _indptr(batch.extend_seq_lens_cpu)
+        self._new_tokens.plan(
+            where,
+            where,
+            q.shape[1],
+            k.shape[1],
+            q.shape[2],
+            head_dim_vo=v.shape[2],
+            causal=True,
+            q_data_type=q.dtype,
+        )
+        self._new_tokens_planned = True
+
+    def _plan_prefix(self, local: ForwardBatch) -> None:
+        sizes = self._inner.indices_updater_prefill
+        lens = local.extend_prefix_lens_cpu
+        self._prefix.plan(
+            _indptr(local.extend_seq_lens_cpu),
+            _indptr(lens),
+            self._slots(local),
+            torch.ones(len(lens), dtype=torch.int32),
+            sizes.num_qo_heads,
+            sizes.num_kv_heads,
+            sizes.head_dim,
+            page_size=1,
+            causal=False,
+            q_data_type=sizes.q_data_type,
+            kv_data_type=sizes.data_type,
+        )
+
+    def _slots(self, local: ForwardBatch) -> torch.Tensor:
+        """[sum of local prefix lengths] int32, request after request."""
+        from sglang.kernels.ops.kvcache.kv_indices import (
+            create_flashinfer_kv_indices_triton,
+        )
+
+        table = self._inner.req_to_token_pool.req_to_token
+        lens = local.seq_lens
+        starts = torch.nn.functional.pad(lens.cumsum(0, dtype=torch.int32), (1, 0))
+        slots = table.new_empty(local.seq_lens_sum)
+        create_flashinfer_kv_indices_triton[(len(lens),)](
+            table, local.req_pool_indices, lens, starts, None, slots, table.stride(0)
+        )
+        return slots
+
+
+def _indptr(lens: Iterable[int]) -> torch.Tensor:
+    """Cumulated lengths from 0 on, int32 on the host: a plan that must not sync."""
+    return torch.tensor([0, *accumulate(lens)], dtype=torch.int32)
