@@ -1,17 +1,18 @@
-# make demo | test | test-fast | test-gpu | lint | format | clean
+# make demo | test | test-fast | test-gpu | bench | bench-checks | bench-serving | lint | format | clean
 #
 # demo and test install what they need into .venv first.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+OUT ?= .cache/bench
 STAMP := $(VENV)/.installed
 SOURCES := python test/srt benchmark
 
 # Servers start three times faster with .pyc files.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-fast test-gpu lint format clean
+.PHONY: demo test test-fast test-gpu bench bench-checks bench-serving lint format clean
 
 demo: $(STAMP)
 	$(BIN)/python -m sglang_dcp.demo
@@ -24,6 +25,16 @@ test-fast: $(STAMP)
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -s test/srt/test_*_gpu*.py test/srt/test_split_lse.py
+
+bench: $(STAMP)
+	$(BIN)/python benchmark/bench_decode.py $(OUT)/decode.csv $(ARGS)
+
+bench-checks: $(STAMP)
+	$(BIN)/python benchmark/bench_decode.py $(OUT)/fill.csv --check-fill
+	$(BIN)/python benchmark/bench_decode.py $(OUT)/off.csv --check-off
+
+bench-serving: $(STAMP)
+	$(BIN)/python benchmark/bench_serving.py $(OUT)/serving.jsonl
 
 lint: $(VENV)/.lint
 	$(BIN)/black --check -q $(SOURCES)

@@ -1,4 +1,4 @@
-"""Models and engines of `bench_decode.py`.
+"""Models by name, and the layouts that make sense for them.
 
 Dimensions are those of the published config.json files.
 
@@ -8,13 +8,10 @@ plain (no yarn or llama3 scaling) and as long as the benchmark's longest context
 
 from __future__ import annotations
 
-import argparse
 import json
-import multiprocessing as mp
-from collections.abc import Callable, Iterator, Mapping
-from multiprocessing.connection import wait
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 _QWEN3_30B_A3B = {
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -33,6 +30,19 @@ _QWEN3_30B_A3B = {
     "norm_topk_prob": True,
     "vocab_size": 151936,
     "rope_theta": 1000000.0,
+}
+_QWEN2_5_3B = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_size": 2048,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "vocab_size": 151936,
+    "rope_theta": 1000000.0,
+    "use_sliding_window": False,
+    "tie_word_embeddings": True,
 }
 _QWEN2_5_7B = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -85,6 +95,19 @@ _DEEPSEEK_V2_LITE = {
     "vocab_size": 102400,
     "rope_theta": 10000.0,
 }
+# No published model: for trying the scripts on a CPU.
+_TINY = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "vocab_size": 1024,
+    "rope_theta": 10000.0,
+}
 _COMMON = {
     "hidden_act": "silu",
     "rms_norm_eps": 1e-6,
@@ -97,10 +120,32 @@ _COMMON = {
 
 MODELS: Mapping[str, Mapping[str, Any]] = {
     "Qwen3-30B-A3B": _QWEN3_30B_A3B,
+    "Qwen2.5-3B": _QWEN2_5_3B,
     "Qwen2.5-7B": _QWEN2_5_7B,
     "Llama-3.1-8B": _LLAMA_3_1_8B,
     "DeepSeek-V2-Lite": _DEEPSEEK_V2_LITE,
+    "tiny": _TINY,
 }
+
+# How a KV pool was filled: random numbers in scattered pages, or by the model.
+DIRECT, PREFILLED = "direct", "prefilled"
+
+
+def default_model(tp: int) -> str:
+    """A model of which plain tensor parallelism stores each token twice at `tp` 4 and 8."""
+    return "Qwen3-30B-A3B" if tp == 8 else "Qwen2.5-3B"
+
+
+def kv_copies(model: str, tp: int) -> int:
+    """How often plain tensor parallelism stores a token of the KV cache."""
+    dims = MODELS[model]
+    # MLA's latent is one head, whatever config.json says of its K/V heads.
+    heads = 1 if "kv_lora_rank" in dims else int(dims["num_key_value_heads"])
+    return max(1, tp // heads)
+
+
+def query_heads(model: str) -> int:
+    return int(MODELS[model]["num_attention_heads"])
 
 
 def vocab_size(model: str) -> int:
@@ -125,148 +170,23 @@ class Layout(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Layout:
+        """Read KVP:COMM or KVP:COMM:q."""
         kvp, comm, *rest = text.split(":")
         if rest not in ([], ["q"]):
             raise ValueError(text)
         return cls(text, int(kvp), comm, "replicated" if rest else "gathered")
 
 
-class Row(NamedTuple):
-    """One line of the CSV; times are None where the size does not fit the pool."""
+def default_layouts(model: str, tp: int) -> list[Layout]:
+    """Layouts beside plain tensor parallelism, the one to recommend first.
 
-    layout: Layout
-    batch: int
-    context: int
-    pool_tokens: int  # of the whole layout
-    pool_tokens_rank: int  # held by one rank
-    status: str
-    median_ms: Optional[float] = None
-    p95_ms: Optional[float] = None
-    host_ms: Optional[float] = None
-
-    def __str__(self) -> str:
-        size = f"context {self.context:>7} batch {self.batch:>3}: "
-        if self.median_ms is None:
-            return size + self.status
-        return size + (
-            f"{self.median_ms:.3f} ms, p95 {self.p95_ms:.3f}, "
-            f"host {self.host_ms:.3f}, pool {self.pool_tokens}"
-        )
-
-
-def server_args(options: argparse.Namespace, layout: Layout, model: Path) -> Any:
-    """Resolved arguments of the layout's engine."""
-    from sglang_dcp.server_args import DcpServerArgs
-
-    dcp: dict[str, Any] = {}
-    if layout.kvp > 1:
-        dcp = {
-            "dcp_size": layout.kvp,
-            "dcp_comm_backend": layout.comm,
-            "dcp_replicate_q_proj": layout.q == "replicated",
-        }
-    return DcpServerArgs(
-        model_path=str(model),
-        load_format="dummy",
-        skip_tokenizer_init=True,
-        dtype="bfloat16",
-        tp_size=options.tp,
-        attention_backend=options.attention_backend,
-        page_size=options.page_size,
-        mem_fraction_static=options.mem_fraction,
-        max_running_requests=max(options.batches),
-        cuda_graph_bs_decode=sorted(options.batches),
-        disable_prefill_cuda_graph=True,
-        disable_radix_cache=True,
-        sampling_backend="pytorch",
-        random_seed=0,
-        log_level="warning",
-        **dcp,
-    )
-
-
-def model_runner(args: Any, nccl_port: int, rank: int) -> Any:
-    """SGLang's runner with pools and graphs, made as a scheduler makes it."""
-    from sglang.srt.configs.model_config import ModelConfig
-    from sglang.srt.distributed.parallel_state_wrapper import ParallelState
-    from sglang.srt.layers.moe import initialize_moe_config
-    from sglang.srt.layers.quantization.fp4_utils import initialize_fp4_gemm_config
-    from sglang.srt.layers.quantization.fp8_utils import initialize_fp8_gemm_config
-    from sglang.srt.managers import scheduler
-    from sglang.srt.model_executor.model_runner import ModelRunner
-
-    # The seam that publishes the DCP context is on this function.
-    scheduler.configure_scheduler_process(args, rank, rank, 0, 0, 0, 0, None)
-    for initialize in (
-        initialize_moe_config,
-        initialize_fp8_gemm_config,
-        initialize_fp4_gemm_config,
-    ):
-        initialize(args)
-    runner = ModelRunner(
-        model_config=ModelConfig.from_server_args(args),
-        mem_fraction_static=args.mem_fraction_static,
-        gpu_id=rank,
-        ps=ParallelState(
-            **{"tp_rank": rank, "tp_size": args.tp_size, "pp_rank": 0, "pp_size": 1},
-            **{"dp_rank": None, "dp_size": 1, "gpu_id": rank, "dcp_size": 1},
-            **{"attn_tp_rank": rank, "attn_tp_size": args.tp_size},
-            **{"attn_cp_rank": 0, "attn_cp_size": 1},
-            **{"attn_dp_rank": 0, "attn_dp_size": 1},
-            **{"moe_ep_rank": 0, "moe_ep_size": 1},
-            **{"moe_dp_rank": None, "moe_dp_size": 1},
-        ),
-        nccl_port=nccl_port,
-        server_args=args,
-    )
-    runner.alloc_memory_pool()
-    runner.init_attention_backends()
-    runner.init_cuda_graphs()
-    return runner
-
-
-def run_layout(
-    run_rank: Callable[..., None],
-    options: argparse.Namespace,
-    layout: Layout,
-    model: Path,
-) -> Iterator[Any]:
-    """What rank 0 of the layout's engine sends; the ranks live meanwhile.
-
-    `run_rank(options, layout, server arguments, NCCL port, rank, connection)` is a rank;
-    the first one sends None at its end.
-
-    Raises
-    ------
-    RuntimeError
-        If a rank ended before that.
+    Where that stores no token twice there is nothing to win: what is left shows the cost.
     """
-    from sglang.srt.entrypoints.engine import _set_envs_and_config
-    from sglang.srt.server_args import PortArgs
-
-    args = server_args(options, layout, model)
-    _set_envs_and_config(args)
-    port = PortArgs.init_new(args).nccl_port
-    spawn = mp.get_context("spawn")
-    receiver, sender = spawn.Pipe(duplex=False)
-    ranks = [
-        spawn.Process(target=run_rank, args=(options, layout, args, port, rank, sender))
-        for rank in range(options.tp)
-    ]
-    for rank in ranks:
-        rank.start()
-    try:
-        while True:
-            ready = wait([receiver, *(rank.sentinel for rank in ranks)])
-            if receiver not in ready:
-                codes = [rank.exitcode for rank in ranks]
-                raise RuntimeError(f"{layout.name}: a rank ended, exit codes {codes}")
-            message = receiver.recv()
-            if message is None:
-                return
-            yield message
-    finally:
-        for rank in ranks:
-            rank.kill()
-        for rank in ranks:
-            rank.join()
+    if tp == 1:
+        return []
+    copies = kv_copies(model, tp)
+    if copies == 1:
+        names = ["2:a2a:q", f"{tp}:a2a:q"]
+    else:
+        names = [f"{copies}:a2a:q", f"{copies}:a2a", f"{copies}:ag_rs", f"{tp}:a2a:q"]
+    return [Layout.parse(name) for name in dict.fromkeys(names)]

@@ -5,7 +5,8 @@
 #   CACHE  archive of compiled kernels, unpacked into $HOME; they name SITE by its path
 #   FA3    archive of FlashAttention-3, unpacked into SITE
 #   OUT    where logs and results go
-#   PARTS  which of: merge exchange server bf16 bench
+#   PARTS  which of: merge exchange server bf16 bench decode fill off serving
+#   ARGS   options of the last four, as "--contexts 32768 --profile 32768 8"
 #   MIXING which values of NCCL_GRAPH_MIXING_SUPPORT to measure with
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -53,12 +54,28 @@ if wanted bench; then
     say "bench with NCCL_GRAPH_MIXING_SUPPORT=$mixing ended with $?"
   done
 fi
+# Progress and tables to the terminal, SGLang's log to a file.
+run_bench() {
+  local name=$1
+  shift
+  # shellcheck disable=SC2086
+  timeout 570 python3 "$@" ${ARGS:-} 2>"$OUT/$name.err"
+  local status=$?
+  if ((status)); then tail -25 "$OUT/$name.err" | cut -c1-400; fi
+  say "$name ended with $status"
+}
+wanted decode && run_bench decode benchmark/bench_decode.py "$OUT/decode.csv"
+wanted fill && run_bench fill benchmark/bench_decode.py "$OUT/fill.csv" --check-fill
+wanted off && run_bench off benchmark/bench_decode.py "$OUT/off.csv" --check-off
+wanted serving && run_bench serving benchmark/bench_serving.py "$OUT/serving.jsonl"
+
 for part in merge exchange server bf16; do
   wanted "$part" || continue
   echo "== $part"
   grep -E "max \|d|^(FAILED|ERROR)|passed|failed|error" "$OUT/$part.log" | tail -12 | cut -c1-400
 done
 for log in "$OUT"/bench?.log; do
+  [[ -e $log ]] || continue
   echo "== $log"
   tail -12 "$log" | cut -c1-400
 done

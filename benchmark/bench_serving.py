@@ -1,0 +1,233 @@
+"""`python -m sglang.bench_serving` against live servers, without and with DCP.
+
+    python benchmark/bench_serving.py results.jsonl
+
+One server after the other: plain tensor parallelism, then each of `--layouts` (as in
+`bench_decode.py`), with dummy weights and a tokenizer made here, so that no network is
+needed. Against each, SGLang's own load generator for every concurrency and input length;
+its JSON lines go into one file. A failed request, or fewer output tokens than asked for,
+makes the exit status 1.
+
+Prompts differ in every token and every request generates exactly its length. Not
+measured: real weights, sampling, prefix hits, arrivals other than at fixed concurrency.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from decode_models import (
+    MODELS,
+    Layout,
+    default_layouts,
+    default_model,
+    vocab_size,
+    write_model,
+)
+from decode_report import markdown
+from sglang_dcp.demo.server import ServerFailed, ServerProcess
+
+BEGAN = time.perf_counter()
+SERVER_LOG_LINES = 15
+Result = dict[str, Any]
+
+
+def say(text: str) -> None:
+    print(f"[{time.perf_counter() - BEGAN:5.0f} s] {text}", flush=True)
+
+
+def write_tokenizer(folder: Path, size: int) -> None:
+    """A tokenizer of one word an id, so that any ids survive text and back."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {f"w{number}": number for number in range(size)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "w0",
+        "eos_token": "w1",
+        "unk_token": "w0",
+        "pad_token": "w0",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings) + "\n")
+
+
+def server_flags(options: argparse.Namespace, layout: Layout) -> list[str]:
+    flags = ["--load-format", "dummy", "--dtype", "bfloat16", "--random-seed", "0"]
+    flags += ["--tp", str(options.tp), "--page-size", str(options.page_size)]
+    flags += ["--attention-backend", options.attention_backend]
+    flags += ["--kv-cache-dtype", options.kv_cache_dtype]
+    flags += ["--mem-fraction-static", str(options.mem_fraction)]
+    most = max(options.concurrency)
+    flags += ["--max-running-requests", str(most), "--sampling-backend", "pytorch"]
+    if options.max_total_tokens:
+        flags += ["--max-total-tokens", str(options.max_total_tokens)]
+    if options.device == "cuda":
+        flags += ["--cuda-graph-max-bs", str(most)]
+    if layout.kvp > 1:
+        flags += ["--dcp-size", str(layout.kvp), "--dcp-comm-backend", layout.comm]
+    if layout.q == "replicated":
+        flags += ["--dcp-replicate-q-proj"]
+    return flags
+
+
+def load(
+    options: argparse.Namespace, url: str, model: Path, log: Path, size: Sequence[int]
+) -> Result:
+    """Run SGLang's load generator once and return its line.
+
+    Raises
+    ------
+    RuntimeError
+        If it ended with an error or left no line.
+    """
+    concurrency, tokens = size
+    line = log.with_suffix(".jsonl")
+    line.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "sglang.bench_serving", "--backend", "sglang"]
+    command += ["--base-url", url, "--model", str(model), "--tokenizer", str(model)]
+    command += ["--dataset-name", "random-ids", "--tokenize-prompt"]
+    command += ["--random-range-ratio", "1", "--random-input-len", str(tokens)]
+    command += ["--random-output-len", str(options.output_len)]
+    command += ["--num-prompts", str(concurrency * options.rounds)]
+    command += ["--max-concurrency", str(concurrency), "--flush-cache"]
+    command += ["--output-file", str(line), "--disable-tqdm"]
+    with log.open("a") as output:
+        done = subprocess.run(
+            command, cwd=log.parent, stdout=output, stderr=subprocess.STDOUT
+        )
+    if done.returncode or not line.exists():
+        tail = "\n".join(log.read_text().splitlines()[-SERVER_LOG_LINES:])
+        raise RuntimeError(f"bench_serving ended with {done.returncode}:\n{tail}")
+    return dict(json.loads(line.read_text().splitlines()[-1]))
+
+
+def serve(options: argparse.Namespace, layout: Layout, model: Path) -> list[Result]:
+    """Results of one server, those before a failure included in the file."""
+    log = options.jsonl.with_name(f"{options.jsonl.stem}-{layout.name}.log")
+    log = log.with_name(log.name.replace(":", "-"))
+    say(f"{layout.name}: starting its server")
+    results = []
+    with ServerProcess(
+        model,
+        server_flags(options, layout),
+        log_path=log,
+        device=options.device,
+        grace=5.0,
+    ) as server:
+        say(f"{layout.name}: ready after {server.wait_ready(options.ready_s):.0f} s")
+        for tokens in options.input_lens:
+            for concurrency in options.concurrency:
+                size = (concurrency, tokens)
+                client = model.parent / "client.log"
+                result = load(options, server.base_url, model, client, size)
+                result = {"layout": layout.name, "model": options.model, **result}
+                # The same long list of arguments in every line.
+                del result["server_info"]
+                wanted = concurrency * options.rounds
+                result["failed"] = wanted - result["completed"]
+                result["short"] = (
+                    result["completed"] * options.output_len
+                    - result["total_output_tokens"]
+                )
+                with options.jsonl.open("a") as lines:
+                    lines.write(json.dumps(result) + "\n")
+                results.append(result)
+                say(
+                    f"{layout.name}: {concurrency} x {tokens} tokens: "
+                    f"{result['completed']} of {wanted} in {result['duration']:.1f} s"
+                )
+        if server.returncode is not None:
+            raise ServerFailed(f"the server ended:\n{server.log_tail()}")
+    return results
+
+
+def table(results: Sequence[Result]) -> str:
+    head = "layout|input|at once|failed|req/s|out tok/s|TTFT ms|p99|ITL ms|p99|TPOT ms"
+    columns = (
+        *("request_throughput", "output_throughput", "median_ttft_ms", "p99_ttft_ms"),
+        *("median_itl_ms", "p99_itl_ms", "median_tpot_ms"),
+    )
+    rows = [head.split("|")]
+    for result in results:
+        size = (result["random_input_len"], result["max_concurrency"])
+        cells = [f"{result[column]:.2f}" for column in columns]
+        rows.append([result["layout"], *map(str, size), str(result["failed"]), *cells])
+    return markdown(rows)
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    gpus = torch.cuda.device_count()
+    add = parser.add_argument
+    add("jsonl", type=Path, help="where the results go; server logs beside it")
+    add("--model", choices=MODELS)
+    add("--tp", type=int, default=gpus or 1, help="default: all GPUs")
+    add("--layouts", type=Layout.parse, nargs="*", metavar="KVP:COMM[:q]")
+    add("--concurrency", type=int, nargs="+", default=[8, 64])
+    add("--input-lens", type=int, nargs="+", default=[4096, 32768])
+    add("--output-len", type=int, default=128)
+    add("--rounds", type=int, default=2, help="requests for each of those at once")
+    add("--page-size", type=int, default=64)
+    add("--attention-backend", default="fa3")
+    add("--kv-cache-dtype", default="auto")
+    add("--mem-fraction", type=float, default=0.8)
+    add("--max-total-tokens", type=int, help="of one rank's pool; default: what fits")
+    add("--ready-s", type=float, default=200.0, help="for a server to start")
+    add("--device", choices=("cuda", "cpu"), default="cuda" if gpus else "cpu")
+    options = parser.parse_args(argv)
+    options.jsonl = options.jsonl.absolute()
+    options.model = options.model or default_model(options.tp)
+    if options.layouts is None:
+        options.layouts = default_layouts(options.model, options.tp)[:1]
+    return options
+
+
+def main() -> int:
+    options = parse()
+    options.jsonl.parent.mkdir(parents=True, exist_ok=True)
+    options.jsonl.write_text("")
+    results: list[Result] = []
+    errors: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        # SGLang cuts a request that would end at its context length.
+        longest = max(options.input_lens) + options.output_len + 16
+        model = Path(folder) / options.model
+        model.mkdir()
+        write_model(model, options.model, longest)
+        write_tokenizer(model, vocab_size(options.model))
+        for layout in (Layout(), *options.layouts):
+            try:
+                results += serve(options, layout, model)
+            except (ServerFailed, RuntimeError) as error:
+                # The other servers are worth their time all the same.
+                errors.append(f"{layout.name}: {error}")
+                say(errors[-1])
+    for result in results:
+        if result["failed"] or result["short"]:
+            errors.append(
+                f"{result['layout']}: {result['failed']} requests failed, "
+                f"{result['short']} output tokens missing"
+            )
+    print(f"\n{options.model}, tp {options.tp}, {options.output_len} output tokens\n")
+    print(table(results))
+    print("\n" + ("\n".join(errors) or "every request was answered in full"))
+    return 1 if errors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""The processes of an engine: one a GPU, and what the first of them sends."""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing as mp
+import time
+from collections.abc import Generator, Iterator
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, Union
+
+import torch
+
+from decode_engine import Engine, Row
+from decode_models import DIRECT, PREFILLED, Layout, vocab_size
+from decode_profile import Profile
+from decode_runner import server_args
+
+FILL_ROUNDS = 3
+Message = Union[str, Row, Profile]
+
+
+@torch.no_grad()
+def run_rank(
+    options: argparse.Namespace,
+    layout: Layout,
+    args: Any,
+    nccl_port: int,
+    rank: int,
+    results: Connection,
+) -> None:
+    """One rank of an engine; rank 0 sends its messages, None at the end."""
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    engine = Engine(args, nccl_port, rank, vocab_size(options.model))
+    for message in _messages(engine, options, layout):
+        if rank == 0:
+            results.send(message)
+    if rank == 0:
+        results.send(None)
+    # The parent ends all ranks: a graph's communicators have nothing to save.
+    time.sleep(3600)
+
+
+def _messages(
+    engine: Engine, options: argparse.Namespace, layout: Layout
+) -> Iterator[Message]:
+    yield "engine ready, KV pool filled"
+    # In turns, so that a drift of the machine meets both.
+    fills = (DIRECT, PREFILLED) * FILL_ROUNDS if options.check_fill else (DIRECT,)
+    for context in options.contexts:
+        for batch in options.batches:
+            for fill in fills:
+                row = engine.measure(layout, batch, context, options.steps, fill)
+                yield row
+            if row.median_ms and [context, batch] in options.profile:
+                kernels = engine.profile(batch, context)
+                yield Profile(layout.name, context, batch, 1e3 * row.median_ms, kernels)
+
+
+def run_layout(
+    options: argparse.Namespace, layout: Layout, model: Path
+) -> Generator[Message, None, None]:
+    """What rank 0 of the layout's engine sends; the ranks live meanwhile.
+
+    Raises
+    ------
+    RuntimeError
+        If a rank ended before the first one was done.
+    """
+    from sglang.srt.entrypoints.engine import _set_envs_and_config
+    from sglang.srt.server_args import PortArgs
+
+    args = server_args(options, layout, model)
+    _set_envs_and_config(args)
+    port = PortArgs.init_new(args).nccl_port
+    spawn = mp.get_context("spawn")
+    receiver, sender = spawn.Pipe(duplex=False)
+    ranks = [
+        spawn.Process(target=run_rank, args=(options, layout, args, port, rank, sender))
+        for rank in range(options.tp)
+    ]
+    for rank in ranks:
+        rank.start()
+    try:
+        while True:
+            ready = wait([receiver, *(rank.sentinel for rank in ranks)])
+            if receiver not in ready:
+                codes = [rank.exitcode for rank in ranks]
+                raise RuntimeError(f"{layout.name}: a rank ended, exit codes {codes}")
+            message = receiver.recv()
+            if message is None:
+                return
+            yield message
+    finally:
+        for rank in ranks:
+            rank.kill()
+        for rank in ranks:
+            rank.join()
