@@ -147,8 +147,8 @@ def test_ranks_read_each_position_once_in_order(dcp_size: int, page_size: int) -
         read: list[int] = []
         for rank in range(dcp_size):
             local = torch.full((3, -(-40 // dcp_size)), UNTOUCHED, dtype=torch.int32)
-            rows = torch.tensor([2, 0])
-            refresh_local_table(local, table, rows, length, dcp_size, rank)
+            rows, lens = torch.tensor([2, 0]), torch.tensor([length, 40])
+            refresh_local_table(local, table, rows, lens, dcp_size, rank)
             mine = list(read_positions(table, local, 2, length, dcp_size, rank))
             assert mine == sorted(mine)
             read += mine
@@ -156,15 +156,19 @@ def test_ranks_read_each_position_once_in_order(dcp_size: int, page_size: int) -
 
 
 @each_size
-def test_rows_outside_the_batch_are_untouched(dcp_size: int) -> None:
+def test_only_rows_of_the_batch_and_up_to_their_lengths_are_written(
+    dcp_size: int,
+) -> None:
     table = logical_table(5, 40, 4 * dcp_size, seed=0)
+    lens = {3: 40, 1: 9, 4: 0}
     for rank in range(dcp_size):
         local = torch.full((5, -(-40 // dcp_size)), UNTOUCHED, dtype=torch.int32)
-        refresh_local_table(local, table, torch.tensor([3, 1]), 40, dcp_size, rank)
-        assert (local[[0, 2, 4]] == UNTOUCHED).all()
-        owned = local_lens(40, dcp_size, rank)
-        assert (local[[3, 1], :owned] != UNTOUCHED).all()
-        assert (local[[3, 1], owned:] == UNTOUCHED).all()
+        rows, asked = torch.tensor(list(lens)), torch.tensor(list(lens.values()))
+        refresh_local_table(local, table, rows, asked, dcp_size, rank)
+        for row in range(5):
+            owned = local_lens(lens.get(row, 0), dcp_size, rank)
+            assert (local[row, :owned] != UNTOUCHED).all()
+            assert (local[row, owned:] == UNTOUCHED).all()
 
 
 @each_size
@@ -172,12 +176,12 @@ def test_refresh_rewrites_slots_that_changed(dcp_size: int) -> None:
     old = logical_table(2, 24, dcp_size, seed=1)
     new = logical_table(2, 24, dcp_size, seed=2)
     assert not torch.equal(old, new)
-    rows = torch.tensor([0, 1])
+    rows, lens = torch.tensor([0, 1]), torch.tensor([24, 24])
     for rank in range(dcp_size):
         local = torch.zeros(2, -(-24 // dcp_size), dtype=torch.int32)
-        refresh_local_table(local, old, rows, 24, dcp_size, rank)
+        refresh_local_table(local, old, rows, lens, dcp_size, rank)
         before = local.clone()
-        refresh_local_table(local, new, rows, 24, dcp_size, rank)
+        refresh_local_table(local, new, rows, lens, dcp_size, rank)
         assert not torch.equal(local, before)
         for row in range(2):
             wanted = [int(s) // dcp_size for s in new[row, rank::dcp_size]]

@@ -42,28 +42,29 @@ def refresh_local_table(
     local: torch.Tensor,
     table: torch.Tensor,
     rows: torch.Tensor,
-    max_len: int,
+    lens: torch.Tensor,
     dcp_size: int,
     kvp_rank: int,
 ) -> None:
-    """Rewrite `rows` of the local slot table from SGLang's, up to `max_len` positions.
+    """Rewrite `rows` of the local slot table from SGLang's, each up to its own length.
 
     Needed before every forward: the scheduler replaces slots of a request by those of
     the radix tree between its last prefill chunk and its first decode.
 
     Parameters
     ----------
-    local : Tensor [requests, >= ceil(max_len / dcp_size)]
+    local : Tensor [requests, >= ceil(longest / dcp_size)]
         Written in place: `local[row, j] = table[row, j * dcp_size + kvp_rank] // dcp_size`.
     table : Tensor [requests, positions]
         SGLang's `req_to_token`, logical slots.
     rows : Tensor [batch]
         Request rows of this batch; padding may repeat one, and then writes it twice.
-    max_len : int
-        Longest logical length of the batch.
+    lens : Tensor [batch]
+        Logical lengths.
     """
-    owned = table[rows, kvp_rank:max_len:dcp_size]
-    local[rows, : owned.shape[1]] = owned // dcp_size
+    for row, length in zip(rows.tolist(), lens.tolist()):
+        owned = table[row, kvp_rank:length:dcp_size]
+        local[row, : len(owned)] = owned // dcp_size
 
 
 def own_kv_heads(own_q: int, local_kv: int, dcp_size: int, kvp_rank: int) -> list[int]:
