@@ -242,7 +242,7 @@ GPU_BACKENDS = {
     "flashinfer-80": (
         "flashinfer",
         on_gpu(head_dim=80),
-        "--model-path head_dim 80 .*flashinfer.*; use --attention-backend fa3 or tri",
+        "--model-path head_dim 80 .*flashinfer.*; use --attention-backend triton or torch_native",
     ),
     "fa3-320": (
         "fa3",
