@@ -116,6 +116,7 @@ KINDS: Mapping[str, TinyModel] = {
     "llama-2kv": _llama(8, 2),
     "llama-8kv": _llama(16, 8),
     # Head dims that 16-bit GPU kernels take.
+    "llama-1kv-d128": _llama(8, 1, head_dim=128),
     "llama-2kv-d128": _llama(8, 2, head_dim=128),
     "llama-8kv-d64": _llama(16, 8, head_dim=64),
     # Three K/V heads under twelve query heads: half of the query heads spans one and
