@@ -11,9 +11,11 @@ meet before each replay, the slowest one counts; the table holds the median and 
 percentile. Not measured: cold caches (the attention kernel has just written what is
 exchanged), eager mode, overlap with compute.
 
-`launch` is a kernel that does next to nothing, in such a graph. `upstream` runs on a group
-with SGLang's defaults for its DCP group, thus with its custom all-reduce where that takes
-the size; `upstream-nccl` on ours, which has NCCL only.
+`launch` is a kernel that does next to nothing, in such a graph. `raw-a2a` is a plain
+`all_to_all_single` of rows like those of `a2a`; `nccl-ag-rs` the two NCCL collectives of an
+all-gather of the LSE and a reduce-scatter in fp32, without any kernel. `upstream` runs on a
+group with SGLang's defaults for its DCP group, thus with its custom all-reduce where that
+takes the size; `upstream-nccl` on ours, which has NCCL only.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ SIZES = (
     (64, 128, 512),
 )
 COLUMNS = (
-    *("launch", "pack", "combine", "raw-a2a", "a2a", "ag_rs"),
+    *("launch", "pack", "combine", "raw-a2a", "a2a", "ag_rs", "nccl-ag-rs"),
     *("upstream", "upstream-nccl", "gather-q", "nccl-all-gather"),
 )
 MERGES = ("combine", "a2a", "ag_rs", "upstream", "upstream-nccl")
@@ -97,25 +99,38 @@ def operations(peers: Peers, inputs: Inputs) -> dict[str, Callable[[], Any]]:
     """What is timed, by column; those in `MERGES` return merged outputs."""
     from sglang.srt.layers.dcp.comm import cp_lse_ag_out_rs_mha
 
+    from sglang_dcp.distributed.all_to_all_peers import exchange_with_peers
     from sglang_dcp.distributed.exchange import create_exchange
-    from sglang_dcp.layers.merge import pack_partials, unpack_combine
+    from sglang_dcp.layers.merge_peers import pack_partials, unpack_combine
 
     out, lse, q, _ = inputs
     group, world_size = peers.ours, peers.ours.world_size
+    rank, heads = group.rank_in_group, out.shape[1] // world_size
+    own = slice(rank * heads, (rank + 1) * heads)
     a2a, ag_rs = (create_exchange(name, group) for name in ("a2a", "ag_rs"))
-    packed = pack_partials(out, lse, world_size)
+    packed = pack_partials(out, lse, world_size, rank)
     received = torch.empty_like(packed)
-    group.all_to_all_single(received, packed)
-    scratch = torch.empty_like(packed)
+    exchange_with_peers(group, received, packed)
+    # The plain all-to-all also moves a chunk of the same size to the rank itself.
+    sent = packed[:1].repeat(world_size, 1, 1, 1)
+    scratch = torch.empty_like(sent)
     gathered = q.new_empty(world_size * q.shape[0], *q.shape[1:])
+    weighted = torch.zeros_like(sent[..., : out.shape[-1]], dtype=torch.float32)
+    summed = torch.empty_like(weighted[0])
+
+    def nccl_ag_rs() -> None:
+        group.all_gather(lse, dim=0)
+        group.reduce_scatter_tensor(summed, weighted)
+
     flag = torch.zeros(1, device="cuda")
     every: dict[str, Callable[[], Any]] = {
         "launch": lambda: flag.add_(1),
-        "pack": lambda: pack_partials(out, lse, world_size),
-        "combine": lambda: unpack_combine(received, out.shape[-1]),
-        "raw-a2a": lambda: group.all_to_all_single(scratch, packed),
+        "pack": lambda: pack_partials(out, lse, world_size, rank),
+        "combine": lambda: unpack_combine(received, out[:, own], lse[:, own], rank),
+        "raw-a2a": lambda: group.all_to_all_single(scratch, sent),
         "a2a": lambda: a2a.reduce(out, lse, is_lse_base_on_e=True),
         "ag_rs": lambda: ag_rs.reduce(out, lse, is_lse_base_on_e=True),
+        "nccl-ag-rs": nccl_ag_rs,
         "upstream": lambda: cp_lse_ag_out_rs_mha(out, lse, peers.upstream),
         "upstream-nccl": lambda: cp_lse_ag_out_rs_mha(out, lse, group),
         "gather-q": lambda: a2a.gather_heads(q),

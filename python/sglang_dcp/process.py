@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any, Callable
 
 import torch
@@ -29,7 +30,21 @@ def configure_scheduler_process(
     from sglang_dcp.verify import exit_unless_verified
 
     exit_unless_verified()
+    _stop_nccl_graph_mixing(server_args)
     set_context(DcpContext(config, tp_rank))
+
+
+def _stop_nccl_graph_mixing(server_args: Any) -> None:
+    """Spare captured NCCL calls the events that order them against calls outside.
+
+    NCCL reads the variable once, when it makes its first communicator. It asks that no
+    communicator then runs an eager call, or a second graph in parallel, while a graph
+    of it is outstanding. SGLang keeps one communicator for captured calls (PyNccl's)
+    and one for eager calls (torch.distributed's), except with symmetric memory, where
+    PyNccl takes eager calls as well. A value of the user's stays.
+    """
+    if not server_args.enable_symm_mem:
+        os.environ.setdefault("NCCL_GRAPH_MIXING_SUPPORT", "0")
 
 
 def initialize_model_parallel(result: Any, *args: Any, **kwargs: Any) -> Any:

@@ -33,7 +33,8 @@ PER_RANK = 131072
 RUNNING = 64
 COMMON = (
     "--random-seed 0 --sampling-backend pytorch --log-level info "
-    f"--max-running-requests {RUNNING} --cuda-graph-max-bs {RUNNING} "
+    # Beyond the largest batch: a request amid its chunks takes a place of its own.
+    f"--max-running-requests {RUNNING + 8} --cuda-graph-max-bs {RUNNING} "
     # Its rounding to 16 bit would hide a part of every distance.
     "--decode-log-interval 1 --enable-fp32-lm-head"
 )

@@ -386,10 +386,12 @@ class Graphs:
     def replay(self, step: Step, where: str) -> None:
         new, batch = self.group.batch(step)
         size = len(new)
-        for static, values in zip(self.static, self.group.inputs(new)):
-            static[:size] = values
+        inputs = self.group.inputs(new)
         padded = self._padded(batch, size)
         for rank, graph, partial in zip(self.group.ranks, self.graphs, self.partials):
+            # For each rank: a write with scales divides K and V in place.
+            for static, values in zip(self.static, inputs):
+                static[:size] = values
             rank.backend.init_forward_metadata_out_graph(padded)
             graph.replay()
             rank.exchange.partial = partial[0][:size], partial[1][:size]

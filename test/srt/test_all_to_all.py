@@ -14,11 +14,12 @@ from typing import Any, List, Tuple
 import pytest
 import torch
 
-from sglang_dcp.distributed import all_to_all
+from sglang_dcp.distributed import all_to_all, all_to_all_peers
 from sglang_dcp.distributed.all_to_all import (
     group_all_to_all_single,
     pynccl_all_to_all_single,
 )
+from sglang_dcp.distributed.all_to_all_peers import exchange_with_peers, one_launch
 from test_groups import fork_worlds, join_world, run_worker
 
 STREAM = 0x5EED
@@ -111,10 +112,67 @@ def test_calls_of_one_rank(
     assert as_bytes(output) == wanted
 
 
+def make_group(rank: int, world_size: int, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A group in graph capture, whose CPU tensors pass for those of its device."""
+    monkeypatch.setattr(torch.Tensor, "is_cpu", False)
+    comm = make_comm(rank, world_size)
+    return SimpleNamespace(rank_in_group=rank, world_size=world_size, pynccl_comm=comm)
+
+
+@pytest.mark.parametrize(
+    "place", [(1, 3), (0, 2), (1, 2), (7, 8)], ids=["1of3", "0of2", "1of2", "7of8"]
+)
+@pytest.mark.parametrize(("dtype", "code", "in_bytes"), DTYPES)
+def test_calls_of_an_exchange_with_peers(
+    dtype: torch.dtype,
+    code: int,
+    in_bytes: bool,
+    place: Tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rank, world_size = place
+    group = make_group(rank, world_size, monkeypatch)
+    shape = ((world_size - 1) * 2, 5)
+    source, output = (random_bytes(shape, dtype, seed) for seed in (1, 2))
+    before = as_bytes(output)
+    exchange_with_peers(group, output, source)
+
+    step = 2 * 5 * source.element_size()
+    count = step if in_bytes else 10
+    expected: List[Tuple[Any, ...]] = [("start",)]
+    others = (other for other in range(world_size) if other != rank)
+    for chunk, peer in enumerate(others):
+        expected.append(("send", source.data_ptr() + chunk * step, count, code, peer))
+        expected.append(("recv", output.data_ptr() + chunk * step, count, code, peer))
+    assert group.pynccl_comm.nccl.calls == [*expected, ("end",)]
+    assert as_bytes(output) == before, "nothing is copied here"
+
+
+def test_calls_inside_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = make_group(0, 2, monkeypatch)
+    calls = group.pynccl_comm.nccl.calls
+    with one_launch(group):
+        exchange_with_peers(group, torch.empty(1), torch.empty(1))
+    inner = ["start", "send", "recv", "end"]
+    assert [call[0] for call in calls] == ["start", *inner, "end"]
+    with pytest.raises(ValueError, match="of the second"), one_launch(group):
+        raise ValueError("of the second")
+    assert [call[0] for call in calls[-2:]] == ["start", "end"]
+    group.pynccl_comm.disabled = True
+    with one_launch(group):
+        pass
+    group.pynccl_comm = None
+    with one_launch(group):
+        pass
+    assert len(calls) == len(inner) + 4
+
+
 @pytest.mark.parametrize("shape", [(0, 4), (6, 0)], ids=["no-rows", "no-columns"])
 def test_empty_tensors_make_no_call(shape: Tuple[int, int]) -> None:
     comm = make_comm(rank=0, world_size=3)
     pynccl_all_to_all_single(comm, torch.empty(shape), torch.empty(shape))
+    group: Any = SimpleNamespace(rank_in_group=0, world_size=3, pynccl_comm=comm)
+    exchange_with_peers(group, torch.empty(shape), torch.empty(shape))
     assert comm.nccl.calls == []
 
 
@@ -156,7 +214,10 @@ BAD_PAIRS = [
 
 @pytest.mark.parametrize(("output", "source", "message"), BAD_PAIRS)
 def test_bad_tensors_are_refused(
-    output: torch.Tensor, source: torch.Tensor, message: str
+    output: torch.Tensor,
+    source: torch.Tensor,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     comm = make_comm(rank=0, world_size=3)
     with pytest.raises(ValueError, match=message):
@@ -164,9 +225,15 @@ def test_bad_tensors_are_refused(
     with pytest.raises(ValueError, match=message):
         group: Any = SimpleNamespace(world_size=3, pynccl_comm=None)
         group_all_to_all_single(group, output, source)
+    with pytest.raises(ValueError, match=message):
+        group = SimpleNamespace(world_size=4, rank_in_group=0, pynccl_comm=comm)
+        exchange_with_peers(group, output, source)
     comm.device = torch.device("cuda:1")
     with pytest.raises(ValueError, match="works on cuda:1, the tensors are on cpu"):
         pynccl_all_to_all_single(comm, torch.ones(3), torch.zeros(3))
+    with pytest.raises(ValueError, match="works on cuda:1, the tensors are on cpu"):
+        monkeypatch.setattr(torch.Tensor, "is_cpu", False)
+        exchange_with_peers(group, torch.ones(3), torch.zeros(3))
     assert comm.nccl.calls == []
 
 
@@ -198,7 +265,11 @@ def test_group_chooses_its_back_end(
     group.device_group, group.cpu_group = "device group", "cpu group"
     monkeypatch.setattr(torch.Tensor, "is_cpu", is_cpu)
     group_all_to_all_single(group, torch.zeros(2), torch.ones(2))
-    assert seen == [taken]
+    group.rank_in_group, group.pynccl_comm.device = 0, torch.device("cpu")
+    monkeypatch.setattr(all_to_all_peers, "send_and_receive", record)
+    group.pynccl_comm._resolve_stream = lambda: None
+    exchange_with_peers(group, torch.zeros(2), torch.ones(2))
+    assert seen == [taken, taken]
 
 
 def test_real_ranks_of_worlds_2_and_3(tmp_path: Path) -> None:
@@ -233,6 +304,17 @@ def check_exchange(group: Any, shape: Tuple[int, ...], dtype: Any) -> None:
     group.all_to_all_single(output, sources[rank])
     chunks = [source.chunk(world_size)[rank] for source in sources if shape[0]]
     assert as_bytes(output) == (as_bytes(torch.cat(chunks)) if chunks else [])
+
+    # The same without the own chunk, on both sides.
+    def without(tensor: torch.Tensor, own: int) -> torch.Tensor:
+        kept = [c for i, c in enumerate(tensor.chunk(world_size)) if i != own]
+        return torch.cat(kept) if shape[0] else tensor
+
+    output = without(random_bytes(shape, dtype, seed=99), rank)
+    exchange_with_peers(group, output, without(sources[rank], rank))
+    if shape[0]:
+        wanted = [c for i, c in enumerate(chunks) if i != rank]
+        assert as_bytes(output) == as_bytes(torch.cat(wanted))
 
 
 if __name__ == "__main__":

@@ -76,14 +76,43 @@ def check_groups(group: Any) -> None:
     assert comm is not None and comm.available and comm.disabled
     assert group.ca_comm is None and group.world_size == WORLD_SIZE
     send, source = comm.nccl.ncclSend, torch.ones(WORLD_SIZE, device="cuda")
-    exchange = partial(group.all_to_all_single, torch.empty_like(source), source)
+    case = Case("", "", 5, 3, 96, "bf16", "e", "dense")
+    state = on_device(case, data_of(group, case, 1))
+    reduces = (create_exchange(name, group).reduce for name in EXCHANGES)
+    calls = [
+        partial(group.all_to_all_single, torch.empty_like(source), source),
+        *(partial(reduce, *state, is_lse_base_on_e=True) for reduce in reduces),
+    ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(comm.nccl, "ncclSend", lambda *a: sends.append(a) or send(*a))
-        exchange()
-        assert not sends
-        capture(exchange)
-    assert len(sends) == 2 * (WORLD_SIZE - 1), "warm-up and capture, to each peer"
+        for number, call in enumerate(calls, 1):
+            before = len(sends)
+            call()
+            assert len(sends) == before
+            capture(call)
+            wanted = 2 * number * (WORLD_SIZE - 1)
+            assert len(sends) == wanted, "warm-up and capture, to each peer"
     assert comm.disabled
+
+
+def check_agree(group: Any, mode: str) -> None:
+    """Exchanges sum the same numbers in the same order."""
+    case = Case("", mode, 64, 8, 128, "bf16", "2", "strided")
+    state = on_device(case, data_of(group, case, 3))
+    exchanges = [create_exchange(name, group) for name in EXCHANGES]
+
+    def every() -> list[tuple[Tensor, Tensor]]:
+        base = {"is_lse_base_on_e": False, "return_lse": True}
+        return [exchange.reduce(*state, **base) for exchange in exchanges]
+
+    if mode == "captured":
+        graph, results = capture(every)
+        graph.replay()
+    else:
+        results = every()
+    torch.cuda.synchronize()
+    for result in results[1:]:
+        assert all(same_bits(*pair) for pair in zip(result, results[0]))
 
 
 def same_bits(actual: Tensor, wanted: Tensor) -> bool:
@@ -271,6 +300,7 @@ def checks(group: Any) -> Iterator[tuple[str, Callable[[], None]]]:
         yield name, partial(check_exchange, group, case)
     for mode in MODES:
         yield f"gather_heads-{mode}", partial(check_gather_heads, group, mode)
+        yield f"agree-{mode}", partial(check_agree, group, mode)
     for backend in EXCHANGES:
         yield f"layers-in-one-graph-{backend}", partial(check_layers, group, backend)
     yield "groups", partial(check_groups, group)

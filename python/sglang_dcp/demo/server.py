@@ -1,6 +1,7 @@
 """Start a SGLang server as a child, wait for it, and leave no process behind."""
 
 import ctypes
+import itertools
 import os
 import signal
 import socket
@@ -49,11 +50,12 @@ class ServerProcess:
         grace: float = 20.0,
         device: str = "cpu",
     ) -> None:
-        self.port = _free_port()
+        self.port, group_port = _free_port_pair()
         self.base_url = f"http://127.0.0.1:{self.port}"
         self.command = [sys.executable, "-m", "sglang.launch_server"]
         self.command += ["--model-path", str(model_path), "--device", device]
-        self.command += ["--host", "127.0.0.1", "--port", str(self.port), *args]
+        self.command += ["--host", "127.0.0.1", "--port", str(self.port)]
+        self.command += ["--nccl-port", str(group_port), *args]
         self._grace = grace
         self._env = _child_env(env or {}, device)
         self._log_path = Path(log_path) if log_path else None
@@ -195,10 +197,26 @@ def _spawn(
     )
 
 
-def _free_port() -> int:
+# Below those that the kernel hands out, which any process may get meanwhile; where to
+# begin differs between processes, and none is given out twice in one.
+_PORTS = itertools.count(10000 + os.getpid() * 64 % 16384, 2)
+
+
+def _free_port_pair() -> tuple[int, int]:
+    while (port := next(_PORTS)) < 32768:
+        if _is_free(port) and _is_free(port + 1):
+            return port, port + 1
+    raise ServerFailed("no free port below 32768 is left for another server")
+
+
+def _is_free(port: int) -> bool:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
 
 
 def _answers(url: str) -> bool:

@@ -7,6 +7,7 @@ do not.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, ContextManager
 
@@ -50,17 +51,15 @@ def pynccl_all_to_all_single(
     """
     if comm.disabled:
         return
-    _check_pair(output, input, comm.world_size)
-    if input.device != comm.device:
-        raise ValueError(
-            f"This communicator works on {comm.device}, the tensors are on "
-            f"{input.device}; pass tensors on the communicator's device."
-        )
+    check_pair(output, input, comm.world_size)
+    if comm.world_size > 1:
+        check_apart(output, input)
+    check_device(comm, input)
     if input.numel() == 0:
         return
     queue = comm._resolve_stream() if stream is None else stream
     _copy_own_chunk(output, input, comm.rank, comm.world_size, stream)
-    _exchange_with_peers(comm, output, input, queue)
+    send_and_receive(comm, output, input, range(comm.world_size), queue)
 
 
 def group_all_to_all_single(
@@ -89,54 +88,72 @@ def group_all_to_all_single(
     if comm is not None and not comm.disabled and not input.is_cpu:
         pynccl_all_to_all_single(comm, output, input)
         return
-    _check_pair(output, input, group.world_size)
+    check_pair(output, input, group.world_size)
     if group.world_size == 1:
         output.copy_(input)
-    elif input.numel():
+        return
+    check_apart(output, input)
+    if input.numel():
         from torch.distributed import all_to_all_single
 
         # Gloo on both levels in SGLang's CPU mode; on GPU the device group is NCCL,
         # which takes no CPU tensor.
         process_group = group.cpu_group if input.is_cpu else group.device_group
-        all_to_all_single(_on_wire(output), _on_wire(input), group=process_group)
+        all_to_all_single(on_wire(output), on_wire(input), group=process_group)
 
 
-def _check_pair(output: torch.Tensor, input: torch.Tensor, world_size: int) -> None:
+def check_device(comm: PyNcclCommunicator, input: torch.Tensor) -> None:
+    """ValueError for a tensor on another device than the communicator's."""
+    if input.device != comm.device:
+        raise ValueError(
+            f"This communicator works on {comm.device}, the tensors are on "
+            f"{input.device}; pass tensors on the communicator's device."
+        )
+
+
+def check_pair(output: torch.Tensor, input: torch.Tensor, chunks: int) -> None:
+    """ValueError unless both are contiguous, alike and ``chunks`` equal chunks."""
     for name, tensor in (("output", output), ("input", input)):
         if not tensor.is_contiguous():
             raise ValueError(
-                f"all_to_all_single needs a contiguous {name}; got shape "
+                f"an all-to-all needs a contiguous {name}; got shape "
                 f"{tuple(tensor.shape)} with strides {tensor.stride()}."
             )
     for what in ("shape", "dtype", "device"):
         seen, wanted = getattr(output, what), getattr(input, what)
         if seen != wanted:
             raise ValueError(
-                "all_to_all_single needs output and input alike; the output has "
+                "an all-to-all needs output and input alike; the output has "
                 f"{what} {seen}, the input {wanted}."
             )
-    if input.dim() == 0 or input.shape[0] % world_size:
+    if input.dim() == 0 or input.shape[0] % chunks:
         raise ValueError(
-            f"all_to_all_single cuts dim 0 into {world_size} equal chunks, one per "
-            f"rank; shape {tuple(input.shape)} does not split so."
+            f"an all-to-all cuts dim 0 into {chunks} equal chunks, one per rank "
+            f"that takes part; shape {tuple(input.shape)} does not split so."
         )
+
+
+def check_apart(output: torch.Tensor, input: torch.Tensor) -> None:
+    """ValueError for tensors of equal size that share memory."""
     size_bytes = input.numel() * input.element_size()
-    if world_size > 1 and abs(output.data_ptr() - input.data_ptr()) < size_bytes:
+    if abs(output.data_ptr() - input.data_ptr()) < size_bytes:
         raise ValueError(
-            "all_to_all_single cannot work in place: output and input share memory, "
-            "so a chunk could be overwritten before it is sent."
+            "an all-to-all cannot work in place: output and input share memory, so "
+            "a chunk could be overwritten before it is sent."
         )
 
 
-def _exchange_with_peers(
+def send_and_receive(
     comm: PyNcclCommunicator,
     output: torch.Tensor,
     input: torch.Tensor,
+    ranks: Sequence[int],
     stream: torch.cuda.Stream,
 ) -> None:
+    """One NCCL group: chunk i to and from ``ranks[i]``, the own rank left out."""
     from sglang.srt.distributed.device_communicators import pynccl_wrapper as wrapper
 
-    count = input.numel() // comm.world_size
+    count = input.numel() // len(ranks)
     step = count * input.element_size()
     datatype = _nccl_datatype(input.dtype)
     if datatype is None:
@@ -145,12 +162,12 @@ def _exchange_with_peers(
     source, target = input.data_ptr(), output.data_ptr()
     comm.nccl.ncclGroupStart()
     try:
-        for peer in range(comm.world_size):
+        for place, peer in enumerate(ranks):
             if peer == comm.rank:
                 continue
-            chunk = wrapper.buffer_type(source + peer * step)
+            chunk = wrapper.buffer_type(source + place * step)
             comm.nccl.ncclSend(chunk, count, datatype, peer, *tail)
-            chunk = wrapper.buffer_type(target + peer * step)
+            chunk = wrapper.buffer_type(target + place * step)
             comm.nccl.ncclRecv(chunk, count, datatype, peer, *tail)
     finally:
         # An open group would swallow every later collective of this thread.
@@ -166,7 +183,8 @@ def _nccl_datatype(dtype: torch.dtype) -> int | None:
         return None
 
 
-def _on_wire(tensor: torch.Tensor) -> torch.Tensor:
+def on_wire(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor as NCCL and gloo can name it: itself, or its bytes."""
     import torch
 
     if _nccl_datatype(tensor.dtype) is not None:

@@ -46,11 +46,11 @@ def lse_weighted_combine(
     out : [tokens, heads, head_dim] in ``outs.dtype``; at N == 1 the view ``outs[0]``
     lse : [tokens, heads], only with ``return_lse``
     """
-    _check_states(outs, lses, 4, "outs", "lses")
+    check_states(outs, lses, 4, "outs", "lses")
     if outs.shape[0] == 1:
         return (outs[0], lses[0]) if return_lse else outs[0]
     if kernels := _kernels_for(outs, lses):
-        out, lse = _empty_state(outs.shape[1:], outs)
+        out, lse = empty_state(outs.shape[1:], outs)
         kernels.combine(outs, lses, out, lse, is_lse_base_on_e)
     else:
         out, lse = merge_ref.lse_weighted_combine_ref(
@@ -85,9 +85,8 @@ def correct_attn_out(
     if lses.shape[0] == 1:
         return out, lses[0]
     out, lses = _squeeze_views(out, lses)
-    _check_states(out, lses[0], 3, "out", "lses[rank]")
-    if not 0 <= rank < lses.shape[0]:
-        raise ValueError(f"rank {rank} is outside 0..{lses.shape[0] - 1}")
+    check_states(out, lses[0], 3, "out", "lses[rank]")
+    check_rank(rank, lses.shape[0])
     if corrected is None:
         corrected = out.new_empty(out.shape, dtype=torch.float32)
     _check_same_shape(corrected, out, "corrected and out")
@@ -122,13 +121,13 @@ def merge_two_states(
     out : [tokens, heads, head_dim] in ``o_a.dtype``
     lse : [tokens, heads]
     """
-    _check_states(o_a, lse_a, 3, "o_a", "lse_a")
-    _check_states(o_b, lse_b, 3, "o_b", "lse_b")
+    check_states(o_a, lse_a, 3, "o_a", "lse_a")
+    check_states(o_b, lse_b, 3, "o_b", "lse_b")
     _check_same_shape(o_a, o_b, "o_a and o_b")
     if o_a.dtype != o_b.dtype:
         raise TypeError(f"o_a is {o_a.dtype}, o_b is {o_b.dtype}; one dtype is needed")
     if kernels := _kernels_for(o_a, lse_a, o_b, lse_b):
-        out, lse = _empty_state(o_a.shape, o_a)
+        out, lse = empty_state(o_a.shape, o_a)
         kernels.merge_two(o_a, lse_a, o_b, lse_b, out, lse, is_lse_base_on_e)
         return out, lse
     out, lse = merge_ref.merge_two_states_ref(
@@ -137,90 +136,28 @@ def merge_two_states(
     return out.to(o_a.dtype), lse
 
 
-def pack_partials(out: Tensor, lse: Tensor, world_size: int) -> Tensor:
-    """Lay partial output and LSE out for one all-to-all.
-
-    Slice p of the result holds heads [p * heads / N, (p + 1) * heads / N), so an
-    all-to-all with equal splits of dim 0 gives every rank the N partials of its own heads.
-    A row is head_dim values, padding up to a multiple of 16 bytes (its content is
-    undefined), and in the last 4 bytes the LSE, bit for bit.
-
-    Parameters
-    ----------
-    out : [tokens, heads, head_dim]
-    lse : [tokens, heads], any log base
-    world_size : N, divides heads
-
-    Returns
-    -------
-    packed : [N, tokens, heads / N, width] in ``out.dtype``, contiguous
-    """
-    _check_states(out, lse, 3, "out", "lse")
-    tokens, heads, head_dim = out.shape
-    if heads % world_size:
-        raise ValueError(f"{heads} heads do not divide by world size {world_size}")
-    if kernels := _kernels_for(out, lse):
-        width = merge_ref.packed_width(head_dim, out.dtype)
-        packed = out.new_empty(world_size, tokens, heads // world_size, width)
-        kernels.pack(out, lse, packed)
-        return packed
-    return merge_ref.pack_partials_ref(out, lse, world_size)
-
-
-def unpack_combine(
-    packed: Tensor,
-    head_dim: int,
-    *,
-    is_lse_base_on_e: bool = True,
-    return_lse: bool = False,
-) -> Merged:
-    """Merge what an all-to-all of ``pack_partials`` buffers delivered.
-
-    Parameters
-    ----------
-    packed : [N, tokens, heads, width], contiguous, slice n from rank n
-    head_dim : elements of the payload
-
-    Returns
-    -------
-    out : [tokens, heads, head_dim] in ``packed.dtype``
-    lse : [tokens, heads], only with ``return_lse``
-    """
-    if packed.dtype not in PARTIAL_DTYPES:
-        raise TypeError(f"packed must be one of {PARTIAL_DTYPES}, got {packed.dtype}")
-    width = merge_ref.packed_width(head_dim, packed.dtype)
-    if packed.dim() != 4 or packed.shape[-1] != width or not packed.is_contiguous():
-        raise ValueError(
-            f"packed must be contiguous [N, tokens, heads, {width}] for head_dim "
-            f"{head_dim} in {packed.dtype}, got {tuple(packed.shape)}"
-        )
-    if kernels := _kernels_for(packed):
-        out, lse = _empty_state((*packed.shape[1:3], head_dim), packed)
-        kernels.unpack_combine(packed, out, lse, is_lse_base_on_e)
-    else:
-        out, lse = merge_ref.unpack_combine_ref(
-            packed, head_dim, is_lse_base_on_e=is_lse_base_on_e
-        )
-        out = out.to(packed.dtype)
-    return (out, lse) if return_lse else out
-
-
-def _kernels_for(*tensors: Tensor) -> ModuleType | None:
+def uses_kernels(*tensors: Tensor) -> bool:
+    """True for CUDA tensors, False on CPU; raises for mixed and for other devices."""
     devices = {tensor.device for tensor in tensors}
     if len(devices) > 1:
         raise ValueError(f"tensors are on different devices: {devices}")
     device = devices.pop()
-    if device.type == "cpu":
-        return None
-    if device.type != "cuda":
+    if device.type not in ("cpu", "cuda"):
         raise NotImplementedError(f"LSE merge has no kernel for {device}: cuda or cpu")
+    return device.type == "cuda"
+
+
+def _kernels_for(*tensors: Tensor) -> ModuleType | None:
+    if not uses_kernels(*tensors):
+        return None
     # Not at module level: CPU users may have no Triton.
     from sglang_dcp.layers import merge_triton
 
     return merge_triton
 
 
-def _empty_state(shape: tuple[int, ...], like: Tensor) -> tuple[Tensor, Tensor]:
+def empty_state(shape: tuple[int, ...], like: Tensor) -> tuple[Tensor, Tensor]:
+    """Uninitialised output of ``shape`` in the dtype of ``like``, and its LSE."""
     return like.new_empty(shape), like.new_empty(shape[:-1], dtype=torch.float32)
 
 
@@ -229,7 +166,14 @@ def _check_same_shape(a: Tensor, b: Tensor, names: str) -> None:
         raise ValueError(f"{names} differ: {tuple(a.shape)} and {tuple(b.shape)}")
 
 
-def _check_states(out: Tensor, lse: Tensor, dims: int, *names: str) -> None:
+def check_rank(rank: int, world_size: int) -> None:
+    """ValueError for a rank that is none of ``world_size``."""
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank} is outside 0..{world_size - 1}")
+
+
+def check_states(out: Tensor, lse: Tensor, dims: int, *names: str) -> None:
+    """Raise unless ``out`` is a payload of ``dims`` dimensions and ``lse`` its LSE."""
     if out.dim() != dims or lse.shape != out.shape[:-1]:
         raise ValueError(
             f"{names[0]} must have {dims} dimensions and {names[1]} the same without the "

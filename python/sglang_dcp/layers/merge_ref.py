@@ -1,6 +1,6 @@
 """Plain torch references of the LSE merge and of the exchange row layout.
 
-Every kernel in ``merge_triton`` must equal the function of the same name here. Compute
+Every kernel in ``merge_triton`` and ``merge_peers_triton`` must equal one here. Compute
 dtype is float64 for float64 inputs and float32 for everything else.
 """
 
@@ -39,7 +39,7 @@ def lse_weighted_combine_ref(
     live = torch.isfinite(lses).unsqueeze(-1)
     # where, not multiplication by 0: an empty shard may hold NaN or inf.
     values = torch.where(live, outs.to(weights.dtype), 0)
-    return (values * weights.unsqueeze(-1)).sum(0), merged_lse
+    return _sum_in_rank_order(values * weights.unsqueeze(-1)), merged_lse
 
 
 def correct_attn_out_ref(
@@ -68,31 +68,64 @@ def merge_two_states_ref(
     )
 
 
+def cut_partials_ref(out: torch.Tensor, world_size: int, rank: int) -> torch.Tensor:
+    """Cut [T, H, ...] by head into [N, T, H / N, ...]; drop slice ``rank``."""
+    own_heads = out.shape[1] // world_size
+    by_rank = out.unflatten(1, (world_size, own_heads)).movedim(1, 0)
+    return torch.cat([by_rank[:rank], by_rank[rank + 1 :]]).contiguous()
+
+
 def pack_partials_ref(
-    out: torch.Tensor, lse: torch.Tensor, world_size: int
+    out: torch.Tensor, lse: torch.Tensor, world_size: int, rank: int
 ) -> torch.Tensor:
-    """Cut [T, H, D] and [T, H] by head into [N, T, H / N, width]; padding is zero."""
-    tokens, heads, head_dim = out.shape
-    by_peer = (world_size, heads // world_size)
-    packed = out.new_zeros(
-        world_size, tokens, by_peer[1], packed_width(head_dim, out.dtype)
-    )
+    """Cut [T, H, D] and [T, H] into [N - 1, T, H / N, width]; padding is zero."""
+    outs = cut_partials_ref(out, world_size, rank)
+    head_dim = out.shape[-1]
+    packed = out.new_zeros(*outs.shape[:-1], packed_width(head_dim, out.dtype))
     payload, packed_lse = split_packed(packed, head_dim)
-    payload.copy_(out.unflatten(1, by_peer).movedim(1, 0))
-    packed_lse.copy_(lse.unflatten(1, by_peer).movedim(1, 0))
+    payload.copy_(outs)
+    packed_lse.copy_(cut_partials_ref(lse, world_size, rank))
     return packed
 
 
-def unpack_combine_ref(
-    packed: torch.Tensor, head_dim: int, *, is_lse_base_on_e: bool = True
+def combine_with_peers_ref(
+    outs: torch.Tensor,
+    lses: torch.Tensor,
+    own: torch.Tensor,
+    own_lse: torch.Tensor,
+    rank: int,
+    *,
+    is_lse_base_on_e: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Merge the N shards of a packed buffer [N, T, H / N, width]."""
-    outs, lses = split_packed(packed, head_dim)
-    return lse_weighted_combine_ref(outs, lses, is_lse_base_on_e=is_lse_base_on_e)
+    """Merge peers' [N - 1, T, h, D] with the own [T, h, D], which is number ``rank``.
+
+    ``lses`` is [N - 1, T, h] of the peers, or [N, T, h] with the own among them.
+    """
+    if lses.shape[0] == outs.shape[0]:
+        lses = torch.cat([lses[:rank], own_lse[None], lses[rank:]])
+    return lse_weighted_combine_ref(
+        torch.cat([outs[:rank], own[None], outs[rank:]]),
+        # The same bits wherever the LSEs came from: torch's exp depends on strides.
+        lses.contiguous(),
+        is_lse_base_on_e=is_lse_base_on_e,
+    )
+
+
+def interleave_heads_ref(gathered: torch.Tensor) -> torch.Tensor:
+    """[N, T, h, D] -> [T, N * h, D]."""
+    return gathered.movedim(0, 1).flatten(1, 2).contiguous()
 
 
 def _compute(outs: torch.Tensor, lses: torch.Tensor) -> torch.Tensor:
     return lses.to(torch.float64 if outs.dtype == torch.float64 else torch.float32)
+
+
+def _sum_in_rank_order(parts: torch.Tensor) -> torch.Tensor:
+    # The order of torch's own sum depends on sizes and strides.
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
 
 
 def _shard_weights(
@@ -103,7 +136,7 @@ def _shard_weights(
     peak = lses.masked_fill(empty, float("-inf")).amax(0)
     peak = peak.masked_fill(empty.all(0), 0.0)
     raw = exp(lses - peak).masked_fill(empty, 0.0)
-    total = raw.sum(0)
+    total = _sum_in_rank_order(raw)
     # With every shard empty total is 0: log gives the LSE of an empty set, and the
     # division must not make 0 / 0.
     return raw / total.masked_fill(empty.all(0), 1.0), peak + log(total)

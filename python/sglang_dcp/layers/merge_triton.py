@@ -1,4 +1,4 @@
-"""Triton kernels of the LSE merge and of the exchange layout, and their launchers.
+"""Triton kernels of the LSE merge and their launchers.
 
 One program handles one (token, head) row. Launchers write into tensors that the caller
 allocates and read no device value on the host, so they may be captured in a CUDA graph;
@@ -8,7 +8,6 @@ float32. Checks live in ``merge``, the references in ``merge_ref``.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -17,27 +16,33 @@ from torch import Tensor
 
 
 @triton.jit
-def _is_live(lse):
+def is_live(lse):
     # Both comparisons are false for NaN, so NaN counts as an empty shard.
     return (lse > float("-inf")) & (lse < float("inf"))
 
 
 @triton.jit
-def _live_length(lse, D: tl.constexpr):
+def live_length(lse, D: tl.constexpr):
     # A length and not a mask: testing the LSE per lane would break up vector loads.
-    return tl.where(_is_live(lse), D, 0)
+    return tl.where(is_live(lse), D, 0)
 
 
 @triton.jit
-def _weight(lse, peak, BASE_E: tl.constexpr):
+def weight_of(lse, peak, BASE_E: tl.constexpr):
     # NaN when all shards are empty, -inf - -inf: then every shard is masked below.
     power = lse - peak
     raw = tl.exp(power) if BASE_E else tl.exp2(power)
-    return tl.where(_is_live(lse), raw, 0.0)
+    return tl.where(is_live(lse), raw, 0.0)
 
 
 @triton.jit
-def _merged_lse(peak, total, BASE_E: tl.constexpr):
+def share_of(lse, peak, total, BASE_E: tl.constexpr):
+    # Divided once a row, not once an element.
+    return weight_of(lse, peak, BASE_E) / tl.where(total > 0.0, total, 1.0)
+
+
+@triton.jit
+def merged_lse(peak, total, BASE_E: tl.constexpr):
     log = tl.log(total) if BASE_E else tl.log2(total)
     return tl.where(total > 0.0, peak + log, float("-inf"))
 
@@ -48,33 +53,15 @@ def _peak_and_total(lse_ptr, stride_n, N: tl.constexpr, BASE_E: tl.constexpr):
     shard = lse_ptr
     for _ in tl.static_range(N):
         lse = tl.load(shard)
-        peak = tl.maximum(peak, tl.where(_is_live(lse), lse, float("-inf")))
+        peak = tl.maximum(peak, tl.where(is_live(lse), lse, float("-inf")))
         # Pointers are advanced shard by shard: n * stride could overflow 32 bits.
         shard += stride_n
     total = tl.full((), 0.0, tl.float32)
     shard = lse_ptr
     for _ in tl.static_range(N):
-        total += _weight(tl.load(shard), peak, BASE_E)
+        total += weight_of(tl.load(shard), peak, BASE_E)
         shard += stride_n
     return peak, total
-
-
-@triton.jit
-def _combine_row(
-    out_ptrs, out_stride_n, lse_ptr, lse_stride_n, offs,
-    N: tl.constexpr, D: tl.constexpr, BASE_E: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    peak, total = _peak_and_total(lse_ptr, lse_stride_n, N, BASE_E)
-    acc = tl.zeros((BLOCK,), tl.float32)
-    for _ in tl.static_range(N):
-        lse = tl.load(lse_ptr)
-        # An empty shard's row is never read, so whatever it holds cannot spread.
-        value = tl.load(out_ptrs, mask=offs < _live_length(lse, D), other=0.0)
-        acc += value.to(tl.float32) * _weight(lse, peak, BASE_E)
-        lse_ptr += lse_stride_n
-        out_ptrs += out_stride_n
-    acc = acc / tl.where(total > 0.0, total, 1.0)
-    return acc, _merged_lse(peak, total, BASE_E)
 
 
 @triton.jit
@@ -87,33 +74,18 @@ def _combine_kernel(
     offs = tl.arange(0, BLOCK).to(tl.int64)
     out_ptrs = outs + t * o_t + h * o_h + offs * o_d
     lse_ptr = lses + t * l_t + h * l_h
-    acc, merged = _combine_row(out_ptrs, o_n, lse_ptr, l_n, offs, N, D, BASE_E, BLOCK)
+    peak, total = _peak_and_total(lse_ptr, l_n, N, BASE_E)
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for _ in tl.static_range(N):
+        value = tl.load(lse_ptr)
+        # An empty shard's row is never read, so whatever it holds cannot spread.
+        part = tl.load(out_ptrs, mask=offs < live_length(value, D), other=0.0)
+        acc += part.to(tl.float32) * share_of(value, peak, total, BASE_E)
+        lse_ptr += l_n
+        out_ptrs += o_n
     row = t * tl.num_programs(1) + h
     tl.store(out + row * D + offs, acc, mask=offs < D)
-    tl.store(lse + row, merged)
-
-
-@triton.jit
-def _unpack_combine_kernel(
-    rows, lse_rows, out, lse,
-    N: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, LSE_WIDTH: tl.constexpr,
-    BASE_E: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    # The widths are constants so that the compiler can prove 16-byte aligned rows; as
-    # run-time strides it tests them for multiples of 16 elements only.
-    heads = tl.num_programs(1)
-    row = tl.program_id(0).to(tl.int64) * heads + tl.program_id(1)
-    shard_rows = tl.num_programs(0).to(tl.int64) * heads
-    offs = tl.arange(0, BLOCK)
-    acc, merged = _combine_row(
-        rows + row * WIDTH + offs,
-        shard_rows * WIDTH,
-        lse_rows + row * LSE_WIDTH + (LSE_WIDTH - 1),
-        shard_rows * LSE_WIDTH,
-        offs, N, D, BASE_E, BLOCK,
-    )  # fmt: skip
-    tl.store(out + row * D + offs, acc, mask=offs < D)
-    tl.store(lse + row, merged)
+    tl.store(lse + row, merged_lse(peak, total, BASE_E))
 
 
 @triton.jit
@@ -127,12 +99,12 @@ def _correct_kernel(
     lse_row = t * l_t + h * l_h
     peak, total = _peak_and_total(lses + lse_row, l_n, N, BASE_E)
     own = tl.load(own_lse + lse_row)
-    weight = _weight(own, peak, BASE_E) / tl.where(total > 0.0, total, 1.0)
-    live = offs < _live_length(own, D)
+    live = offs < live_length(own, D)
     value = tl.load(out + t * o_t + h * o_h + offs * o_d, mask=live, other=0.0)
     ptrs = corrected + t * c_t + h * c_h + offs * c_d
-    tl.store(ptrs, value.to(tl.float32) * weight, mask=offs < D)
-    tl.store(lse + t * tl.num_programs(1) + h, _merged_lse(peak, total, BASE_E))
+    scaled = value.to(tl.float32) * share_of(own, peak, total, BASE_E)
+    tl.store(ptrs, scaled, mask=offs < D)
+    tl.store(lse + t * tl.num_programs(1) + h, merged_lse(peak, total, BASE_E))
 
 
 @triton.jit
@@ -146,38 +118,19 @@ def _merge_two_kernel(
     offs = tl.arange(0, BLOCK).to(tl.int64)
     s_a = tl.load(lse_a + t * la_t + h * la_h)
     s_b = tl.load(lse_b + t * lb_t + h * lb_h)
-    live_a = offs < _live_length(s_a, D)
-    live_b = offs < _live_length(s_b, D)
+    live_a = offs < live_length(s_a, D)
+    live_b = offs < live_length(s_b, D)
     v_a = tl.load(o_a + t * a_t + h * a_h + offs * a_d, mask=live_a, other=0.0)
     v_b = tl.load(o_b + t * b_t + h * b_h + offs * b_d, mask=live_b, other=0.0)
-    peak_a = tl.where(_is_live(s_a), s_a, float("-inf"))
-    peak_b = tl.where(_is_live(s_b), s_b, float("-inf"))
+    peak_a = tl.where(is_live(s_a), s_a, float("-inf"))
+    peak_b = tl.where(is_live(s_b), s_b, float("-inf"))
     peak = tl.maximum(peak_a, peak_b)
-    w_a = _weight(s_a, peak, BASE_E)
-    w_b = _weight(s_b, peak, BASE_E)
-    total = w_a + w_b
-    acc = v_a.to(tl.float32) * w_a + v_b.to(tl.float32) * w_b
+    total = weight_of(s_a, peak, BASE_E) + weight_of(s_b, peak, BASE_E)
+    acc = v_a.to(tl.float32) * share_of(s_a, peak, total, BASE_E)
+    acc += v_b.to(tl.float32) * share_of(s_b, peak, total, BASE_E)
     row = t * tl.num_programs(1) + h
-    acc = acc / tl.where(total > 0.0, total, 1.0)
     tl.store(out + row * D + offs, acc, mask=offs < D)
-    tl.store(lse + row, _merged_lse(peak, total, BASE_E))
-
-
-@triton.jit
-def _pack_kernel(
-    out, lse, rows, lse_rows, o_t, o_h, o_d, l_t, l_h,
-    HEADS_PER_PEER: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
-    LSE_WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    t = tl.program_id(0).to(tl.int64)
-    h = tl.program_id(1).to(tl.int64)
-    offs = tl.arange(0, BLOCK).to(tl.int64)
-    slab = h // HEADS_PER_PEER * tl.num_programs(0) + t
-    row = slab * HEADS_PER_PEER + h % HEADS_PER_PEER
-    value = tl.load(out + t * o_t + h * o_h + offs * o_d, mask=offs < D)
-    tl.store(rows + row * WIDTH + offs, value, mask=offs < D)
-    lse_ptr = lse_rows + row * LSE_WIDTH + (LSE_WIDTH - 1)
-    tl.store(lse_ptr, tl.load(lse + t * l_t + h * l_h))
+    tl.store(lse + row, merged_lse(peak, total, BASE_E))
 
 
 def _block(head_dim: int) -> dict[str, int]:
@@ -193,19 +146,6 @@ def combine(
     _combine_kernel[(tokens, heads)](
         outs, lses, out, lse, *outs.stride(), *lses.stride(),
         N=n, BASE_E=is_lse_base_on_e, **_block(head_dim),
-    )  # fmt: skip
-
-
-def unpack_combine(
-    packed: Tensor, out: Tensor, lse: Tensor, is_lse_base_on_e: bool
-) -> None:
-    """Contiguous [N, T, H, width] -> contiguous ``out`` [T, H, D] and ``lse``."""
-    n, tokens, heads, width = packed.shape
-    lse_rows = packed.view(torch.float32)
-    _unpack_combine_kernel[(tokens, heads)](
-        packed, lse_rows, out, lse,
-        N=n, WIDTH=width, LSE_WIDTH=lse_rows.shape[-1], BASE_E=is_lse_base_on_e,
-        **_block(out.shape[-1]),
     )  # fmt: skip
 
 
@@ -232,18 +172,4 @@ def merge_two(
         o_a, lse_a, o_b, lse_b, out, lse,
         *o_a.stride(), *lse_a.stride(), *o_b.stride(), *lse_b.stride(),
         BASE_E=is_lse_base_on_e, **_block(head_dim),
-    )  # fmt: skip
-
-
-def pack(out: Tensor, lse: Tensor, packed: Tensor) -> None:
-    """[T, H, D], [T, H] of any strides -> contiguous ``packed`` [N, T, H / N, width]."""
-    tokens, heads, head_dim = out.shape
-    # Integer views: the kernel moves bits and must not touch a NaN's payload.
-    bits = torch.int32 if out.element_size() == 4 else torch.int16
-    rows, lse_rows = packed.view(bits), packed.view(torch.int32)
-    _pack_kernel[(tokens, heads)](
-        out.view(bits), lse.view(torch.int32), rows, lse_rows,
-        *out.stride(), *lse.stride(),
-        HEADS_PER_PEER=packed.shape[2], WIDTH=rows.shape[-1],
-        LSE_WIDTH=lse_rows.shape[-1], **_block(head_dim),
     )  # fmt: skip

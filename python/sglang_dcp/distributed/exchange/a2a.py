@@ -1,26 +1,33 @@
-"""Exchange by one all-to-all of outputs with their LSE packed into the same rows."""
+"""Exchange of partial outputs with their LSE in the same rows."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from sglang_dcp.distributed.all_to_all_peers import exchange_with_peers
 from sglang_dcp.distributed.exchange.base import Exchange, ExchangeGroup
-from sglang_dcp.layers.merge import Merged, pack_partials, unpack_combine
+from sglang_dcp.layers.merge import Merged
+from sglang_dcp.layers.merge_peers import pack_partials, unpack_combine
 
 
 class A2AExchange(Exchange):
-    """Pack, one ``all_to_all_single`` in the payload's dtype, unpack and combine."""
+    """Pack, one all-to-all between peers in the payload's dtype, unpack and combine."""
 
     def _reduce(
         self, partial_out: Tensor, lse: Tensor, is_lse_base_on_e: bool, return_lse: bool
     ) -> Merged:
-        send = pack_partials(partial_out, lse, self.group.world_size)
-        received = torch.empty_like(send)
-        self.group.all_to_all_single(received, send)
+        group, own = self.group, self._own_heads(partial_out)
+        sent = pack_partials(partial_out, lse, group.world_size, group.rank_in_group)
+        received = torch.empty_like(sent)
+        exchange_with_peers(group, received, sent)
+        # The merged output may take its memory.
+        del sent
         return unpack_combine(
             received,
-            partial_out.shape[-1],
+            partial_out[:, own],
+            lse[:, own],
+            group.rank_in_group,
             is_lse_base_on_e=is_lse_base_on_e,
             return_lse=return_lse,
         )

@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, Literal, Protocol, overload
+from typing import Literal, Protocol, overload
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
+from sglang_dcp.distributed.all_to_all_peers import PeerGroup
 from sglang_dcp.layers.merge import PARTIAL_DTYPES, Merged
+from sglang_dcp.layers.merge_peers import interleave_heads
 
 
-class ExchangeGroup(Protocol):
+class ExchangeGroup(PeerGroup, Protocol):
     """The part of SGLang's ``GroupCoordinator`` that an exchange uses."""
 
-    world_size: int
-    rank_in_group: int
-    device_group: ProcessGroup
-
     def all_gather(self, input_: Tensor, dim: int = -1) -> Tensor: ...
-
-    def reduce_scatter_tensor(self, output: Tensor, input: Tensor) -> Any: ...
-
-    def all_to_all_single(self, output: Tensor, input: Tensor) -> Any: ...
 
 
 class Exchange(ABC):
@@ -44,7 +37,9 @@ class Exchange(ABC):
             return q
         if q.shape[0] == 0:
             return q.new_empty(0, q.shape[1] * self.group.world_size, q.shape[2])
-        return self.group.all_gather(q.contiguous(), dim=1)
+        # Over dim 0 SGLang copies nothing after the all-gather, over dim 1 it does.
+        gathered = self.group.all_gather(q.contiguous(), dim=0)
+        return interleave_heads(gathered.view(self.group.world_size, *q.shape))
 
     @overload
     def reduce(
@@ -121,6 +116,11 @@ class Exchange(ABC):
     def _own_shape(self, partial_out: Tensor) -> tuple[int, int, int]:
         tokens, heads, head_dim = partial_out.shape
         return tokens, heads // self.group.world_size, head_dim
+
+    def _own_heads(self, partial_out: Tensor) -> slice:
+        own_heads = self._own_shape(partial_out)[1]
+        first = self.group.rank_in_group * own_heads
+        return slice(first, first + own_heads)
 
     def _check(self, partial_out: Tensor, lse: Tensor) -> None:
         if partial_out.dim() != 3 or lse.shape != partial_out.shape[:-1]:

@@ -27,9 +27,8 @@ class _Extend:
 class Fa3Adaptor(PlannedAdaptor):
     """SGLang's FlashAttention backend plans decode; kernels are called with their LSE.
 
-    FA3 returns the LSE in natural log as [heads, tokens]. It takes Q in the dtype of the
-    cache, so with fp8 K/V the query is cast, as SGLang does; new tokens among themselves
-    stay in the model's dtype.
+    FA3 returns the LSE in natural log as [heads, tokens]. With fp8 K/V it computes in fp8,
+    as SGLang does with it: queries are cast, and new tokens are taken as they are stored.
     """
 
     is_lse_base_on_e = True
@@ -70,11 +69,15 @@ class Fa3Adaptor(PlannedAdaptor):
         batch: ForwardBatch,
     ) -> Partial:
         plan = self._plan()
+        dtype = self._kv(layer)[0].dtype
+        scaled = _descales(layer, dtype, len(plan.cache_seqlens), k.shape[1])
+        if scaled:
+            k, v = k / layer.k_scale, v / layer.v_scale
         return _partial(
             self._inner.flash_attn_varlen_func(
-                q=q.contiguous(),
-                k=k.contiguous(),
-                v=v.contiguous(),
+                q=q.to(dtype).contiguous(),
+                k=k.to(dtype).contiguous(),
+                v=v.to(dtype).contiguous(),
                 cu_seqlens_q=plan.cu_seqlens_q,
                 cu_seqlens_k=plan.cu_seqlens_q,
                 max_seqlen_q=plan.max_seqlen_q,
@@ -82,6 +85,7 @@ class Fa3Adaptor(PlannedAdaptor):
                 softmax_scale=layer.scaling,
                 causal=True,
                 return_softmax_lse=True,
+                **scaled,
             )
         )
 
@@ -110,7 +114,9 @@ class Fa3Adaptor(PlannedAdaptor):
                 softmax_scale=layer.scaling,
                 num_splits=self._inner.num_splits,
                 return_softmax_lse=True,
-                **_descales(layer, keys, plan["cache_seqlens"]),
+                **_descales(
+                    layer, keys.dtype, len(plan["cache_seqlens"]), keys.shape[1]
+                ),
                 **plan,
             )
         )
@@ -135,15 +141,14 @@ class Fa3Adaptor(PlannedAdaptor):
 
 
 def _descales(
-    layer: RadixAttention, keys: torch.Tensor, lens: torch.Tensor
+    layer: RadixAttention, dtype: torch.dtype, requests: int, kv_heads: int
 ) -> dict[str, torch.Tensor]:
     """Scales of a quantized cache, [requests, kv heads] each, where it has any."""
-    if layer.k_scale is None or keys.itemsize > 1:
+    if layer.k_scale is None or dtype.itemsize > 1:
         return {}
-    shape = (len(lens), keys.shape[1])
     return {
-        "k_descale": layer.k_scale.expand(shape),
-        "v_descale": layer.v_scale.expand(shape),
+        "k_descale": layer.k_scale.expand(requests, kv_heads),
+        "v_descale": layer.v_scale.expand(requests, kv_heads),
     }
 
 

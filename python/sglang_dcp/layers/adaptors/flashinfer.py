@@ -19,6 +19,10 @@ class FlashInferAdaptor(PlannedAdaptor):
 
     FlashInfer's LSE is in base 2, [tokens, heads]. SGLang hands it single slots as pages,
     whatever the page size.
+
+    A plan is copied to the GPU from a pinned buffer of its wrapper. Prefill chunks come
+    without waiting for each other, so the next plan waits until the last one has left
+    that buffer; with device-side lengths, FlashInfer would wait for the whole GPU.
     """
 
     is_lse_base_on_e = False
@@ -29,15 +33,22 @@ class FlashInferAdaptor(PlannedAdaptor):
         self._new_tokens = inner.prefill_wrapper_ragged
         self._prefix = inner.prefill_wrappers_paged[0]
         self._new_tokens_planned = False
+        self._plan_copied = torch.cuda.Event()
 
     def init_forward_metadata(self, batch: ForwardBatch, local: ForwardBatch) -> None:
+        self._plan_copied.synchronize()
         if not batch.forward_mode.is_extend():
             self._inner.init_forward_metadata(local)
-            return
+        elif any(batch.extend_prefix_lens_cpu):
+            self._plan_prefix(local)
         # Planned by the first layer, which knows the rank's own heads.
         self._new_tokens_planned = False
-        if any(batch.extend_prefix_lens_cpu):
-            self._plan_prefix(local)
+        self._plan_copied.record()
+
+    def init_graph_metadata(self, local: ForwardBatch, in_capture: bool) -> None:
+        self._plan_copied.synchronize()
+        super().init_graph_metadata(local, in_capture)
+        self._plan_copied.record()
 
     def decode(
         self, q: torch.Tensor, layer: RadixAttention, local: ForwardBatch
@@ -104,6 +115,7 @@ class FlashInferAdaptor(PlannedAdaptor):
             q_data_type=q.dtype,
         )
         self._new_tokens_planned = True
+        self._plan_copied.record()
 
     def _plan_prefix(self, local: ForwardBatch) -> None:
         sizes = self._inner.indices_updater_prefill
