@@ -39,6 +39,8 @@ from sglang_dcp.demo.server import ServerFailed, ServerProcess
 
 BEGAN = time.perf_counter()
 SERVER_LOG_LINES = 15
+# Folder beside the model's.
+TOKENIZER = "tokenizer"
 Result = dict[str, Any]
 
 
@@ -97,7 +99,8 @@ def load(
     line = log.with_suffix(".jsonl")
     line.unlink(missing_ok=True)
     command = [sys.executable, "-m", "sglang.bench_serving", "--backend", "sglang"]
-    command += ["--base-url", url, "--model", str(model), "--tokenizer", str(model)]
+    command += ["--base-url", url, "--model", str(model)]
+    command += ["--tokenizer", str(model.with_name(TOKENIZER))]
     command += ["--dataset-name", "random-ids", "--tokenize-prompt"]
     command += ["--random-range-ratio", "1", "--random-input-len", str(tokens)]
     command += ["--random-output-len", str(options.output_len)]
@@ -120,9 +123,10 @@ def serve(options: argparse.Namespace, layout: Layout, model: Path) -> list[Resu
     log = log.with_name(log.name.replace(":", "-"))
     say(f"{layout.name}: starting its server")
     results = []
+    tokenizer = ["--tokenizer-path", str(model.with_name(TOKENIZER))]
     with ServerProcess(
         model,
-        server_flags(options, layout),
+        server_flags(options, layout) + tokenizer,
         log_path=log,
         device=options.device,
         grace=5.0,
@@ -209,7 +213,9 @@ def main() -> int:
         model = Path(folder) / options.model
         model.mkdir()
         write_model(model, options.model, longest)
-        write_tokenizer(model, vocab_size(options.model))
+        # Beside a config.json its model type would choose the tokenizer's class.
+        (Path(folder) / TOKENIZER).mkdir()
+        write_tokenizer(Path(folder) / TOKENIZER, vocab_size(options.model))
         for layout in (Layout(), *options.layouts):
             try:
                 results += serve(options, layout, model)
