@@ -5,13 +5,14 @@
 #   CACHE  archive of compiled kernels, unpacked into $HOME; they name SITE by its path
 #   FA3    archive of FlashAttention-3, unpacked into SITE
 #   OUT    where logs and results go
-#   PARTS  which of: merge exchange server bf16 bench decode fill off serving
+#   PARTS  which of: kernels exchange adaptors server bf16 dtypes fused limits bench decode
+#          fill off serving; limits compares what fits into free memory, so by itself
 #   ARGS   options of the last four, as "--contexts 32768 --profile 32768 8"
 #   MIXING which values of NCCL_GRAPH_MIXING_SUPPORT to measure with
 set -uo pipefail
 cd "$(dirname "$0")/.."
 : "${STACK:?}" "${SITE:?}" "${OUT:?}"
-PARTS=${PARTS:-merge exchange server bench}
+PARTS=${PARTS:-kernels exchange adaptors server bench}
 unset PYTHONDONTWRITEBYTECODE
 export PYTHONPATH=$SITE:$PWD/python PYTHONUNBUFFERED=1 OMP_NUM_THREADS=4
 began=$SECONDS
@@ -39,10 +40,16 @@ run_tests() {
 }
 
 # None of these is timed, so they may share the machine.
-wanted merge && run_tests merge 200 -n 10 test/srt/test_merge_gpu.py &
-wanted exchange && run_tests exchange 240 test/srt/test_exchange_gpu.py &
-wanted server && run_tests server 270 -s test/srt/test_server_gpu.py &
-wanted bf16 && run_tests bf16 300 -s test/srt/test_server_gpu_bf16.py &
+tests=test/srt/test_
+wanted kernels && run_tests kernels 200 -n 10 \
+  ${tests}merge_gpu.py ${tests}merge_peers_gpu.py ${tests}local_view_gpu.py &
+wanted exchange && run_tests exchange 240 ${tests}exchange_gpu.py &
+wanted adaptors && run_tests adaptors 300 ${tests}adaptors_gpu.py &
+wanted server && run_tests server 270 -s ${tests}server_gpu.py &
+wanted bf16 && run_tests bf16 500 -s ${tests}server_gpu_bf16.py &
+wanted dtypes && run_tests dtypes 200 -s ${tests}server_gpu_dtypes.py &
+wanted fused && run_tests fused 200 -s ${tests}server_gpu_fused_write.py &
+wanted limits && run_tests limits 550 -s ${tests}server_gpu_limits.py &
 wait
 tar -C /tmp --ignore-failed-read -czf "$OUT/server-logs.tgz" \
   gpu-tests-server/fleet0 --exclude=*.safetensors 2>/dev/null
@@ -69,10 +76,10 @@ wanted fill && run_bench fill benchmark/bench_decode.py "$OUT/fill.csv" --check-
 wanted off && run_bench off benchmark/bench_decode.py "$OUT/off.csv" --check-off
 wanted serving && run_bench serving benchmark/bench_serving.py "$OUT/serving.jsonl"
 
-for part in merge exchange server bf16; do
+for part in kernels exchange adaptors server bf16 dtypes fused limits; do
   wanted "$part" || continue
   echo "== $part"
-  grep -E "max \|d|^(FAILED|ERROR)|passed|failed|error" "$OUT/$part.log" | tail -12 | cut -c1-400
+  grep -E "ratio|max \|d|^(FAILED|ERROR)|passed|failed|error" "$OUT/$part.log" | tail -12 | cut -c1-400
 done
 for log in "$OUT"/bench?.log; do
   [[ -e $log ]] || continue
