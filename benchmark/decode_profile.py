@@ -18,7 +18,7 @@ CATEGORIES: tuple[tuple[str, str], ...] = (
     ("reduce", r"reduce_?scatter|all_?reduce|cross_device_reduce|multimem"),
     (
         "pack, merge",
-        r"_(pack|combine|interleave)_kernel|_correct_kernel|_merge_two_kernel",
+        r"_(cut|combine|interleave|correct|merge_two)_kernel",
     ),
     ("localise", r"_localise_kernel"),
     ("KV write", r"store_?(kv_?)?cache|StoreKV|set_(mla_)?kv_buffer|reshape_and_cache"),

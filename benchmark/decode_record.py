@@ -68,8 +68,10 @@ def record(options: argparse.Namespace, file: Path) -> Outcome:
                     elif isinstance(message, Profile):
                         outcome.profiles.append(message)
             except ValueError as error:
-                # A refusal; of SGLang alone it means that nothing will run.
-                if layout.kvp == 1:
+                # Not at module level: ranks import this file, without the package too.
+                from sglang_dcp.config import DcpConfigError
+
+                if not isinstance(error, DcpConfigError):
                     raise
                 say(f"{layout.name}: refused: {error}")
             except RuntimeError as error:

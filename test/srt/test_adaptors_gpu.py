@@ -50,13 +50,17 @@ CAPTURED = 4
 
 @dataclass(frozen=True)
 class Case:
-    """One adaptor at work; `scale` is what a checkpoint's fp8 K/V were divided by."""
+    """One adaptor at work; `scale` is what a checkpoint's fp8 K/V were divided by.
+
+    `idle_scale` is one that the layer has and the cache, in the model's dtype, has not.
+    """
 
     backend: str
     shape: Shape = Shape(8, 2, 128, 128)
     dtype: torch.dtype = torch.bfloat16
     kv_dtype: Optional[torch.dtype] = None
     scale: Optional[float] = None
+    idle_scale: Optional[float] = None
     dcp_size: int = 2
     page_size: int = 1
 
@@ -84,6 +88,8 @@ def cases_of(backend: str, dims: tuple[int, ...]) -> dict[str, Case]:
     named["fp8"] = Case(backend, kv_dtype=FP8)
     named["fp8-page64-kvp4"] = Case(backend, kv_dtype=FP8, dcp_size=4, page_size=64)
     named["fp8-scaled"] = Case(backend, kv_dtype=FP8, scale=0.5)
+    named["fp8-of-fp16"] = Case(backend, dtype=torch.float16, kv_dtype=FP8)
+    named["idle-scale"] = Case(backend, idle_scale=0.5)
     return {f"{backend}-{name}": case for name, case in named.items()}
 
 
@@ -149,10 +155,10 @@ class Rank:
         self.layer = RadixAttention(
             self.own_heads, shape.qk_dim, scaling, shape.kv_heads, 0
         )
-        if case.scale is not None:
-            scale = torch.tensor(case.scale, device="cuda")
-            self.layer.k_scale = self.layer.v_scale = scale
-            self.layer.k_scale_float = self.layer.v_scale_float = case.scale
+        if (scale := case.scale or case.idle_scale) is not None:
+            on_gpu = torch.tensor(scale, device="cuda")
+            self.layer.k_scale = self.layer.v_scale = on_gpu
+            self.layer.k_scale_float = self.layer.v_scale_float = scale
 
 
 def make_pool(case: Case, slots: int) -> Any:

@@ -12,6 +12,7 @@ from sglang_dcp import process
 
 MIXING = "NCCL_GRAPH_MIXING_SUPPORT"
 DCP = {"tp_size": 2, "dcp_size": 2}
+WIDE = {"tp_size": 4, "dcp_size": 2}
 
 pytestmark = pytest.mark.usefixtures("plugins")
 
@@ -23,6 +24,8 @@ pytestmark = pytest.mark.usefixtures("plugins")
         pytest.param(DCP, None, "0", id="dcp-on"),
         pytest.param(DCP, "1", "1", id="user-value"),
         pytest.param({**DCP, "enable_symm_mem": True}, None, None, id="symm-mem"),
+        pytest.param({**WIDE, "ep_size": 4}, None, "0", id="ep-is-tp"),
+        pytest.param({**WIDE, "ep_size": 2}, None, None, id="ep-within-tp"),
     ],
 )
 def test_nccl_graph_mixing(

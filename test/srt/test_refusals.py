@@ -254,6 +254,16 @@ GPU_BACKENDS = {
         on_gpu(kv_dtype=FP8),
         "--kv-cache-dtype float8_e4m3fn .*torch_native.*; use --attention-backend fa3",
     ),
+    "mla-fp8": (
+        "fa3",
+        on_gpu(mla=True, kv_dtype=FP8),
+        "--kv-cache-dtype float8_e4m3fn .*; use --kv-cache-dtype auto",
+    ),
+    "nothing-serves": (
+        "fa3",
+        Need("cpu", dtype=torch.bfloat16, head_dim=64, kv_dtype=FP8),
+        "--kv-cache-dtype float8_e4m3fn .*torch_native.*; use --kv-cache-dtype auto",
+    ),
     "bf16-cache-of-fp16": (
         "triton",
         on_gpu(dtype=torch.float16, kv_dtype=torch.bfloat16),

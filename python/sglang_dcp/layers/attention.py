@@ -7,14 +7,13 @@ own keys and the KVP group exchanges partial outputs (Helix, arXiv 2507.07120, 2
 
 from __future__ import annotations
 
-from functools import cache
 from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
 from sglang_dcp.layers.adaptors.base import DcpAdaptor, Partial
-from sglang_dcp.layers.layout import own_kv_heads
+from sglang_dcp.layers.layout import own_kv_index
 from sglang_dcp.layers.local_view import LocalView, LocalViewBuilder
 from sglang_dcp.layers.merge import merge_two_states
 
@@ -203,7 +202,8 @@ class DcpAttentionBackend(AttentionBackend):
         """K and V of the heads that serve this rank's own query heads, in GQA ratio."""
         k = k.view(k.shape[0], -1, layer.qk_head_dim)
         v = v.view(v.shape[0], k.shape[1], layer.v_head_dim)
-        kept = _own_kv_heads(q.shape[1], k.shape[1], self._dcp_size, self._kvp_rank)
+        sizes = (q.shape[1], k.shape[1], self._dcp_size, self._kvp_rank)
+        kept = own_kv_index(*sizes, k.device)
         return k[:, kept], v[:, kept]
 
     def _write(
@@ -245,20 +245,6 @@ class DcpAttentionBackend(AttentionBackend):
                 "logit capping, windows, encoder attention or the arguments "
                 f"{unknown} are not supported"
             )
-
-
-@cache
-def _own_kv_heads(
-    own_q: int, local_kv: int, dcp_size: int, kvp_rank: int
-) -> slice | list[int]:
-    """Index of the K/V heads that serve a rank's own query heads.
-
-    Own heads that start amid a K/V head have no one GQA ratio: then one copy a head.
-    """
-    heads = own_kv_heads(own_q, local_kv, dcp_size, kvp_rank)
-    first, last = heads[0], heads[-1]
-    even = len({heads.count(head) for head in range(first, last + 1)}) == 1
-    return slice(first, last + 1) if even else heads
 
 
 def _mask_empty(partial: Partial, view: LocalView) -> Partial:

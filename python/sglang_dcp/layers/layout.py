@@ -10,6 +10,7 @@ Pure: takes sizes and ranks, knows no process. Lengths and slots come back untou
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -84,3 +85,18 @@ def own_kv_heads(own_q: int, local_kv: int, dcp_size: int, kvp_rank: int) -> lis
     """
     group = own_q * dcp_size // local_kv
     return [(kvp_rank * own_q + head) // group for head in range(own_q)]
+
+
+@cache
+def own_kv_index(
+    own_q: int, local_kv: int, dcp_size: int, kvp_rank: int, device: torch.device
+) -> slice | torch.Tensor:
+    """Index of `own_kv_heads` into [tokens, `local_kv`, dim], for a kernel in GQA ratio.
+
+    Own heads that start amid a K/V head have no one ratio: then one copy a head, by an
+    index tensor on `device` that callers share.
+    """
+    heads = own_kv_heads(own_q, local_kv, dcp_size, kvp_rank)
+    first, last = heads[0], heads[-1]
+    even = len({heads.count(head) for head in range(first, last + 1)}) == 1
+    return slice(first, last + 1) if even else torch.tensor(heads, device=device)

@@ -119,6 +119,13 @@ class PlannedAdaptor(DcpAdaptor):
         return self._inner.token_to_kv_pool.get_kv_buffer(layer.layer_id)
 
 
-def kv_scales(layer: RadixAttention) -> tuple[Optional[float], Optional[float]]:
-    """Factors that a quantized cache's K and V were divided by; None: by nothing."""
+def kv_scales(
+    layer: RadixAttention, keys: torch.Tensor
+) -> tuple[Optional[float], Optional[float]]:
+    """What K and V in the cache of `keys` were divided by; None: by nothing.
+
+    A checkpoint may bring scales that a cache in the model's dtype does not use.
+    """
+    if keys.itemsize > 1:
+        return None, None
     return layer.k_scale_float, layer.v_scale_float

@@ -86,7 +86,8 @@ class Fa3Adaptor(PlannedAdaptor):
                 causal=True,
                 return_softmax_lse=True,
                 **scaled,
-            )
+            ),
+            q.dtype,
         )
 
     def extend_prefix(
@@ -118,7 +119,8 @@ class Fa3Adaptor(PlannedAdaptor):
                     layer, keys.dtype, len(plan["cache_seqlens"]), keys.shape[1]
                 ),
                 **plan,
-            )
+            ),
+            q.dtype,
         )
 
     def _plan_extend(self, batch: ForwardBatch, local: ForwardBatch) -> _Extend:
@@ -152,6 +154,7 @@ def _descales(
     }
 
 
-def _partial(returned: Any) -> Partial:
+def _partial(returned: Any, dtype: torch.dtype) -> Partial:
     out, lse, *_ = returned
-    return Partial(out, lse.transpose(0, 1))
+    # Of fp8 queries FA3 makes bfloat16, whatever the model's dtype.
+    return Partial(out.to(dtype), lse.transpose(0, 1))

@@ -28,12 +28,25 @@ class FlashInferAdaptor(PlannedAdaptor):
     is_lse_base_on_e = False
     creator = "create_flashinfer_backend"
 
-    def __init__(self, inner: Any) -> None:
+    def __init__(self, inner: Any, new_tokens: Any) -> None:
         super().__init__(inner)
-        self._new_tokens = inner.prefill_wrapper_ragged
+        self._new_tokens = new_tokens
         self._prefix = inner.prefill_wrappers_paged[0]
         self._new_tokens_planned = False
         self._plan_copied = torch.cuda.Event()
+
+    @classmethod
+    def from_runner(cls, runner: Any) -> FlashInferAdaptor:
+        from flashinfer import BatchPrefillWithRaggedKVCacheWrapper
+        from sglang.srt.layers.attention.attention_registry import (
+            create_flashinfer_backend,
+        )
+
+        inner = create_flashinfer_backend(runner)
+        # SGLang's own may be a CUTLASS one, which takes no plan from the host.
+        return cls(
+            inner, BatchPrefillWithRaggedKVCacheWrapper(inner.workspace_buffer, "NHD")
+        )
 
     def init_forward_metadata(self, batch: ForwardBatch, local: ForwardBatch) -> None:
         self._plan_copied.synchronize()
@@ -54,11 +67,12 @@ class FlashInferAdaptor(PlannedAdaptor):
         self, q: torch.Tensor, layer: RadixAttention, local: ForwardBatch
     ) -> Partial:
         [wrapper] = self._inner.forward_metadata.decode_wrappers
-        k_scale, v_scale = kv_scales(layer)
+        cache = self._kv(layer)
+        k_scale, v_scale = kv_scales(layer, cache[0])
         return Partial(
             *wrapper.forward_return_lse(
                 q.contiguous(),
-                self._kv(layer),
+                cache,
                 sm_scale=layer.scaling,
                 k_scale=k_scale,
                 v_scale=v_scale,
@@ -88,11 +102,12 @@ class FlashInferAdaptor(PlannedAdaptor):
     def extend_prefix(
         self, q: torch.Tensor, layer: RadixAttention, local: ForwardBatch
     ) -> Partial:
-        k_scale, v_scale = kv_scales(layer)
+        cache = self._kv(layer)
+        k_scale, v_scale = kv_scales(layer, cache[0])
         return Partial(
             *self._prefix.forward_return_lse(
                 q.contiguous(),
-                self._kv(layer),
+                cache,
                 causal=False,
                 sm_scale=layer.scaling,
                 k_scale=k_scale,

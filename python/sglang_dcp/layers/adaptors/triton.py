@@ -54,7 +54,7 @@ class TritonAdaptor(PlannedAdaptor):
             plan.num_kv_splits,
             inner.max_kv_splits,
             layer.scaling,
-            *_scales(layer),
+            *_scales(layer, keys),
             use_pdl=inner.use_pdl,
             page_size=inner.page_size,
         )
@@ -131,7 +131,7 @@ class TritonAdaptor(PlannedAdaptor):
             is_causal,
             None,
             plan.max_extend_len,
-            *_scales(layer),
+            *_scales(layer, keys),
             sm_scale=layer.scaling,
             lse_extend=lse,
             skip_prefix=skip_prefix,
@@ -141,5 +141,5 @@ class TritonAdaptor(PlannedAdaptor):
         return Partial(out, lse)
 
 
-def _scales(layer: RadixAttention) -> list[float]:
-    return [1.0 if scale is None else scale for scale in kv_scales(layer)]
+def _scales(layer: RadixAttention, keys: torch.Tensor) -> list[float]:
+    return [1.0 if scale is None else scale for scale in kv_scales(layer, keys)]
