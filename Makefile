@@ -1,4 +1,4 @@
-# make demo | test | test-fast | test-gpu | bench | bench-checks | bench-serving | lint | format | clean
+# make demo | test | test-fast | test-gpu | bench | bench-checks | bench-serving | patch-lint | patch-export | lint | format | clean
 #
 # demo and test install what they need into .venv first.
 
@@ -12,7 +12,7 @@ SOURCES := python test/srt benchmark
 # Servers start three times faster with .pyc files.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-fast test-gpu bench bench-checks bench-serving lint format clean
+.PHONY: demo test test-fast test-gpu bench bench-checks bench-serving patch-lint patch-export lint format clean
 
 demo: $(STAMP)
 	$(BIN)/python -m sglang_dcp.demo
@@ -36,7 +36,13 @@ bench-checks: $(STAMP)
 bench-serving: $(STAMP)
 	$(BIN)/python benchmark/bench_serving.py $(OUT)/serving.jsonl
 
-lint: $(VENV)/.lint
+patch-lint: $(STAMP)
+	$(BIN)/python -m sglang_dcp patch lint
+
+patch-export: $(STAMP)
+	$(BIN)/python -m sglang_dcp patch export --target $(CHECKOUT) --wheel $(WHEEL)
+
+lint: $(VENV)/.lint patch-lint
 	$(BIN)/black --check -q $(SOURCES)
 	$(BIN)/isort --check -q $(SOURCES)
 	$(BIN)/flake8 $(SOURCES)

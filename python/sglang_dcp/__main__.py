@@ -1,4 +1,4 @@
-"""`python -m sglang_dcp status`: SGLang's version, each seam and its state."""
+"""`python -m sglang_dcp`: `status` of every seam, and `patch` for forks of SGLang."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ def status() -> int:
     for state in states:
         print(f"{state.state:<10} {state.seam.name:<24} {state.seam.target}")
     found = problems(states) + drifted_reliances()
-    live = sum(state.state == "live" for state in states)
-    print(f"{len(states)} seams, {live} live")
+    names = [state.state for state in states]
+    counts = ", ".join(f"{names.count(name)} {name}" for name in sorted(set(names)))
+    print(f"{len(states)} seams: {counts}")
     for line in found:
         print(line)
     return 1 if found else 0
@@ -63,9 +64,13 @@ def write_manifest() -> int:
 
 def main() -> int:
     """Command line of the package."""
+    if sys.argv[1:2] == ["patch"]:
+        from sglang_dcp.patch.cli import main as patch
+
+        return patch(sys.argv[2:])
     parser = argparse.ArgumentParser(prog="python -m sglang_dcp", description=__doc__)
     commands = {"status": status, "write-manifest": write_manifest}
-    parser.add_argument("command", choices=commands)
+    parser.add_argument("command", choices=[*commands, "patch"])
     return commands[parser.parse_args().command]()
 
 

@@ -9,6 +9,7 @@ import logging
 import pkgutil
 import sys
 
+from sglang_dcp import patched
 from sglang_dcp.seams import Kind, Seam, active_seams
 from sglang_dcp.verify import seams_required
 
@@ -21,6 +22,7 @@ _ABSENT = (ImportError, AttributeError, KeyError)
 def load() -> None:
     """Register the hooks and make the assignments of the seam table.
 
+    What a patched SGLang holds in its own source is left alone.
     A seam that cannot be placed is left: the server refuses DCP flags with it
     (`verify.verify_seams`), and starts without them.
 
@@ -33,6 +35,8 @@ def load() -> None:
 
     for seam in active_seams():
         try:
+            if patched.provided(seam):
+                continue
             if seam.kind in (Kind.ATTRIBUTE, Kind.ENTRY):
                 _assign(seam)
             else:

@@ -119,7 +119,7 @@ SEAMS: tuple[Seam, ...] = (
             f"{_SRT}.distributed.parallel_state.GroupCoordinator.all_to_all_single",
             Kind.AROUND,
             "sglang_dcp.process:group_all_to_all_single",
-            "0.5.16 has torch.distributed on CUDA alone: not on CPU, not in a CUDA graph",
+            "for other users: 0.5.16 has torch.distributed on CUDA alone, not CPU or graphs",
         ),
         Seam(
             "all-to-all-pynccl",
@@ -127,7 +127,7 @@ SEAMS: tuple[Seam, ...] = (
             ".PyNcclCommunicator.all_to_all_single",
             Kind.ATTRIBUTE,
             "sglang_dcp.distributed.all_to_all:pynccl_all_to_all_single",
-            "0.5.16 has no such method",
+            "for other users: 0.5.16 has no such method",
         ),
         Seam(
             "kv-heads-config",

@@ -11,7 +11,7 @@ import argparse
 import dataclasses
 import logging
 import sys
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, Callable, Optional
 
 import torch
 from sglang.srt.arg_groups.arg_utils import Arg
@@ -71,65 +71,102 @@ class DcpServerArgs(ServerArgs):
     dcp: Annotated[Optional[DcpConfig], Arg(no_cli=True)] = None
 
     def __post_init__(self) -> None:
-        if self.dcp is not None:
-            raise DcpConfigError("dcp is derived from --dcp-size; do not pass it")
-        self.dcp = resolve_config(
-            tp_size=self.tp_size,
-            dcp_size=self.dcp_size,
-            attn_tp_size=self.attn_tp_size,
-            comm_backend=self.dcp_comm_backend,
-            replicate_q_proj=self.dcp_replicate_q_proj,
-        )
-        self.dcp_size = 1
-        if self.dcp is None:
-            super().__post_init__()
-            return
-        prepare(self)
-        super().__post_init__()
-        finish(self)
+        around_post_init(super().__post_init__, self)
 
     @classmethod
     def from_cli_args(cls, args: argparse.Namespace) -> DcpServerArgs:
         """Build from the command line; a refused flag is one line and exit code 2."""
-        try:
-            return super().from_cli_args(args)
-        except DcpConfigError as error:
-            sys.exit(_cli_error(error))
+        return around_from_cli_args(super().from_cli_args, cls, args)
 
     def post_capture_kv_sizing_planned(self) -> bool:
-        """Never under DCP: the resize counts one rank's tokens as logical ones.
-
-        Every scheduler asks. It is also where one finds out that no hook of ours ran
-        in its process, which no hook could tell.
-        """
-        from sglang_dcp.context import find_context
-        from sglang_dcp.verify import seams_required
-
-        if self.dcp is None:
-            return super().post_capture_kv_sizing_planned()
-        if seams_required() and find_context() is None:
-            sys.exit(
-                "sglang-dcp: error: the plugin did not load in this scheduler process; "
-                "see its log, and SGLANG_PLUGINS"
-            )
-        return False
+        """Never under DCP: the resize counts one rank's tokens as logical ones."""
+        return around_post_capture_kv_sizing_planned(
+            super().post_capture_kv_sizing_planned, self
+        )
 
     def _get_default_attn_backend(
         self, use_mla_backend: bool, model_config: Any
     ) -> str:
         """SGLang's choice, or what DCP has an adaptor for."""
-        preferred = super()._get_default_attn_backend(use_mla_backend, model_config)
-        if self.dcp is None:
-            return preferred
-        return default_backend(preferred, _need(self, model_config, use_mla_backend))
+        return around_get_default_attn_backend(
+            super()._get_default_attn_backend, self, use_mla_backend, model_config
+        )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickled in a scheduler: from here on a missing seam ends the process."""
-        self.__dict__.update(state)
-        if self.dcp is not None:
-            from sglang_dcp.verify import require_seams
+        around_setstate(self.__dict__.update, self, state)
 
-            require_seams()
+
+def around_post_init(original: Callable[[], None], args: Any) -> None:
+    """Seam: `ServerArgs.__post_init__`; `args.dcp` is made of what the flags say."""
+    if args.dcp is not None:
+        raise DcpConfigError("dcp is derived from --dcp-size; do not pass it")
+    args.dcp = resolve_config(
+        tp_size=args.tp_size,
+        dcp_size=args.dcp_size,
+        attn_tp_size=args.attn_tp_size,
+        comm_backend=args.dcp_comm_backend,
+        replicate_q_proj=args.dcp_replicate_q_proj,
+    )
+    args.dcp_size = 1
+    if args.dcp is None:
+        original()
+        return
+    prepare(args)
+    original()
+    finish(args)
+
+
+def around_from_cli_args(
+    original: Callable[..., Any], cls: type, args: argparse.Namespace
+) -> Any:
+    """Seam: `ServerArgs.from_cli_args`; a refused flag is one line and exit code 2."""
+    try:
+        return original(args)
+    except DcpConfigError as error:
+        sys.exit(_cli_error(error))
+
+
+def around_post_capture_kv_sizing_planned(
+    original: Callable[[], bool], args: Any
+) -> bool:
+    """Seam: `ServerArgs.post_capture_kv_sizing_planned`, never under DCP.
+
+    Every scheduler asks. It is also where one finds out that no hook of ours ran in
+    its process, which no hook could tell.
+    """
+    from sglang_dcp.context import find_context
+    from sglang_dcp.verify import seams_required
+
+    if args.dcp is None:
+        return original()
+    if seams_required() and find_context() is None:
+        sys.exit(
+            "sglang-dcp: error: the plugin did not load in this scheduler process; "
+            "see its log, and SGLANG_PLUGINS"
+        )
+    return False
+
+
+def around_get_default_attn_backend(
+    original: Callable[..., str], args: Any, use_mla_backend: bool, model_config: Any
+) -> str:
+    """Seam: `ServerArgs._get_default_attn_backend`; one that DCP has an adaptor for."""
+    preferred = original(use_mla_backend, model_config)
+    if args.dcp is None:
+        return preferred
+    return default_backend(preferred, _need(args, model_config, use_mla_backend))
+
+
+def around_setstate(
+    original: Callable[[dict[str, Any]], None], args: Any, state: dict[str, Any]
+) -> None:
+    """Seam: `ServerArgs` unpickled; from here on a missing seam ends the process."""
+    original(state)
+    if args.dcp is not None:
+        from sglang_dcp.verify import require_seams
+
+        require_seams()
 
 
 def _cli_error(error: DcpConfigError) -> int:

@@ -15,10 +15,13 @@ import sys
 from pathlib import Path
 from typing import Any, Iterable, NamedTuple
 
+from sglang_dcp import patched
 from sglang_dcp.config import DcpConfigError
+from sglang_dcp.patch.manifest import patched_hashes
 from sglang_dcp.seams import RELIES_ON, Kind, Seam, active_seams
 
 _MANIFESTS = Path(__file__).parent / "manifests"
+LIVE = ("hooked", "patched")
 # Set where a DCP server's arguments arrive in a scheduler process.
 _required = False
 
@@ -26,8 +29,9 @@ _required = False
 class SeamState(NamedTuple):
     """One seam as found in this process.
 
-    `state` is `live`, `not hooked`, `missing` (no such target) or `drifted` (the file
-    that holds the target is not the one in the manifest).
+    `state` is `hooked` (by the plugin), `patched` (in SGLang's source), `not hooked`,
+    `missing` (no such target) or `drifted` (the file that holds the target is neither
+    the one in the manifest nor that file with our patches).
     """
 
     seam: Seam
@@ -98,23 +102,34 @@ def file_hash(path: Path) -> str:
 
 def seam_states(seams: Iterable[Seam]) -> list[SeamState]:
     """State of each seam in this process."""
-    manifest = load_manifest(sglang_version())
-    return [_seam_state(seam, manifest) for seam in seams]
+    known = _known_hashes()
+    return [_seam_state(seam, known) for seam in seams]
 
 
-def _seam_state(seam: Seam, manifest: dict[str, str]) -> SeamState:
+def _known_hashes() -> dict[str, set[str]]:
+    """By file: that of the wheel, and that of the wheel with our patches."""
+    version = sglang_version()
+    known = {name: {sha} for name, sha in load_manifest(version).items()}
+    for name, sha in patched_hashes(version).items():
+        known.setdefault(name, set()).add(sha)
+    return known
+
+
+def _seam_state(seam: Seam, known: dict[str, set[str]]) -> SeamState:
     try:
         path = seam_file(seam)
     except ModuleNotFoundError:
         return SeamState(seam, "missing", seam.target)
     name = path.relative_to(package_root()).as_posix()
-    if name not in manifest:
+    if name not in known:
         return SeamState(seam, "missing", name)
-    if manifest[name] != file_hash(path):
+    if file_hash(path) not in known[name]:
         return SeamState(seam, "drifted", name)
     if not _exists(seam):
         return SeamState(seam, "missing", name)
-    return SeamState(seam, "live" if is_live(seam) else "not hooked", name)
+    if not is_live(seam):
+        return SeamState(seam, "not hooked", name)
+    return SeamState(seam, "patched" if patched.provided(seam) else "hooked", name)
 
 
 def _exists(seam: Seam) -> bool:
@@ -130,6 +145,8 @@ def _exists(seam: Seam) -> bool:
 
 def is_live(seam: Seam) -> bool:
     """Whether the target, looked up now, is ours or wraps the original with ours."""
+    if patched.provided(seam):
+        return _reaches(seam, patched.placed(seam))
     if seam.kind in (Kind.ATTRIBUTE, Kind.ENTRY):
         return look_up(seam) is seam.load()
     from sglang.srt.plugins.hook_registry import HookRegistry
@@ -162,31 +179,36 @@ def look_up(seam: Seam) -> Any:
 
 
 def problems(states: Iterable[SeamState]) -> list[str]:
-    """One line for each seam that is not live."""
-    version = sglang_version()
+    """One line for each seam that is not live, or for a half-patched SGLang."""
+    states, version = list(states), sglang_version()
     lines = {
         "drifted": "{file} is not the file of sglang {version} that seam {name} knows",
         "missing": "{target} does not exist (seam {name})",
         "not hooked": "{target} is not hooked (seam {name}); is the sglang_dcp plugin "
         "allowed by SGLANG_PLUGINS?",
     }
-    return [
+    faults = [
         lines[s.state].format(
             file=s.file, version=version, name=s.seam.name, target=s.seam.target
         )
         for s in states
-        if s.state != "live"
+        if s.state not in LIVE
     ]
+    if {s.state for s in states} >= set(LIVE):
+        faults.append(
+            "SGLang is half patched; run python -m sglang_dcp patch apply, or revert"
+        )
+    return faults
 
 
 def drifted_reliances() -> list[str]:
     """One line for each file of `RELIES_ON` that is not the known one."""
-    manifest, version = load_manifest(sglang_version()), sglang_version()
+    known, version = _known_hashes(), sglang_version()
     return [
         f"{name} is not the file of sglang {version} that DCP was written against"
         for name in RELIES_ON
         if not (package_root() / name).is_file()
-        or manifest.get(name) != file_hash(package_root() / name)
+        or file_hash(package_root() / name) not in known.get(name, ())
     ]
 
 

@@ -57,7 +57,7 @@ def test_ours_resolves_and_target_exists(seam: Seam) -> None:
 @each_seam
 def test_every_seam_is_live_here(seam: Seam) -> None:
     [state] = verify.seam_states([seam])
-    wanted = "live" if seam in active_seams() else "not hooked"
+    wanted = "hooked" if seam in active_seams() else "not hooked"
     assert state == verify.SeamState(seam, wanted, state.file)
 
 
@@ -271,9 +271,9 @@ def test_status_lists_all_seams() -> None:
     assert done.code == 0, done.stdout + done.stderr[-2000:]
     lines = done.stdout.splitlines()
     assert lines[0] == f"sglang {verify.sglang_version()}"
-    listed = [line.split() for line in lines if line.startswith("live ")]
-    assert listed == [["live", seam.name, seam.target] for seam in active_seams()]
-    assert lines[-1] == f"{len(listed)} seams, {len(listed)} live"
+    listed = [line.split() for line in lines if line.startswith("hooked ")]
+    assert listed == [["hooked", seam.name, seam.target] for seam in active_seams()]
+    assert lines[-1] == f"{len(listed)} seams: {len(listed)} hooked"
 
 
 WITHOUT_PLUGIN = """
