@@ -100,6 +100,33 @@ def test_decode_plans_wait_too(planned: Any) -> None:
     ]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, FP8], ids=str)
+def test_decode_and_prefix_read_the_cache_alike(
+    dtype: torch.dtype, planned: Any
+) -> None:
+    """They differ in the wrapper, and in `causal`, which decode's does not take."""
+    adaptor, _ = planned
+    cache = torch.zeros(4, KV_HEADS, 8).to(dtype), torch.zeros(4, KV_HEADS, 8).to(dtype)
+    seen: list[Any] = []
+
+    class Wrapper:
+        def forward_return_lse(self, *args: Any, **kwargs: Any) -> Any:
+            seen.append((args, kwargs))
+            return torch.zeros(5, 4, 8), torch.zeros(5, 4)
+
+    adaptor._prefix = Wrapper()
+    adaptor._inner.forward_metadata = SimpleNamespace(decode_wrappers=[Wrapper()])
+    adaptor._inner.token_to_kv_pool = SimpleNamespace(get_kv_buffer=lambda i: cache)
+    layer = SimpleNamespace(**vars(scaled_layer()), scaling=0.25, layer_id=0)
+    q = torch.ones(5, 4, 8)
+    adaptor.decode(q, layer, None)
+    adaptor.extend_prefix(q, layer, None)
+    scale = 0.5 if dtype == FP8 else None
+    wanted = dict(sm_scale=0.25, k_scale=scale, v_scale=scale)
+    assert [kwargs for _, kwargs in seen] == [wanted, {**wanted, "causal": False}]
+    assert all(args[0] is q and args[1] is cache for args, _ in seen)
+
+
 def scaled_layer() -> Any:
     scale = torch.tensor(0.5)
     return SimpleNamespace(

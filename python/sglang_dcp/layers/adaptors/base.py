@@ -104,9 +104,13 @@ class PlannedAdaptor(DcpAdaptor):
 
     @classmethod
     def from_runner(cls, runner: Any) -> PlannedAdaptor:
+        return cls(cls._build_inner(runner))
+
+    @classmethod
+    def _build_inner(cls, runner: Any) -> Any:
         from sglang.srt.layers.attention import attention_registry
 
-        return cls(getattr(attention_registry, cls.creator)(runner))
+        return getattr(attention_registry, cls.creator)(runner)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         self._inner.init_cuda_graph_state(max_bs, max_num_tokens)

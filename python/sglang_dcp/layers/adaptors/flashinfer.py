@@ -38,11 +38,8 @@ class FlashInferAdaptor(PlannedAdaptor):
     @classmethod
     def from_runner(cls, runner: Any) -> FlashInferAdaptor:
         from flashinfer import BatchPrefillWithRaggedKVCacheWrapper
-        from sglang.srt.layers.attention.attention_registry import (
-            create_flashinfer_backend,
-        )
 
-        inner = create_flashinfer_backend(runner)
+        inner = cls._build_inner(runner)
         # SGLang's own may be a CUTLASS one, which takes no plan from the host.
         return cls(
             inner, BatchPrefillWithRaggedKVCacheWrapper(inner.workspace_buffer, "NHD")
@@ -67,17 +64,7 @@ class FlashInferAdaptor(PlannedAdaptor):
         self, q: torch.Tensor, layer: RadixAttention, local: ForwardBatch
     ) -> Partial:
         [wrapper] = self._inner.forward_metadata.decode_wrappers
-        cache = self._kv(layer)
-        k_scale, v_scale = kv_scales(layer, cache[0])
-        return Partial(
-            *wrapper.forward_return_lse(
-                q.contiguous(),
-                cache,
-                sm_scale=layer.scaling,
-                k_scale=k_scale,
-                v_scale=v_scale,
-            )
-        )
+        return self._paged(wrapper, q, layer)
 
     def extend_new(
         self,
@@ -102,16 +89,21 @@ class FlashInferAdaptor(PlannedAdaptor):
     def extend_prefix(
         self, q: torch.Tensor, layer: RadixAttention, local: ForwardBatch
     ) -> Partial:
+        return self._paged(self._prefix, q, layer, causal=False)
+
+    def _paged(
+        self, wrapper: Any, q: torch.Tensor, layer: RadixAttention, **how: bool
+    ) -> Partial:
         cache = self._kv(layer)
         k_scale, v_scale = kv_scales(layer, cache[0])
         return Partial(
-            *self._prefix.forward_return_lse(
+            *wrapper.forward_return_lse(
                 q.contiguous(),
                 cache,
-                causal=False,
                 sm_scale=layer.scaling,
                 k_scale=k_scale,
                 v_scale=v_scale,
+                **how,
             )
         )
 
