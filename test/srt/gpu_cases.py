@@ -8,14 +8,15 @@ times a margin. A wrong head, slot or length moves log-probabilities by whole un
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
 import forced
 from gpu import needs_gpus
-from gpu_servers import PER_RANK, POOL, Fleet, Run, Spec
+from gpu_servers import PER_RANK, POOL, Fleet, Run, Spec, run_fleet, selected
 from sglang_dcp.demo.tiny_model import KINDS
 
 BACKENDS = ("fa3", "flashinfer", "triton")
@@ -121,6 +122,19 @@ def servers_of(cases: Iterable[Case]) -> list[Spec]:
     """What the cases that can run here need, the plain servers before their cases."""
     runnable = [case for case in cases if case.spec.can_run()]
     return [spec for case in runnable for spec in (*case.plain, case.spec)]
+
+
+def fleet_fixture(waves: Callable[[], Sequence[forced.Wave]]) -> Any:
+    """A module's `fleet`: the servers of its chosen cases, each asked `waves()`."""
+
+    @pytest.fixture(scope="module")
+    def fleet(
+        tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+    ) -> Iterator[Fleet]:
+        specs = servers_of(selected(request, "case"))
+        yield from run_fleet(tmp_path_factory.mktemp("fleet"), waves(), specs)
+
+    return fleet
 
 
 def measure(case: Case, fleet: Fleet) -> tuple[forced.Distance, forced.Distance]:

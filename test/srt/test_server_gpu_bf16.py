@@ -24,10 +24,10 @@ from gpu_cases import (
     assert_within_spread,
     chosen_kinds,
     exchange_flags,
+    fleet_fixture,
     params,
-    servers_of,
 )
-from gpu_servers import Fleet, run_fleet, selected
+from gpu_servers import Fleet
 
 pytestmark = [pytest.mark.server, needs_gpus(2)]
 
@@ -102,13 +102,7 @@ def cases() -> Iterator[Case]:
             yield MEASURED_FAILURE
 
 
-@pytest.fixture(scope="module")
-def fleet(
-    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> Iterator[Fleet]:
-    folder = tmp_path_factory.mktemp("bf16")
-    specs = servers_of(selected(request, "case"))
-    yield from run_fleet(folder, forced.build_waves(), specs)
+fleet = fleet_fixture(forced.build_waves)
 
 
 @pytest.mark.parametrize("case", params(cases()))

@@ -21,10 +21,10 @@ from gpu_cases import (
     assert_within_spread,
     chosen_kinds,
     exchange_flags,
+    fleet_fixture,
     params,
-    servers_of,
 )
-from gpu_servers import Fleet, run_fleet, selected
+from gpu_servers import Fleet
 
 pytestmark = [pytest.mark.server, needs_gpus(2)]
 
@@ -51,13 +51,7 @@ def cases() -> Iterator[Case]:
                 )
 
 
-@pytest.fixture(scope="module")
-def fleet(
-    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> Iterator[Fleet]:
-    folder = tmp_path_factory.mktemp("dtypes")
-    specs = servers_of(selected(request, "case"))
-    yield from run_fleet(folder, forced.build_waves(), specs)
+fleet = fleet_fixture(forced.build_waves)
 
 
 @pytest.mark.parametrize("case", params(cases()))

@@ -9,7 +9,6 @@ second half the first would guard nothing.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,11 +21,11 @@ from gpu_cases import (
     TP2_DCP2,
     Case,
     assert_within_spread,
+    fleet_fixture,
     measure,
     params,
-    servers_of,
 )
-from gpu_servers import Fleet, make_server, run_fleet, selected
+from gpu_servers import Fleet, make_server
 
 pytestmark = [pytest.mark.server, needs_gpus(2)]
 
@@ -81,13 +80,7 @@ SEPARATE = [make_case(backend, "separate-write") for backend in BACKENDS]
 FUSED = [make_case(backend, "fused-write", RESTORED + BLINDED) for backend in BACKENDS]
 
 
-@pytest.fixture(scope="module")
-def fleet(
-    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> Iterator[Fleet]:
-    folder = tmp_path_factory.mktemp("fused")
-    specs = servers_of(selected(request, "case"))
-    yield from run_fleet(folder, forced.build_waves(), specs)
+fleet = fleet_fixture(forced.build_waves)
 
 
 def test_refused_at_start(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ import signal
 import sys
 import time
 import urllib.error
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
 from pathlib import Path
@@ -31,11 +30,11 @@ from gpu_cases import (
     TP4_DCP4,
     Case,
     Layout,
+    fleet_fixture,
     measure,
     params,
-    servers_of,
 )
-from gpu_servers import Fleet, Spec, live, run_fleet, selected
+from gpu_servers import Fleet, Spec, live
 from sglang_dcp.demo.client import http_json
 from sglang_dcp.demo.server import ServerProcess
 
@@ -122,13 +121,7 @@ LONG = [
 ]
 
 
-@pytest.fixture(scope="module")
-def fleet(
-    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> Iterator[Fleet]:
-    folder = tmp_path_factory.mktemp("long")
-    specs = servers_of(selected(request, "case"))
-    yield from run_fleet(folder, long_waves(), specs)
+fleet = fleet_fixture(long_waves)
 
 
 @pytest.mark.parametrize("case", params(LONG))
