@@ -41,16 +41,13 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 import decode_report as report
 from decode_models import (
-    MODELS,
-    Layout,
     default_layouts,
     default_model,
     query_heads,
 )
+from decode_options import add_engine_options
 from decode_profile import Profile, profile_table
 from decode_record import record, say
 
@@ -159,21 +156,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    gpus = torch.cuda.device_count()
     add = parser.add_argument
     add("csv", type=Path, help="where the results go; plot and profiles beside it")
-    add("--model", choices=MODELS, help="default: one whose K/V heads are too few")
-    add("--tp", type=int, default=gpus or 1, help="default: all GPUs")
-    add("--layouts", type=Layout.parse, nargs="*", metavar="KVP:COMM[:q]")
+    add_engine_options(parser)
     add("--contexts", type=int, nargs="+")
     add("--batches", type=int, nargs="+")
     add("--steps", type=int, default=40)
-    add("--page-size", type=int, default=64)
-    add("--attention-backend", default="fa3")
-    add("--kv-cache-dtype", default="auto")
-    add("--mem-fraction", type=float, default=0.8)
-    add("--max-total-tokens", type=int, help="of one rank's pool; default: what fits")
-    add("--device", choices=("cuda", "cpu"), default="cuda" if gpus else "cpu")
     add("--profile", type=int, nargs=2, action="append", metavar=("CONTEXT", "BATCH"))
     add("--pairs", type=int, default=3, help="of engines, in --check-off")
     add("--off-plugins", default="none", help="SGLANG_PLUGINS without the package")

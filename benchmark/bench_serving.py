@@ -24,16 +24,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from decode_models import (
-    MODELS,
     Layout,
     default_layouts,
     default_model,
     vocab_size,
     write_model,
 )
+from decode_options import add_engine_options
 from decode_report import markdown
 from sglang_dcp.demo.server import ServerFailed, ServerProcess
 
@@ -176,23 +174,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    gpus = torch.cuda.device_count()
     add = parser.add_argument
     add("jsonl", type=Path, help="where the results go; server logs beside it")
-    add("--model", choices=MODELS)
-    add("--tp", type=int, default=gpus or 1, help="default: all GPUs")
-    add("--layouts", type=Layout.parse, nargs="*", metavar="KVP:COMM[:q]")
+    add_engine_options(parser)
     add("--concurrency", type=int, nargs="+", default=[8, 64])
     add("--input-lens", type=int, nargs="+", default=[4096, 32768])
     add("--output-len", type=int, default=128)
     add("--rounds", type=int, default=2, help="requests for each of those at once")
-    add("--page-size", type=int, default=64)
-    add("--attention-backend", default="fa3")
-    add("--kv-cache-dtype", default="auto")
-    add("--mem-fraction", type=float, default=0.8)
-    add("--max-total-tokens", type=int, help="of one rank's pool; default: what fits")
     add("--ready-s", type=float, default=200.0, help="for a server to start")
-    add("--device", choices=("cuda", "cpu"), default="cuda" if gpus else "cpu")
     options = parser.parse_args(argv)
     options.jsonl = options.jsonl.absolute()
     options.model = options.model or default_model(options.tp)
