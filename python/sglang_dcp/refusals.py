@@ -37,6 +37,11 @@ def _disaggregation(args: Any) -> Optional[str]:
     return None if args.disaggregation_mode == "null" else args.disaggregation_mode
 
 
+def _symm_a2a_on_cpu(args: Any) -> Optional[str]:
+    name = args.dcp_comm_backend
+    return name if name == "symm_a2a" and args.device == "cpu" else None
+
+
 def _canary(args: Any) -> Optional[str]:
     return None if args.kv_canary in (None, "none") else args.kv_canary
 
@@ -66,6 +71,12 @@ def _hnd_layout(args: Any) -> Optional[str]:
 _DROP = "drop the flag, or run without --dcp-size / --attn-tp-size"
 
 SERVER_REFUSALS: tuple[Refusal, ...] = (
+    Refusal(
+        "--dcp-comm-backend",
+        _symm_a2a_on_cpu,
+        "its kernel stores to the memory of other NVIDIA GPUs",
+        "use --dcp-comm-backend a2a or ag_rs",
+    ),
     Refusal(
         "--speculative-algorithm",
         _set("speculative_algorithm"),

@@ -57,7 +57,8 @@ class DcpServerArgs(ServerArgs):
         str,
         Arg(
             help="How partial attention outputs meet: ag_rs (all-gather the LSE, "
-            "reduce-scatter the outputs) or a2a (one packed all-to-all). "
+            "reduce-scatter the outputs), a2a (one packed all-to-all) or symm_a2a (one "
+            "kernel that stores to the peers over NVLink). "
             f"One of {', '.join(EXCHANGES)}.",
         ),
     ] = "ag_rs"

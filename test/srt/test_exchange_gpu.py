@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from gpu import Ranks, capture, needs_gpus, run_rank
-from sglang_dcp.distributed.exchange import EXCHANGES, create_exchange
+from sglang_dcp.distributed.exchange import EXCHANGES, Exchange, create_exchange
 from test_all_to_all import random_bytes
 from utils import Outcomes, fault_of
 
@@ -36,6 +36,7 @@ WIRE_DTYPES = (
 # Rows a rank sends to each rank, and their shape; 2 MiB a peer is past NCCL's low-latency
 # protocols.
 SHAPES = ((3, 2, 5), (1, 1), (0, 4), (1, 524288))
+NCCL = ("ag_rs", "a2a")
 MODES = ("eager", "captured")
 ALL_TO_ALL = ("torch", "pynccl", "pynccl-stream", "captured")
 PLAIN = (("bf16",), ("2",), ("dense",))
@@ -70,6 +71,12 @@ def exchange_cases() -> dict[str, Case]:
 CASES = exchange_cases()
 
 
+@lru_cache(maxsize=None)
+def exchange_of(name: str, group: Any) -> Exchange:
+    """One for all cases, as a server has: `symm_a2a` then goes on where it was."""
+    return create_exchange(name, group)
+
+
 def check_groups(group: Any) -> None:
     """What `init_dcp_groups` asks for on GPU: PyNccl in captures and nowhere else."""
     comm, sends = group.pynccl_comm, []
@@ -78,7 +85,7 @@ def check_groups(group: Any) -> None:
     send, source = comm.nccl.ncclSend, torch.ones(WORLD_SIZE, device="cuda")
     case = Case("", "", 5, 3, 96, "bf16", "e", "dense")
     state = on_device(case, data_of(group, case, 1))
-    reduces = (create_exchange(name, group).reduce for name in EXCHANGES)
+    reduces = (exchange_of(name, group).reduce for name in NCCL)
     calls = [
         partial(group.all_to_all_single, torch.empty_like(source), source),
         *(partial(reduce, *state, is_lse_base_on_e=True) for reduce in reduces),
@@ -96,10 +103,10 @@ def check_groups(group: Any) -> None:
 
 
 def check_agree(group: Any, mode: str) -> None:
-    """Exchanges sum the same numbers in the same order."""
+    """Exchanges over NCCL sum the same numbers in the same order."""
     case = Case("", mode, 64, 8, 128, "bf16", "2", "strided")
     state = on_device(case, data_of(group, case, 3))
-    exchanges = [create_exchange(name, group) for name in EXCHANGES]
+    exchanges = [exchange_of(name, group) for name in NCCL]
 
     def every() -> list[tuple[Tensor, Tensor]]:
         base = {"is_lse_base_on_e": False, "return_lse": True}
@@ -204,7 +211,7 @@ def on_device(case: Case, data: Data) -> tuple[Tensor, Tensor]:
 
 
 def check_exchange(group: Any, case: Case) -> None:
-    exchange = create_exchange(case.backend, group)
+    exchange = exchange_of(case.backend, group)
     base = {"is_lse_base_on_e": case.base == "e"}
     out, lse = on_device(case, data_of(group, case, 1))
 
@@ -241,10 +248,10 @@ def assert_merged(case: Case, data: Data, got: Tensor, got_lse: Tensor) -> None:
     torch.testing.assert_close(got_lse, data.wanted_lse, rtol=1e-5, atol=1e-5)
 
 
-def check_gather_heads(group: Any, mode: str) -> None:
+def check_gather_heads(group: Any, mode: str, backend: str) -> None:
     rank, faults = group.rank_in_group, []
     for dtype, tokens in itertools.product(FLOATS.values(), (0, 1, 5, 64)):
-        exchange = create_exchange("a2a", group)
+        exchange = exchange_of(backend, group)
         shape = (tokens, 4 * WORLD_SIZE, 96)
         every = [random_bytes(shape, dtype, seed) for seed in range(1 + REPLAYS)]
         own = [q.chunk(WORLD_SIZE, dim=1)[rank] for q in every]
@@ -266,7 +273,7 @@ def check_gather_heads(group: Any, mode: str) -> None:
 def check_layers(group: Any, backend: str) -> None:
     """Three layers in one graph, their temporaries in shared memory of the graph's pool."""
     case = Case(backend, "captured", 5, 3, 96, "bf16", "e", "dense")
-    exchange = create_exchange(backend, group)
+    exchange = exchange_of(backend, group)
     static = [on_device(case, data_of(group, case, 1)) for _ in range(3)]
 
     def layers() -> list[tuple[Tensor, Tensor]]:
@@ -299,7 +306,9 @@ def checks(group: Any) -> Iterator[tuple[str, Callable[[], None]]]:
     for name, case in CASES.items():
         yield name, partial(check_exchange, group, case)
     for mode in MODES:
-        yield f"gather_heads-{mode}", partial(check_gather_heads, group, mode)
+        for backend in ("a2a", "symm_a2a"):
+            check = partial(check_gather_heads, group, mode, backend)
+            yield f"gather_heads-{mode}-{backend}", check
         yield f"agree-{mode}", partial(check_agree, group, mode)
     for backend in EXCHANGES:
         yield f"layers-in-one-graph-{backend}", partial(check_layers, group, backend)

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any, Optional
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
-from sglang_dcp.layers.adaptors.base import DcpAdaptor, Partial
+from sglang_dcp.distributed.exchange import WorkspaceSpec
+from sglang_dcp.layers.adaptors.base import DcpAdaptor
 from sglang_dcp.layers.layout import own_kv_index
 from sglang_dcp.layers.local_view import LocalView, LocalViewBuilder
 from sglang_dcp.layers.merge import merge_two_states
+from sglang_dcp.model_refusals import is_mla
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -82,7 +84,9 @@ class DcpAttentionBackend(AttentionBackend):
         return cls(
             adaptor.from_runner(LocalRunner(runner, views.local_table, context.config)),
             views,
-            create_exchange(context.config.comm_backend, get_kvp_group()),
+            create_exchange(
+                context.config.comm_backend, get_kvp_group(), _workspace_spec(runner)
+            ),
             context,
             runner.req_to_token_pool,
             runner.token_to_kv_pool,
@@ -147,9 +151,10 @@ class DcpAttentionBackend(AttentionBackend):
         q = q.view(q.shape[0], -1, layer.qk_head_dim)
         if q.shape[1] == layer.tp_q_head_num:
             q = self._exchange.gather_heads(q)
-        partial = _mask_empty(self.adaptor.decode(q, layer, view.batch), view)
         out = self._exchange.reduce(
-            *partial, is_lse_base_on_e=self.adaptor.is_lse_base_on_e
+            *self.adaptor.decode(q, layer, view.batch),
+            is_lse_base_on_e=self.adaptor.is_lse_base_on_e,
+            empty_rows=view.empty_rows,
         )
         return out.reshape(q.shape[0], -1)
 
@@ -177,20 +182,15 @@ class DcpAttentionBackend(AttentionBackend):
             return new.out.reshape(q.shape[0], -1)
         base = self.adaptor.is_lse_base_on_e
         prefix = self._exchange.reduce(
-            *self._prefix_partial(q, layer, view),
+            *self.adaptor.extend_prefix(
+                self._exchange.gather_heads(q), layer, view.batch
+            ),
             is_lse_base_on_e=base,
+            empty_rows=view.empty_rows,
             return_lse=True,
         )
         out, _ = merge_two_states(*new, *prefix, is_lse_base_on_e=base)
         return out.reshape(q.shape[0], -1).to(q.dtype)
-
-    def _prefix_partial(
-        self, q: torch.Tensor, layer: RadixAttention, view: LocalView
-    ) -> Partial:
-        gathered = self._exchange.gather_heads(q)
-        return _mask_empty(
-            self.adaptor.extend_prefix(gathered, layer, view.batch), view
-        )
 
     def _own_kv(
         self,
@@ -247,11 +247,16 @@ class DcpAttentionBackend(AttentionBackend):
             )
 
 
-def _mask_empty(partial: Partial, view: LocalView) -> Partial:
-    """Rows without a key on this rank: LSE -inf, whatever the kernel returned.
-
-    That alone decides: no merge reads the output of an empty shard.
-    """
-    return Partial(
-        partial.out, partial.lse.masked_fill(view.empty_rows[:, None], float("-inf"))
+def _workspace_spec(runner: Any) -> WorkspaceSpec:
+    """The largest decode step of SGLang's `ModelRunner`, as an exchange sees it."""
+    model = runner.model_config
+    if is_mla(model):
+        dim = model.kv_lora_rank + model.qk_rope_head_dim
+    else:
+        dim = max(model.head_dim, model.v_head_dim)
+    return WorkspaceSpec(
+        tokens=runner.req_to_token_pool.size,
+        heads=model.num_attention_heads // runner.server_args.tp_size,
+        row_bytes=dim * runner.dtype.itemsize,
+        timeout_s=runner.server_args.watchdog_timeout,
     )

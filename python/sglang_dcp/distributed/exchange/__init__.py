@@ -3,31 +3,41 @@
 Left out: the packed row layout, which is private to ``a2a``.
 """
 
+from typing import Optional
+
 from sglang_dcp.distributed.exchange.a2a import A2AExchange, dcp_a2a_lse_reduce
 from sglang_dcp.distributed.exchange.ag_rs import AllGatherReduceScatterExchange
-from sglang_dcp.distributed.exchange.base import Exchange, ExchangeGroup
+from sglang_dcp.distributed.exchange.base import (
+    Exchange,
+    ExchangeGroup,
+    WorkspaceSpec,
+)
+from sglang_dcp.distributed.exchange.symm_a2a import SymmA2AExchange
 
 EXCHANGES: dict[str, type[Exchange]] = {
     "ag_rs": AllGatherReduceScatterExchange,
     "a2a": A2AExchange,
+    "symm_a2a": SymmA2AExchange,
 }
-# Refused by name, not as a typo.
-_PLANNED = ("symm_a2a",)
 
 
 def exchange_class(name: str) -> type[Exchange]:
     """Class of exchange ``name``; ValueError for a name that is not registered."""
     if name in EXCHANGES:
         return EXCHANGES[name]
-    reason = "is not available in this version" if name in _PLANNED else "is unknown"
     raise ValueError(
-        f"--dcp-comm-backend {name} {reason}; use one of {', '.join(EXCHANGES)}"
+        f"--dcp-comm-backend {name} is unknown; use one of {', '.join(EXCHANGES)}"
     )
 
 
-def create_exchange(name: str, group: ExchangeGroup) -> Exchange:
-    """Exchange ``name`` over ``group``; ValueError for a name that is not registered."""
-    return exchange_class(name)(group)
+def create_exchange(
+    name: str, group: ExchangeGroup, spec: Optional[WorkspaceSpec] = None
+) -> Exchange:
+    """Exchange ``name`` over ``group``; ValueError for a name that is not registered.
+
+    Called by all ranks of the group, outside of graph capture.
+    """
+    return exchange_class(name)(group, spec)
 
 
 __all__ = [
@@ -36,6 +46,8 @@ __all__ = [
     "EXCHANGES",
     "Exchange",
     "ExchangeGroup",
+    "SymmA2AExchange",
+    "WorkspaceSpec",
     "create_exchange",
     "dcp_a2a_lse_reduce",
     "exchange_class",

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Optional
+
 import torch
 from torch import Tensor
 
 from sglang_dcp.distributed.all_to_all_peers import exchange_with_peers
-from sglang_dcp.distributed.exchange.base import Exchange, ExchangeGroup
+from sglang_dcp.distributed.exchange.base import (
+    Exchange,
+    ExchangeGroup,
+    mask_empty_rows,
+)
 from sglang_dcp.layers.merge import Merged
 from sglang_dcp.layers.merge_peers import pack_partials, unpack_combine
 
@@ -15,9 +21,15 @@ class A2AExchange(Exchange):
     """Pack, one all-to-all between peers in the payload's dtype, unpack and combine."""
 
     def _reduce(
-        self, partial_out: Tensor, lse: Tensor, is_lse_base_on_e: bool, return_lse: bool
+        self,
+        partial_out: Tensor,
+        lse: Tensor,
+        empty_rows: Optional[Tensor],
+        is_lse_base_on_e: bool,
+        return_lse: bool,
     ) -> Merged:
         group, own = self.group, self._own_heads(partial_out)
+        lse = mask_empty_rows(lse, empty_rows)
         sent = pack_partials(partial_out, lse, group.world_size, group.rank_in_group)
         received = torch.empty_like(sent)
         exchange_with_peers(group, received, sent)

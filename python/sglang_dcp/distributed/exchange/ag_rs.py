@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Optional
+
 import torch
 from torch import Tensor
 
 from sglang_dcp.distributed.all_to_all_peers import exchange_with_peers, one_launch
-from sglang_dcp.distributed.exchange.base import Exchange
+from sglang_dcp.distributed.exchange.base import Exchange, mask_empty_rows
 from sglang_dcp.layers.merge import Merged
 from sglang_dcp.layers.merge_peers import cut_combine, cut_partials
 
@@ -21,9 +23,15 @@ class AllGatherReduceScatterExchange(Exchange):
     """
 
     def _reduce(
-        self, partial_out: Tensor, lse: Tensor, is_lse_base_on_e: bool, return_lse: bool
+        self,
+        partial_out: Tensor,
+        lse: Tensor,
+        empty_rows: Optional[Tensor],
+        is_lse_base_on_e: bool,
+        return_lse: bool,
     ) -> Merged:
         group, own = self.group, self._own_heads(partial_out)
+        lse = mask_empty_rows(lse, empty_rows)
         sent = cut_partials(partial_out, group.world_size, group.rank_in_group)
         received, lse = torch.empty_like(sent), lse.contiguous()
         with one_launch(group):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Literal, Protocol, overload
+from dataclasses import dataclass
+from typing import Literal, Optional, Protocol, overload
 
 import torch
 from torch import Tensor
@@ -19,6 +20,24 @@ class ExchangeGroup(PeerGroup, Protocol):
     def all_gather(self, input_: Tensor, dim: int = -1) -> Tensor: ...
 
 
+@dataclass(frozen=True)
+class WorkspaceSpec:
+    """The largest decode step, for exchanges that allocate before the first one.
+
+    Attributes
+    ----------
+    tokens : of a batch
+    heads : own query heads of a rank
+    row_bytes : of one head of the partial output or of the queries, the larger
+    timeout_s : how long to wait for a peer before the process ends with an error
+    """
+
+    tokens: int = 256
+    heads: int = 32
+    row_bytes: int = 256
+    timeout_s: float = 300.0
+
+
 class Exchange(ABC):
     """Turn partial outputs of all heads into merged outputs of a rank's own heads.
 
@@ -28,7 +47,9 @@ class Exchange(ABC):
     buffers are allocated per call, from the graph's pool while capturing.
     """
 
-    def __init__(self, group: ExchangeGroup) -> None:
+    def __init__(
+        self, group: ExchangeGroup, spec: Optional[WorkspaceSpec] = None
+    ) -> None:
         self.group = group
 
     def gather_heads(self, q: Tensor) -> Tensor:
@@ -48,6 +69,7 @@ class Exchange(ABC):
         lse: Tensor,
         *,
         is_lse_base_on_e: bool,
+        empty_rows: Optional[Tensor] = None,
         return_lse: Literal[False] = False,
     ) -> Tensor: ...
 
@@ -58,6 +80,7 @@ class Exchange(ABC):
         lse: Tensor,
         *,
         is_lse_base_on_e: bool,
+        empty_rows: Optional[Tensor] = None,
         return_lse: Literal[True],
     ) -> tuple[Tensor, Tensor]: ...
 
@@ -68,6 +91,7 @@ class Exchange(ABC):
         lse: Tensor,
         *,
         is_lse_base_on_e: bool,
+        empty_rows: Optional[Tensor] = None,
         return_lse: bool,
     ) -> Merged: ...
 
@@ -77,6 +101,7 @@ class Exchange(ABC):
         lse: Tensor,
         *,
         is_lse_base_on_e: bool,
+        empty_rows: Optional[Tensor] = None,
         return_lse: bool = False,
     ) -> Merged:
         """Merge the ranks' partial outputs, each over its own keys.
@@ -86,6 +111,7 @@ class Exchange(ABC):
         partial_out : [tokens, h * N, D], fp16, bf16 or fp32, any strides
         lse : [tokens, h * N], fp32, any strides; -inf where this rank has no key
         is_lse_base_on_e : LSE is a natural log (True) or a base-2 log (False)
+        empty_rows : [tokens] bool, where this rank has no key whatever `lse` holds
         return_lse : also return the merged LSE
 
         Returns
@@ -99,17 +125,23 @@ class Exchange(ABC):
         TypeError : other dtypes
         """
         if self.group.world_size == 1:
+            lse = mask_empty_rows(lse, empty_rows)
             return (partial_out, lse) if return_lse else partial_out
         self._check(partial_out, lse)
         if partial_out.shape[0] == 0:
             out = partial_out.new_empty(self._own_shape(partial_out))
             own_lse = lse.new_empty(out.shape[:-1])
             return (out, own_lse) if return_lse else out
-        return self._reduce(partial_out, lse, is_lse_base_on_e, return_lse)
+        return self._reduce(partial_out, lse, empty_rows, is_lse_base_on_e, return_lse)
 
     @abstractmethod
     def _reduce(
-        self, partial_out: Tensor, lse: Tensor, is_lse_base_on_e: bool, return_lse: bool
+        self,
+        partial_out: Tensor,
+        lse: Tensor,
+        empty_rows: Optional[Tensor],
+        is_lse_base_on_e: bool,
+        return_lse: bool,
     ) -> Merged:
         """``reduce`` for N > 1, checked arguments and at least one token."""
 
@@ -139,3 +171,13 @@ class Exchange(ABC):
                 "partial_out must be float16, bfloat16 or float32 and lse float32: "
                 f"got {partial_out.dtype} and {lse.dtype}"
             )
+
+
+def mask_empty_rows(lse: Tensor, empty_rows: Optional[Tensor]) -> Tensor:
+    """``lse`` [tokens, heads] with -inf in the rows that ``empty_rows`` [tokens] names.
+
+    That alone decides: no merge reads the output of an empty shard.
+    """
+    if empty_rows is None:
+        return lse
+    return lse.masked_fill(empty_rows[:, None], float("-inf"))
