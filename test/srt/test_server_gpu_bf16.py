@@ -8,6 +8,7 @@ batches of 1 to 64, prompts of 1 to 32K tokens, prefix hits, chunked and mixed p
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterator
 
@@ -32,7 +33,7 @@ from gpu_servers import Fleet
 pytestmark = [pytest.mark.server, needs_gpus(2)]
 
 KINDS = ("llama-2kv-d128", "llama-8kv-d64", "qwen3-moe-d128")
-EXCHANGES = (("ag_rs", False), ("ag_rs", True), ("a2a", False), ("a2a", True))
+EXCHANGES = tuple(itertools.product(("ag_rs", "a2a", "symm_a2a"), (False, True)))
 # All but the eager one decode in CUDA graphs. Chunks that are no whole pages are cut.
 SHAPES = (
     ("page1", "--page-size 1"),
@@ -53,7 +54,7 @@ def matrix(kind: str) -> Iterator[Case]:
     for b, backend in enumerate(BACKENDS):
         for e, (comm, replicated) in enumerate(EXCHANGES):
             # On each backend KVP 4 has both comm backends and both Q widths.
-            wide = TP4_DCP4 if (e in (0, 3)) == (b % 2 == 0) else TP4_ATTN2
+            wide = TP4_DCP4 if (e % 3 == 0) == (b % 2 == 0) else TP4_ATTN2
             for layout, turn in ((TP2_DCP2, b + e), (wide, b + e + 2)):
                 shape, flags = SHAPES[turn % len(SHAPES)]
                 width = "replicated" if replicated else "gathered"
