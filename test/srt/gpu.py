@@ -66,7 +66,7 @@ class Ranks:
             pytest.fail("\n".join(f"rank {r}: {f}" for r, f in enumerate(faults)))
 
     def _run(self) -> str:
-        ranks = [self._start(rank) for rank in range(self._world_size)]
+        ranks = [self.start(rank) for rank in range(self._world_size)]
         deadline = time.monotonic() + RANKS_TIMEOUT_S
         try:
             # A rank that failed leaves the others in a collective: do not wait for them.
@@ -84,11 +84,12 @@ class Ranks:
             files = [self._folder / f"{r}.json" for r in range(self._world_size)]
             self._faults = [json.loads(file.read_text()) for file in files]
         return "\n".join(
-            f"rank {rank}, exit status {code}:\n{self._stderr(rank)[-4000:]}"
+            f"rank {rank}, exit status {code}:\n{self.stderr(rank)[-4000:]}"
             for rank, code in enumerate(codes)
         )
 
-    def _start(self, rank: int) -> subprocess.Popen[bytes]:
+    def start(self, rank: int) -> subprocess.Popen[bytes]:
+        """One rank, for tests that watch the processes themselves."""
         place = {"RANK": str(rank), "WORLD_SIZE": str(self._world_size)}
         environment = {**self._environment, **place}
         with (self._folder / f"stderr{rank}").open("wb") as stderr:
@@ -100,7 +101,7 @@ class Ranks:
                 start_new_session=True,
             )
 
-    def _stderr(self, rank: int) -> str:
+    def stderr(self, rank: int) -> str:
         return (self._folder / f"stderr{rank}").read_text(errors="replace")
 
 

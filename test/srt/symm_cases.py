@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from sglang_dcp.layers.merge_peers import cut_combine
-from symm_sim import SimulatedRanks
 
 NAN, INF = float("nan"), float("inf")
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -162,41 +161,3 @@ def relative_error(got: Tensor, ideal: Tensor) -> float:
     assert torch.equal(got.isnan(), ideal.isnan())
     error = (got.double() - ideal).nan_to_num(0.0).norm()
     return (error / ideal.nan_to_num(0.0).norm().clamp_min(1e-30)).item()
-
-
-class Step:
-    """Gather and reduce of one size over buffers that are filled anew each time."""
-
-    def __init__(self, ranks: SimulatedRanks, size: tuple[int, int, int]) -> None:
-        n, (tokens, heads, dim) = ranks.world_size, size
-        self._case = Case(n, tokens, heads, dim, "bf16", "e", "dense", False)
-        more = {"device": "cuda", "dtype": torch.bfloat16}
-        self._outs = torch.empty(n, tokens, n * heads, dim, **more)
-        self._lses = torch.empty(n, tokens, n * heads, device="cuda")
-        self._q = torch.empty(n, tokens, heads, dim, **more)
-        self._ranks = ranks
-        self._replay, self._results = ranks.capture(self._call)
-
-    def _call(self, rank: int) -> tuple[Tensor, Tensor]:
-        exchange = self._ranks.exchanges[rank]
-        state = self._outs[rank], self._lses[rank]
-        gathered = exchange.gather_heads(self._q[rank])
-        return gathered, exchange.reduce(*state, is_lse_base_on_e=True)
-
-    def run(self, generator: torch.Generator, captured: bool) -> Tensor:
-        """The largest error of any rank; inf where a query differs."""
-        for tensor in (self._outs, self._lses, self._q):
-            tensor.normal_(generator=generator)
-        results = self._results
-        if captured:
-            self._replay()
-        else:
-            results = self._ranks.all(self._call)
-        data, worst = Data(self._outs, self._lses, None), torch.zeros((), device="cuda")
-        every = self._q.transpose(0, 1).flatten(1, 2)
-        for rank, (gathered, out) in enumerate(results):
-            ideal, _ = wanted(self._case, data, rank)
-            error = ((out.double() - ideal).norm() / ideal.norm()).float()
-            error = error.masked_fill((gathered != every).any(), INF)
-            worst = torch.maximum(worst, error)
-        return worst

@@ -95,6 +95,8 @@ class SimulatedRanks:
     def launch(self, call: Callable[[int], T], ranks: Sequence[int]) -> list[T]:
         """`call(rank)` of what is built and allocated; RuntimeError with the faults."""
         results = []
+        # These streams do not wait for the one that made the data.
+        torch.cuda.synchronize()
         for rank in ranks:
             with torch.cuda.stream(self._streams[rank]):
                 results.append(call(rank))

@@ -25,7 +25,8 @@ from torch import Tensor
 import symm_cases as cases
 from gpu import Ranks, needs_gpus
 from sglang_dcp.distributed.symm_inbox import _watch_faults
-from symm_cases import Case, Data, Step
+from symm_cases import Case, Data
+from symm_layers import Step
 from symm_sim import ENVIRONMENT, SimulatedRanks, exchange_over, loopback
 from utils import fault_of, run_command, run_python
 
