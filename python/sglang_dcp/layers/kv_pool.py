@@ -63,7 +63,8 @@ def _check_kv_dtype(kvc: Any) -> None:
     from sglang_dcp.layers.adaptors.registry import Need, unmet
 
     args = kvc.server_args
-    need = Need(args.device, dtype=kvc.model_dtype, kv_dtype=kvc.kv_cache_dtype)
+    mla = kvc.use_mla_backend
+    need = Need(args.device, mla, kvc.model_dtype, kv_dtype=kvc.kv_cache_dtype)
     problem = unmet(args.attention_backend, need)
     if problem is not None:
         raise DcpConfigError(

@@ -123,6 +123,19 @@ class PlannedAdaptor(DcpAdaptor):
         return self._inner.token_to_kv_pool.get_kv_buffer(layer.layer_id)
 
 
+def local_pages(
+    table: torch.Tensor, local: ForwardBatch, page_size: int
+) -> torch.Tensor:
+    """[requests, pages of the longest] int32: pages of this rank's pool, in order.
+
+    Sized from host lengths, so it does not wait for the GPU; past a request's own end
+    an entry may be anything that once was a page.
+    """
+    longest = max(int(local.seq_lens_cpu.max()), 1)
+    slots = table[local.req_pool_indices, :longest:page_size]
+    return (slots // page_size).to(torch.int32)
+
+
 def kv_scales(
     layer: RadixAttention, keys: torch.Tensor
 ) -> tuple[Optional[float], Optional[float]]:
