@@ -131,9 +131,11 @@ class Group:
         q, k, v = self.inputs(new)
         if step.mode == "DECODE":
             for rank in self.ranks:
+                # Gathered here; captured steps have the heads of all ranks at once.
+                rank.exchange.all_heads = q
                 rank.backend.init_forward_metadata(batch)
                 # A write with scales divides K and V in place.
-                rank.forward(q, k.clone(), v.clone(), batch)
+                rank.forward(q[:, rank.own], k.clone(), v.clone(), batch)
             self.check(self.merged()[0], new, where)
             return
         outs = self._extend(q, k, v, batch)

@@ -22,12 +22,10 @@ from adaptor_groups import serve
 from adaptor_ranks import FP8, Case
 from attention_oracle import Shape, decode, extend, mixed, move
 from mla_kernels_ref import Fa3Mla, FlashInferMla
-from sglang_dcp.layers.adaptors import flashinfer_mla
+from sglang_dcp.layers.adaptors import flashinfer_plan
 from sglang_dcp.layers.adaptors.fa3_mla import Fa3MlaAdaptor
-from sglang_dcp.layers.adaptors.flashinfer_mla import (
-    FlashInferMlaAdaptor,
-    heads_at_once,
-)
+from sglang_dcp.layers.adaptors.flashinfer_mla import FlashInferMlaAdaptor
+from sglang_dcp.layers.adaptors.flashinfer_plan import heads_at_once
 
 STEPS = [
     extend(a=1, b=7, c=30, d=66),
@@ -122,7 +120,7 @@ def test_each_plan_waits_for_the_one_before(no_event: list[str]) -> None:
 def test_plans_too_large_go_a_few_heads_at_a_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(flashinfer_mla, "_MAX_WORK", flashinfer_mla._SPLITS + 6)
+    monkeypatch.setattr(flashinfer_plan, "_MAX_WORK", flashinfer_plan._SPLITS + 6)
     group = serve(BASE, STEPS, REPLAYS, flashinfer)
     adaptor: Any = group.ranks[0].backend.adaptor
     used = {plan["num_heads"] for plan in adaptor._prefix.plans}
@@ -149,11 +147,6 @@ def test_heads_at_once(queries: list[int], heads: int, at_once: int) -> None:
 def test_tokens_that_fit_into_no_plan() -> None:
     with pytest.raises(ValueError, match="3000000 tokens"):
         heads_at_once([3_000_000], 8)
-
-
-def test_flashinfer_refuses_heads_that_cut_a_tile() -> None:
-    with pytest.raises(NotImplementedError, match="with 6 query heads .*fa3"):
-        serve(replace(BASE, shape=latent(12)), STEPS[:1], [], flashinfer)
 
 
 def test_a_layer_that_scales_otherwise_than_the_plan() -> None:

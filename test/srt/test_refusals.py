@@ -252,6 +252,12 @@ GPU_BACKENDS = {
         on_mla(),
         "--attention-backend triton .*latent attention; use fa3, flashinfer, torch_n",
     ),
+    "flashinfer-mla-heads": ("flashinfer", on_mla(own_heads=16), None),
+    "flashinfer-mla-12-heads": (
+        "flashinfer",
+        on_mla(own_heads=12),
+        "--attention-backend flashinfer .*divide 128, not 12; use fa3, torch_native",
+    ),
     "small-latent": (
         "flashinfer",
         on_mla(head_dim=(64, 16)),

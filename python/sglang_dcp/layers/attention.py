@@ -13,7 +13,8 @@ import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
 from sglang_dcp.layers.adaptors.base import DcpAdaptor, Partial
-from sglang_dcp.layers.attention_calls import check_call, whole_rows
+from sglang_dcp.layers.attention_calls import by_head, check_call, whole_rows
+from sglang_dcp.layers.kv_pool import write_kv
 from sglang_dcp.layers.layout import own_kv_index
 from sglang_dcp.layers.local_view import LocalView, LocalViewBuilder
 from sglang_dcp.layers.merge import merge_two_states
@@ -147,15 +148,32 @@ class DcpAttentionBackend(AttentionBackend):
         check_call(layer, k, kwargs)
         view = self._current_view()
         if save_kv_cache:
-            self._write(layer, view, k, v, k_rope)
-        q = whole_rows(layer, q, q_rope)
-        if q.shape[1] == layer.tp_q_head_num:
-            q = self._exchange.gather_heads(q)
-        partial = _mask_empty(self.adaptor.decode(q, layer, view.batch), view)
+            write_kv(
+                self.token_to_kv_pool, layer, view.batch.out_cache_loc, k, v, k_rope
+            )
+        partial = _mask_empty(self._decode(q, q_rope, layer, view.batch), view)
         out = self._exchange.reduce(
             *partial, is_lse_base_on_e=self.adaptor.is_lse_base_on_e
         )
         return out.reshape(q.shape[0], -1)
+
+    def _decode(
+        self,
+        q: torch.Tensor,
+        q_rope: Optional[torch.Tensor],
+        layer: RadixAttention,
+        local: ForwardBatch,
+    ) -> Partial:
+        """All heads of the shard against the rank's own keys."""
+        if q_rope is not None:
+            parts = by_head(layer, q, q_rope)
+            if parts[0].shape[1] > layer.tp_q_head_num:
+                # Replicated Q: nothing to gather, so nothing to put together either.
+                return self.adaptor.decode_parts(*parts, layer, local)
+        q = whole_rows(layer, q, q_rope)
+        if q.shape[1] == layer.tp_q_head_num:
+            q = self._exchange.gather_heads(q)
+        return self.adaptor.decode(q, layer, local)
 
     def forward_extend(
         self,
@@ -179,7 +197,9 @@ class DcpAttentionBackend(AttentionBackend):
         )
         # Only now: a write with scales divides K and V in place.
         if save_kv_cache:
-            self._write(layer, view, k, v, k_rope)
+            write_kv(
+                self.token_to_kv_pool, layer, view.batch.out_cache_loc, k, v, k_rope
+            )
         if not view.reads_keys:
             return new.out.reshape(q.shape[0], -1)
         base = self.adaptor.is_lse_base_on_e
@@ -211,26 +231,6 @@ class DcpAttentionBackend(AttentionBackend):
         sizes = (q.shape[1], k.shape[1], self._dcp_size, self._kvp_rank)
         kept = own_kv_index(*sizes, k.device)
         return k[:, kept], v[:, kept]
-
-    def _write(
-        self,
-        layer: RadixAttention,
-        view: LocalView,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        k_rope: Optional[torch.Tensor] = None,
-    ) -> None:
-        from sglang.srt.mem_cache.memory_pool import KVWriteLoc
-
-        slots = view.batch.out_cache_loc
-        if k_rope is not None:
-            self.token_to_kv_pool.set_mla_kv_buffer(layer, slots, k, k_rope)
-            return
-        where = KVWriteLoc(slots, None)
-        scales = {}
-        if layer.k_scale is not None:
-            scales = {"k_scale": layer.k_scale, "v_scale": layer.v_scale}
-        self.token_to_kv_pool.set_kv_buffer(layer, where, k, v, **scales)
 
     def _current_view(self) -> LocalView:
         if self._view is None:

@@ -45,12 +45,17 @@ def whole_rows(
     SGLang hands some backends the latent part `front` and the rotary part `rope` apart
     (`forward_mla.py`, `FORWARD_ABSORB_CORE_ATTENTION_BACKENDS`), others one tensor.
     """
-    tokens = front.shape[0]
     if rope is None:
-        return front.view(tokens, -1, layer.qk_head_dim)
-    rope_dim = layer.qk_head_dim - layer.v_head_dim
-    parts = front.view(tokens, -1, layer.v_head_dim), rope.view(tokens, -1, rope_dim)
-    return torch.cat(parts, dim=-1)
+        return front.view(front.shape[0], -1, layer.qk_head_dim)
+    return torch.cat(by_head(layer, front, rope), dim=-1)
+
+
+def by_head(
+    layer: RadixAttention, latent: torch.Tensor, rope: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two parts as [tokens, heads, dim], views of whatever strides they have."""
+    tokens, rope_dim = latent.shape[0], layer.qk_head_dim - layer.v_head_dim
+    return latent.view(tokens, -1, layer.v_head_dim), rope.view(tokens, -1, rope_dim)
 
 
 def split_latent(

@@ -61,6 +61,16 @@ class DcpAdaptor(ABC):
         `q` [requests, heads of the attn_tp shard, qk_dim].
         """
 
+    def decode_parts(
+        self,
+        latent: torch.Tensor,
+        rope: torch.Tensor,
+        layer: RadixAttention,
+        local: ForwardBatch,
+    ) -> Partial:
+        """`decode` of MLA's queries where they are in two parts, [.., heads, dim] each."""
+        return self.decode(torch.cat([latent, rope], dim=-1), layer, local)
+
     @abstractmethod
     def extend_new(
         self,

@@ -47,18 +47,7 @@ class Fa3Adaptor(PlannedAdaptor):
     def decode(
         self, q: torch.Tensor, layer: RadixAttention, local: ForwardBatch
     ) -> Partial:
-        plan = self._inner.forward_metadata
-        return self._paged(
-            q,
-            layer,
-            page_table=plan.page_table,
-            cache_seqlens=plan.cache_seqlens_int32,
-            cu_seqlens_q=plan.cu_seqlens_q,
-            max_seqlen_q=1,
-            scheduler_metadata=plan.scheduler_metadata,
-            # One query sees every key either way; the plan was made for causal.
-            causal=True,
-        )
+        return self._paged(q, layer, **self.decode_plan())
 
     def extend_new(
         self,
@@ -133,6 +122,19 @@ class Fa3Adaptor(PlannedAdaptor):
             max_seqlen_q=max(batch.extend_seq_lens_cpu),
             page_table=local_pages(inner.req_to_token, local, inner.page_size),
             cache_seqlens=local.seq_lens.to(torch.int32),
+        )
+
+    def decode_plan(self) -> dict[str, Any]:
+        """Kernel arguments of a decode step."""
+        plan = self._inner.forward_metadata
+        return dict(
+            page_table=plan.page_table,
+            cache_seqlens=plan.cache_seqlens_int32,
+            cu_seqlens_q=plan.cu_seqlens_q,
+            max_seqlen_q=1,
+            scheduler_metadata=plan.scheduler_metadata,
+            # One query sees every key either way; the plan was made for causal.
+            causal=True,
         )
 
     def extend_plan(self) -> ExtendPlan:

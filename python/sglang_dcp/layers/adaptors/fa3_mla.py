@@ -26,6 +26,15 @@ class Fa3MlaAdaptor(Fa3Adaptor):
     casting the pool would copy all of it in every layer.
     """
 
+    def decode_parts(
+        self,
+        latent: torch.Tensor,
+        rope: torch.Tensor,
+        layer: RadixAttention,
+        local: ForwardBatch,
+    ) -> Partial:
+        return self._attend(latent, rope, layer, **self.decode_plan())
+
     def extend_new(
         self,
         q: torch.Tensor,
@@ -55,10 +64,18 @@ class Fa3MlaAdaptor(Fa3Adaptor):
         )
 
     def _paged(self, q: torch.Tensor, layer: RadixAttention, **plan: Any) -> Partial:
+        return self._attend(*split_latent(q, layer), layer, **plan)
+
+    def _attend(
+        self,
+        q_latent: torch.Tensor,
+        q_rope: torch.Tensor,
+        layer: RadixAttention,
+        **plan: Any,
+    ) -> Partial:
         inner = self._inner
         keys = inner.token_to_kv_pool.get_key_buffer(layer.layer_id)
         pages = keys.view(-1, inner.page_size, *keys.shape[1:])
-        q_latent, q_rope = split_latent(q, layer)
         latents, k_rope = split_latent(pages, layer)
         return as_partial(
             inner.flash_attn_with_kvcache(
@@ -71,5 +88,5 @@ class Fa3MlaAdaptor(Fa3Adaptor):
                 return_softmax_lse=True,
                 **plan,
             ),
-            q.dtype,
+            q_rope.dtype,
         )

@@ -12,17 +12,14 @@ import torch
 
 from sglang_dcp.layers.adaptors.base import DcpAdaptor, Partial, local_pages
 from sglang_dcp.layers.adaptors.flashinfer import indptr
+from sglang_dcp.layers.adaptors.flashinfer_plan import heads_at_once
 from sglang_dcp.layers.attention_calls import split_latent
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
-# Rows (query tokens x heads) of one tile of a thread-block cluster.
-_TILE, _SMALL_TILE = 128, 64
-# Of a plan, by its buffers (`MLAPlan` in FlashInfer's `scheduler.cuh`), which it does not
-# check; keys of at most one tile a cluster are split beyond the tiles.
-_MAX_WORK, _SPLITS = 16384, 256
+_Parts = tuple[torch.Tensor, torch.Tensor]  # latent and rotary
 
 
 class Sizes(NamedTuple):
@@ -107,12 +104,26 @@ class FlashInferMlaAdaptor(DcpAdaptor):
     def decode(
         self, q: torch.Tensor, layer: RadixAttention, local: ForwardBatch
     ) -> Partial:
-        return self._paged(self._decode, q, layer, self._sizes.heads)
+        return self.decode_parts(*split_latent(q, layer), layer, local)
+
+    def decode_parts(
+        self,
+        latent: torch.Tensor,
+        rope: torch.Tensor,
+        layer: RadixAttention,
+        local: ForwardBatch,
+    ) -> Partial:
+        return self._paged(self._decode, (latent, rope), layer)
 
     def extend_prefix(
         self, q: torch.Tensor, layer: RadixAttention, local: ForwardBatch
     ) -> Partial:
-        return self._paged(self._prefix, q, layer, self._prefix_heads)
+        """A few heads at a time where a plan holds no more; they share the keys."""
+        parts = [
+            self._paged(self._prefix, split_latent(some, layer), layer)
+            for some in q.split(self._prefix_heads, dim=1)
+        ]
+        return _side_by_side(parts)
 
     def extend_new(
         self,
@@ -124,46 +135,36 @@ class FlashInferMlaAdaptor(DcpAdaptor):
     ) -> Partial:
         if not self._new_heads:
             self._plan_new_tokens(q.shape[1], batch)
-        return self._run(self._new_tokens, q, k, layer, self._new_heads)
+        parts = [
+            self._run(self._new_tokens, split_latent(some, layer), k, layer)
+            for some in q.split(self._new_heads, dim=1)
+        ]
+        return _side_by_side(parts)
 
-    def _paged(
-        self, wrapper: Any, q: torch.Tensor, layer: RadixAttention, planned: int
-    ) -> Partial:
+    def _paged(self, wrapper: Any, q: _Parts, layer: RadixAttention) -> Partial:
         keys = self._pool.get_key_buffer(layer.layer_id)
         pages = keys.view(-1, self._page_size, keys.shape[-1])
         # SGLang stores latents in fp8 as they are, whatever scales a checkpoint has.
         quantized = keys.itemsize == 1
         scales = {"ckv_scale": 1.0, "kpe_scale": 1.0} if quantized else {}
-        return self._run(wrapper, q, pages, layer, planned, **scales)
+        return self._run(wrapper, q, pages, layer, **scales)
 
     def _run(
         self,
         wrapper: Any,
-        q: torch.Tensor,
+        q: _Parts,
         keys: torch.Tensor,
         layer: RadixAttention,
-        planned: int,
         **scales: float,
     ) -> Partial:
-        """Attention of `q`'s heads, `planned` of them at a time; all share the keys."""
         if abs(layer.scaling / self._sizes.scaling - 1) > 1e-6:
             raise RuntimeError(
                 f"layer {layer.layer_id} scales by {layer.scaling}, the plan by "
                 f"{self._sizes.scaling}"
             )
-        parts = [
-            wrapper.run(
-                *split_latent(heads, layer),
-                *split_latent(keys, layer),
-                return_lse=True,
-                **scales,
-            )
-            for heads in q.split(planned, dim=1)
-        ]
-        if len(parts) == 1:
-            return Partial(*parts[0])
-        outs, lses = zip(*parts)
-        return Partial(torch.cat(outs, dim=1), torch.cat(lses, dim=1))
+        return Partial(
+            *wrapper.run(*q, *split_latent(keys, layer), return_lse=True, **scales)
+        )
 
     def _pages(self, local: ForwardBatch) -> torch.Tensor:
         return local_pages(self._table, local, self._page_size)
@@ -207,12 +208,6 @@ class FlashInferMlaAdaptor(DcpAdaptor):
 
     def _plan_new_tokens(self, own_heads: int, batch: ForwardBatch) -> None:
         """Keys from the projection, as pages of one token in the order of the tokens."""
-        if _TILE % own_heads:
-            # Where a tile ends amid a token, the kernel rounds its causal bound down.
-            raise NotImplementedError(
-                f"FlashInfer's MLA kernel with {own_heads} query heads a rank, which do "
-                f"not divide {_TILE}: use --attention-backend fa3"
-            )
         lens = batch.extend_seq_lens_cpu
         ends = indptr(lens)
         self._new_heads = heads_at_once(lens, own_heads)
@@ -234,24 +229,11 @@ class FlashInferMlaAdaptor(DcpAdaptor):
         self._plan_copied.record()
 
 
-def heads_at_once(queries: Sequence[int], heads: int) -> int:
-    """Most heads, dividing `heads`, whose tiles fit into one plan.
-
-    Raises
-    ------
-    ValueError
-        For more tokens than fit with one head.
-    """
-    for parts in range(1, heads + 1):
-        if heads % parts == 0 and _work(queries, heads // parts) <= _MAX_WORK:
-            return heads // parts
-    raise ValueError(f"{sum(queries)} tokens do not fit into a FlashInfer MLA plan")
-
-
-def _work(queries: Sequence[int], heads: int) -> int:
-    small = sum(queries) * heads // len(queries) <= _SMALL_TILE
-    tile = _SMALL_TILE if small else _TILE
-    return sum(-(-length * heads // tile) for length in queries) + _SPLITS
+def _side_by_side(parts: Sequence[Partial]) -> Partial:
+    if len(parts) == 1:
+        return parts[0]
+    outs, lses = zip(*parts)
+    return Partial(torch.cat(outs, dim=1), torch.cat(lses, dim=1))
 
 
 def _sizes(runner: Any) -> Sizes:

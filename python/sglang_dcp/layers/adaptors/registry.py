@@ -38,6 +38,8 @@ class Kernels:
         Models whose float8_e4m3fn cache it reads.
     no_fp8 : str
         Why it reads no other.
+    own_heads_divide : int
+        What a rank's own query heads must divide; 0 for any.
     """
 
     adaptor: str
@@ -46,6 +48,7 @@ class Kernels:
     head_dims: tuple[HeadDim, ...] = ()
     fp8_with: tuple[torch.dtype, ...] = _HALF
     no_fp8: str = "was not made or checked for it"
+    own_heads_divide: int = 0
 
 
 _TORCH_NATIVE = Kernels(
@@ -74,6 +77,8 @@ MLA_ADAPTORS: dict[str, Kernels] = {
         head_dims=((512, 64),),
         fp8_with=(torch.bfloat16,),
         no_fp8="has kernels for fp8 latents of bfloat16 models alone",
+        # Where a tile of 128 rows ends amid a token, its causal bound is rounded down.
+        own_heads_divide=128,
     ),
     "torch_native": _TORCH_NATIVE,
 }
@@ -87,6 +92,7 @@ class Need(NamedTuple):
     dtype: Optional[torch.dtype] = None
     head_dim: Optional[HeadDim] = None
     kv_dtype: Optional[torch.dtype] = None
+    own_heads: Optional[int] = None
 
 
 class Unmet(NamedTuple):
@@ -108,6 +114,12 @@ def unmet(name: str, need: Need) -> Optional[Unmet]:
     if kernels is None or (need.device == "cpu" and not kernels.cpu):
         where = f"device {need.device}" + " with latent attention" * need.mla
         reason = f"this version has no adaptor for it on {where}"
+        return Unmet("--attention-backend", name, reason)
+    if need.own_heads and kernels.own_heads_divide % need.own_heads:
+        reason = (
+            f"its kernel needs query heads a rank (heads / tp) that divide "
+            f"{kernels.own_heads_divide}, not {need.own_heads}"
+        )
         return Unmet("--attention-backend", name, reason)
     if need.dtype is not None and kernels.dtypes and need.dtype not in kernels.dtypes:
         reason = f"attention backend {name} was made and checked for 16-bit types"
