@@ -242,6 +242,11 @@ GPU_BACKENDS = {
         on_gpu(),
         "--attention-backend flex_attention .*use fa3, flashinfer, triton, torch_n",
     ),
+    "flashmla": (
+        "flashmla",
+        on_mla(),
+        "--attention-backend flashmla .*shards without a key; use fa3, flashinfer, t",
+    ),
     "fa3-mla": ("fa3", on_mla(), None),
     "fa3-mla-fp16": ("fa3", on_mla(dtype=torch.float16), None),
     "flashinfer-mla": ("flashinfer", on_mla(), None),

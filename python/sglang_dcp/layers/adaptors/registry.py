@@ -83,6 +83,11 @@ MLA_ADAPTORS: dict[str, Kernels] = {
     "torch_native": _TORCH_NATIVE,
 }
 
+# Why backends that one might expect have none.
+_WITHOUT_ADAPTOR = {
+    "flashmla": "its decode kernel was not tried on shards without a key",
+}
+
 
 class Need(NamedTuple):
     """What a server asks of its attention backend; None: not known yet."""
@@ -113,7 +118,8 @@ def unmet(name: str, need: Need) -> Optional[Unmet]:
     kernels = adaptors(need.mla).get(name)
     if kernels is None or (need.device == "cpu" and not kernels.cpu):
         where = f"device {need.device}" + " with latent attention" * need.mla
-        reason = f"this version has no adaptor for it on {where}"
+        known = _WITHOUT_ADAPTOR.get(name)
+        reason = known or f"this version has no adaptor for it on {where}"
         return Unmet("--attention-backend", name, reason)
     if need.own_heads and kernels.own_heads_divide % need.own_heads:
         reason = (
