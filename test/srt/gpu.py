@@ -46,8 +46,11 @@ def child_environment(**more: str) -> dict[str, str]:
 class Ranks:
     """Outcomes of a worker file's ranks, run once, when the first test asks for them."""
 
-    def __init__(self, file: str, world_size: int, folder: Path) -> None:
+    def __init__(
+        self, file: str, world_size: int, folder: Path, **environment: str
+    ) -> None:
         self._file, self._world_size, self._folder = file, world_size, folder
+        self._environment = environment
         self._faults: list[Outcomes] = []
         self._log: str | None = None
 
@@ -87,10 +90,11 @@ class Ranks:
 
     def _start(self, rank: int) -> subprocess.Popen[bytes]:
         place = {"RANK": str(rank), "WORLD_SIZE": str(self._world_size)}
+        environment = {**self._environment, **place}
         with (self._folder / f"stderr{rank}").open("wb") as stderr:
             return subprocess.Popen(
                 [sys.executable, self._file, "--worker", str(self._folder)],
-                env=child_environment(**place),
+                env=child_environment(**environment),
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
                 start_new_session=True,

@@ -40,11 +40,16 @@ class Finished(NamedTuple):
 def run_python(
     *arguments: str, timeout_s: float = SCRIPT_TIMEOUT_S, **environment: str
 ) -> Finished:
-    """Run this Python in a session of its own; killed with its children when late."""
+    """`run_command` of this Python."""
+    return run_command(sys.executable, *arguments, timeout_s=timeout_s, **environment)
+
+
+def run_command(*command: str, timeout_s: float, **environment: str) -> Finished:
+    """Run it in a session of its own; killed with its children when late."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     env.pop("PYTHONDONTWRITEBYTECODE", None)
     process = subprocess.Popen(
-        [sys.executable, *arguments],
+        command,
         env=env,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -75,7 +75,7 @@ class SymmA2AExchange(A2AExchange):
             workspace,
             _addressable(partial_out),
             lse,
-            empty_rows,
+            None if empty_rows is None else empty_rows.contiguous(),
             out,
             merged_lse if return_lse else None,
             is_lse_base_on_e,
@@ -122,4 +122,7 @@ def _addressable(rows: Tensor) -> Tensor:
     vector = kernels.VECTOR_BYTES // rows.itemsize
     aligned = rows.data_ptr() % kernels.VECTOR_BYTES == 0
     whole = not any(stride % vector for stride in rows.stride()[:-1])
-    return rows if aligned and whole and rows.stride(-1) == 1 else rows.contiguous()
+    if aligned and whole and rows.stride(-1) == 1:
+        return rows
+    # Not contiguous(), which returns a contiguous tensor wherever it starts.
+    return rows.clone(memory_format=torch.contiguous_format)
