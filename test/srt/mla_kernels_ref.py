@@ -31,16 +31,17 @@ def attend(
 class FlashInferMla:
     """`BatchMLAPagedAttentionWrapper`: pages by plan, LSE in base 2."""
 
+    PLAN = (
+        "qo_indptr kv_indptr kv_indices kv_len_arr num_heads head_dim_ckv "
+        "head_dim_kpe page_size causal sm_scale q_data_type kv_data_type"
+    ).split()
+
     def __init__(self) -> None:
         self.plans: list[dict[str, Any]] = []
 
     def plan(self, *args: Any) -> None:
-        names = (
-            "qo_indptr kv_indptr kv_indices kv_len_arr num_heads head_dim_ckv "
-            "head_dim_kpe page_size causal sm_scale q_data_type kv_data_type"
-        ).split()
-        plan = dict(zip(names, args, strict=True))
-        for name in names[:4]:
+        plan = dict(zip(self.PLAN, args, strict=True))
+        for name in self.PLAN[:4]:
             assert plan[name].dtype == torch.int32, name
         tiles = plan["qo_indptr"].diff() * plan["num_heads"] / 128
         assert tiles.ceil().sum() <= 16384, "more work than a plan's buffers hold"
