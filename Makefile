@@ -1,4 +1,4 @@
-# make demo | test | test-fast | test-gpu | bench | bench-checks | bench-serving | patch-lint | patch-export | lint | format | clean
+# make demo | test | test-fast | test-gpu | bench | bench-checks | bench-exchange | bench-serving | patch-lint | patch-export | lint | format | clean
 #
 # demo and test install what they need into .venv first.
 
@@ -12,7 +12,7 @@ SOURCES := python test/srt benchmark
 # Servers start three times faster with .pyc files.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-fast test-gpu bench bench-checks bench-serving patch-lint patch-export lint format clean
+.PHONY: demo test test-fast test-gpu bench bench-checks bench-exchange bench-serving patch-lint patch-export lint format clean
 
 demo: $(STAMP)
 	$(BIN)/python -m sglang_dcp.demo
@@ -32,6 +32,9 @@ bench: $(STAMP)
 bench-checks: $(STAMP)
 	$(BIN)/python benchmark/bench_decode.py $(OUT)/fill.csv --check-fill
 	$(BIN)/python benchmark/bench_decode.py $(OUT)/off.csv --check-off
+
+bench-exchange: $(STAMP)
+	$(BIN)/python benchmark/bench_exchange.py $(OUT)/exchange.csv $(ARGS)
 
 bench-serving: $(STAMP)
 	$(BIN)/python benchmark/bench_serving.py $(OUT)/serving.jsonl

@@ -87,13 +87,11 @@ def make_workspace(group: PeerGroup, chunks: int, timeout_s: float) -> Workspace
 
 def _watch_faults(workspace: Workspace) -> None:
     """Say in the log why a kernel gave up, until the workspace is gone."""
-    stop = threading.Event()
-    weakref.finalize(workspace, stop.set)
+    watch = (workspace.fault, workspace.timeout_s, threading.Event())
+    # Also runs when the process ends, which an error of CUDA does at once.
+    weakref.finalize(workspace, _last_look, *watch)
     threading.Thread(
-        target=_watch,
-        args=(workspace.fault, workspace.timeout_s, stop),
-        name="symm_a2a fault watch",
-        daemon=True,
+        target=_watch, args=watch, name="symm_a2a fault watch", daemon=True
     ).start()
 
 
@@ -111,6 +109,15 @@ def fault_message(fault: Tensor, timeout_s: float) -> str:
 def _watch(fault: Tensor, timeout_s: float, stop: threading.Event) -> None:
     # The kernel has ended the CUDA context: whoever meets that error cannot tell why.
     while not stop.wait(_LOOK_EVERY_S):
-        if message := fault_message(fault, timeout_s):
-            logger.critical(message)
-            return
+        _look(fault, timeout_s, stop)
+
+
+def _last_look(fault: Tensor, timeout_s: float, stop: threading.Event) -> None:
+    _look(fault, timeout_s, stop)
+    stop.set()
+
+
+def _look(fault: Tensor, timeout_s: float, stop: threading.Event) -> None:
+    if not stop.is_set() and (message := fault_message(fault, timeout_s)):
+        stop.set()
+        logger.critical(message)

@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 # What one rank sends one peer in a call. Beyond it the bytes dominate, and NCCL moves
 # those as fast: the inboxes would only cost memory.
 MAX_PAYLOAD_BYTES = 4 << 20
+# Where a word that is all ones, and the one sent in its place, are NaNs and nothing else.
+GATHERED_DTYPES = (*kernels.ELEMENTS, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 class SymmA2AExchange(A2AExchange):
@@ -49,7 +51,7 @@ class SymmA2AExchange(A2AExchange):
     def gather_heads(self, q: Tensor) -> Tensor:
         """All-gather own heads [tokens, h, D] to all heads [tokens, h * N, D]."""
         workspace = self._workspace_for(q.shape[0] * q.shape[1], q)
-        if workspace is None or not q.is_floating_point():
+        if workspace is None or q.dtype not in GATHERED_DTYPES:
             return super().gather_heads(q)
         q = _addressable(q)
         out = q.new_empty(q.shape[0], q.shape[1] * self.group.world_size, q.shape[2])
@@ -86,14 +88,15 @@ class SymmA2AExchange(A2AExchange):
         """The workspace if ``rows`` rows as those of ``like`` fit it; zero rows do not."""
         row_bytes = like.shape[-1] * like.itemsize
         workspace = self._workspace
-        if workspace is None or not rows or not kernels.fits_row(row_bytes):
+        if workspace is None or not rows:
             return None
-        if kernels.chunks_of(rows, row_bytes) <= workspace.chunks:
+        fits = kernels.fits_row(row_bytes)
+        if fits and kernels.chunks_of(rows, row_bytes) <= workspace.chunks:
             return workspace
         if not self._said:
             self._said = True
             logger.info(
-                "symm_a2a: %d rows of %d bytes exceed the workspace; batches of this size "
+                "symm_a2a: %d rows of %d bytes do not fit the workspace; batches like this "
                 "(prefill over a cached prefix) go by a2a",
                 rows,
                 row_bytes,
@@ -114,7 +117,9 @@ def _workspace(
 
 def _capacity(spec: WorkspaceSpec) -> int:
     most = MAX_PAYLOAD_BYTES // (kernels.THREADS * kernels.VECTOR_BYTES)
-    return min(kernels.chunks_of(spec.tokens * spec.heads, spec.row_bytes), most)
+    # Longer rows go by a2a; the others of the same model still fit.
+    row_bytes = min(spec.row_bytes, kernels.THREADS * kernels.VECTOR_BYTES)
+    return min(kernels.chunks_of(spec.tokens * spec.heads, row_bytes), most)
 
 
 def _addressable(rows: Tensor) -> Tensor:
