@@ -17,6 +17,7 @@ from torch import Tensor
 
 from attention_oracle import Shape
 from sglang_dcp.config import DcpConfig
+from sglang_dcp.distributed.exchange.base import mask_empty_rows
 from sglang_dcp.distributed.topology import Layout
 
 FP8 = torch.float8_e4m3fn
@@ -57,6 +58,7 @@ class StashExchange:
         return self.all_heads
 
     def reduce(self, out: Tensor, lse: Tensor, **kwargs: Any) -> Any:
+        lse = mask_empty_rows(lse, kwargs["empty_rows"])
         self.partial = out, lse
         if not kwargs.get("return_lse"):
             return out
