@@ -108,6 +108,23 @@ _TINY = {
     "vocab_size": 1024,
     "rope_theta": 10000.0,
 }
+_TINY_MLA = {
+    **_DEEPSEEK_V2_LITE,
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "kv_lora_rank": 64,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "vocab_size": 1024,
+}
 _COMMON = {
     "hidden_act": "silu",
     "rms_norm_eps": 1e-6,
@@ -125,6 +142,7 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
     "Llama-3.1-8B": _LLAMA_3_1_8B,
     "DeepSeek-V2-Lite": _DEEPSEEK_V2_LITE,
     "tiny": _TINY,
+    "tiny-mla": _TINY_MLA,
 }
 
 # How a KV pool was filled: random numbers in scattered pages, or by the model.

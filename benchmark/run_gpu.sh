@@ -5,8 +5,8 @@
 #   CACHE  archive of compiled kernels, unpacked into $HOME; they name SITE by its path
 #   FA3    archive of FlashAttention-3, unpacked into SITE
 #   OUT    where logs and results go
-#   PARTS  which of: kernels exchange adaptors server bf16 dtypes fused limits bench decode
-#          fill off serving; limits compares what fits into free memory, so by itself
+#   PARTS  which of: kernels exchange adaptors latents server bf16 mla dtypes fused limits bench
+#          decode fill off serving; limits compares what fits into free memory, so by itself
 #   ARGS   options of the last four, as "--contexts 32768 --profile 32768 8"
 #   MIXING which values of NCCL_GRAPH_MIXING_SUPPORT to measure with
 set -uo pipefail
@@ -45,8 +45,10 @@ wanted kernels && run_tests kernels 200 -n 10 \
   ${tests}merge_gpu.py ${tests}merge_peers_gpu.py ${tests}local_view_gpu.py &
 wanted exchange && run_tests exchange 240 ${tests}exchange_gpu.py &
 wanted adaptors && run_tests adaptors 300 ${tests}adaptors_gpu.py &
+wanted latents && run_tests latents 500 ${tests}adaptors_mla_gpu.py &
 wanted server && run_tests server 270 -s ${tests}server_gpu.py &
 wanted bf16 && run_tests bf16 500 -s ${tests}server_gpu_bf16.py &
+wanted mla && run_tests mla 550 -s ${tests}server_gpu_mla.py &
 wanted dtypes && run_tests dtypes 200 -s ${tests}server_gpu_dtypes.py &
 wanted fused && run_tests fused 200 -s ${tests}server_gpu_fused_write.py &
 wanted limits && run_tests limits 550 -s ${tests}server_gpu_limits.py &

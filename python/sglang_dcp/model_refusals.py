@@ -14,7 +14,7 @@ GQA_ARCHITECTURES = (
     "Qwen3ForCausalLM",
     "Qwen3MoeForCausalLM",
 )
-MLA_ARCHITECTURES = ("DeepseekV2ForCausalLM",)
+MLA_ARCHITECTURES = ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM")
 
 
 def _sinks(model: Any) -> Optional[str]:
@@ -33,6 +33,13 @@ def _windowed(model: Any) -> Optional[str]:
 
 def _encoder_decoder(model: Any) -> Optional[str]:
     return "cross attention" if model.is_encoder_decoder else None
+
+
+def _sparse(model: Any) -> Optional[str]:
+    """DSA comes under its own architectures, and under DeepSeek-V3's."""
+    name = (model.hf_config.architectures or ["?"])[0]
+    topk = getattr(model.hf_text_config, "index_topk", None)
+    return None if topk is None else f"{name}, index_topk {topk}"
 
 
 def _architecture(model: Any) -> Optional[str]:
@@ -58,6 +65,12 @@ MODEL_REFUSALS: tuple[Refusal, ...] = (
         "--model-path",
         _windowed,
         "a window needs positions that a shard's own table does not hold",
+        "serve this model without DCP",
+    ),
+    Refusal(
+        "--model-path",
+        _sparse,
+        "sparse attention (DSA) picks its keys from an index over the whole sequence",
         "serve this model without DCP",
     ),
     Refusal(

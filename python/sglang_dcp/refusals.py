@@ -46,7 +46,7 @@ def _canary(args: Any) -> Optional[str]:
     return None if args.kv_canary in (None, "none") else args.kv_canary
 
 
-# Which of these an attention backend reads is in its `AdaptorSpec`.
+# Which of these an attention backend reads is in its `Kernels`.
 _KV_DTYPES = ("auto", "bfloat16", "bf16", "fp8_e4m3")
 
 
@@ -287,7 +287,7 @@ def check_backend(name: str, need: Need, *, flag: str = "--attention-backend") -
         return
     others = adaptor_names(need)
     if not others:
-        problem = _unmet_by_all(need) or problem
+        problem = _unmet_by_all(name, need) or problem
         way_out = _ELSE[problem.flag]
     elif problem.flag == "--attention-backend":
         problem = problem._replace(flag=flag)
@@ -297,12 +297,12 @@ def check_backend(name: str, need: Need, *, flag: str = "--attention-backend") -
     refuse(problem.flag, problem.value, problem.reason, way_out)
 
 
-def _unmet_by_all(need: Need) -> Optional[Unmet]:
+def _unmet_by_all(name: str, need: Need) -> Optional[Unmet]:
     """The one part of `need` without which a backend could serve, if there is one."""
     for part in ("kv_dtype", "head_dim", "dtype"):
         unknown: dict[str, Any] = {part: None}
         if could := adaptor_names(need._replace(**unknown)):
-            return unmet(could[0], need)
+            return unmet(name if name in could else could[0], need)
     return None
 
 

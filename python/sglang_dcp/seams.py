@@ -180,6 +180,17 @@ SEAMS: tuple[Seam, ...] = (
             "sglang_dcp.layers.adaptors.torch_native:mla_forward_method",
             "prefill would expand the latent to heads and write it to logical slots",
         ),
+        *(
+            Seam(
+                f"mla-{name}",
+                f"{_SRT}.models.deepseek_common.attention_backend_handler"
+                f".AttentionBackendRegistry._handlers[{name}]",
+                Kind.ENTRY,
+                f"sglang_dcp.layers.mla_method:mla_forward_method_{name}",
+                "prefill would expand the latent to heads and write it to logical slots",
+            )
+            for name in ("fa3", "flashinfer")
+        ),
         Seam(
             "q-replication",
             f"{_SRT}.model_executor.model_runner.ModelRunner.load_model",
@@ -274,6 +285,7 @@ RELIES_ON: tuple[str, ...] = (
     "kernels/ops/attention/decode_attention.py",
     "kernels/ops/attention/extend_attention.py",
     "kernels/ops/kvcache/kv_indices.py",
+    "kernels/ops/kvcache/mla_buffer.py",
     "srt/layers/attention/base_attn_backend.py",
     "srt/layers/attention/flashattention_backend.py",
     "srt/layers/attention/flashinfer_backend.py",
@@ -284,6 +296,7 @@ RELIES_ON: tuple[str, ...] = (
     "srt/model_executor/runner/decode_cuda_graph_runner.py",
     "srt/model_executor/runner/eager_runner.py",
     "srt/models/deepseek_common/attention_forward_methods/forward_mla.py",
+    "srt/models/deepseek_common/utils.py",
     "srt/models/deepseek_v2.py",
     "srt/models/llama.py",
     "srt/models/qwen2.py",

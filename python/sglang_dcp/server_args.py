@@ -221,8 +221,9 @@ def _need(args: Any, model: Any, mla: bool) -> Need:
         args.device,
         mla,
         model.dtype,
-        None if mla else model.head_dim,
+        (model.kv_lora_rank, model.qk_rope_head_dim) if mla else model.head_dim,
         kv_dtypes.get(args.kv_cache_dtype),
+        model.hf_text_config.num_attention_heads // args.dcp.tp_size,
     )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from sglang_dcp.layers.adaptors.base import DcpAdaptor, Partial
 
 NAN = float("nan")
+NONE = torch.empty(0)
 MAX_LEN = 48
 ROWS = 9
 LAYERS = 2
@@ -30,6 +31,7 @@ class Shape(NamedTuple):
     qk_dim: int = 20
     v_dim: int = 12
     latent: bool = False  # MLA: one pool, V is the front of K
+    in_parts: bool = False  # of MLA, latent and rotary part apart
 
 
 class Step(NamedTuple):
@@ -132,6 +134,9 @@ class FakePool:
         if not self._latent:
             values[where.loc] = v.view(-1, *values.shape[1:])
         keys[0] = values[0] = NAN
+
+    def set_mla_kv_buffer(self, layer: Any, loc: Tensor, *parts: Tensor) -> None:
+        self.set_kv_buffer(layer, SimpleNamespace(loc=loc), torch.cat(parts, -1), NONE)
 
     def move(self, old: Sequence[int], new: Sequence[int]) -> None:
         for buffer in (self.keys, self.values):

@@ -158,7 +158,7 @@ def test_a_cache_without_scales_has_none() -> None:
 def test_fa3_answers_in_the_querys_dtype() -> None:
     """Of fp8 queries the kernel makes bfloat16, also for a float16 model."""
     returned = torch.zeros(5, 4, 8, dtype=torch.bfloat16), torch.zeros(4, 5), None
-    partial = fa3._partial(returned, torch.float16)
+    partial = fa3.as_partial(returned, torch.float16)
     assert partial.out.dtype == torch.float16 and partial.lse.shape == (5, 4)
 
 

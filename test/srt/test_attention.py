@@ -48,18 +48,21 @@ SHAPES = {
         "uneven-6-3": Shape(6, 3),
         "mha": Shape(4, 4, 16, 16),
         "mla": Shape(4, 1, 80, 64, latent=True),
+        "mla-in-parts": Shape(4, 1, 80, 64, True, True),
     },
     (3, 1): {
         "own-heads-share-one-kv-head": Shape(12, 1),
         "own-heads-span-kv-heads": Shape(12, 6),
         "uneven-6-2": Shape(6, 2),
         "mla": Shape(6, 1, 80, 64, latent=True),
+        "mla-in-parts": Shape(6, 1, 80, 64, True, True),
     },
     (4, 1): {
         "own-heads-share-one-kv-head": Shape(8, 2),
         "own-heads-span-kv-heads": Shape(16, 8),
         "uneven-12-3": Shape(12, 3),
         "mla": Shape(8, 1, 80, 64, latent=True),
+        "mla-in-parts": Shape(8, 1, 80, 64, True, True),
     },
     (4, 2): {
         "own-heads-share-one-kv-head": Shape(8, 2),
@@ -67,6 +70,7 @@ SHAPES = {
         "uneven-12-6": Shape(12, 6),
         "kv-head-replicated": Shape(8, 1),
         "mla": Shape(8, 1, 80, 64, latent=True),
+        "mla-in-parts": Shape(8, 1, 80, 64, True, True),
     },
 }
 WORLDS = (2, 3, 4)
@@ -200,7 +204,7 @@ class Rank:
             q, k, v = self._inputs(
                 new, layer.layer_id, self.shard if wide else self.own
             )
-            out = self.backend.forward(q, k, v, layer, batch)
+            out = self._forward(q, k, v, layer, batch)
             wanted = torch.cat(
                 [
                     self.truth.attention(name, layer.layer_id, where)[:, self.own]
@@ -209,6 +213,14 @@ class Rank:
             )
             yield "attention", out, wanted.flatten(1).to(out.dtype)
         yield "calls", self.spy.calls.copy(), self._calls(step.mode, new)
+
+    def _forward(self, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+        if not self.case.shape.in_parts:
+            return self.backend.forward(q, k, v, *rest)
+        sizes = self.case.shape.v_dim, self.case.shape.qk_dim - self.case.shape.v_dim
+        q, q_rope = q.view(len(q), -1, sum(sizes)).split(sizes, dim=-1)
+        k, k_rope = k.view(len(k), -1, sum(sizes)).split(sizes, dim=-1)
+        return self.backend.forward(q, k, k, *rest, q_rope=q_rope, k_rope=k_rope)
 
     def _inputs(self, new: dict[str, range], layer: int, heads: slice) -> list[Tensor]:
         rows: tuple[list[Tensor], ...] = ([], [], [])

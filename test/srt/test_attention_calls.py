@@ -83,7 +83,7 @@ def ready() -> tuple[Any, Any]:
             id="encoder",
         ),
         pytest.param({}, {"sinks": torch.ones(2)}, r"\['sinks'\]", id="sinks"),
-        pytest.param({}, {"q_rope": 1, "topk": 2}, r"\['q_rope', 'topk'\]", id="two"),
+        pytest.param({}, {"is_neox": 1, "topk": 2}, r"\['is_neox', 'topk'\]", id="two"),
     ],
 )
 def test_refused_call_names_layer_and_argument(

@@ -52,6 +52,7 @@ def configurator(config: DcpConfig | None, tp_rank: int = 0) -> Any:
         ps=SimpleNamespace(tp_rank=tp_rank),
         kv_cache_dtype=torch.bfloat16,
         model_dtype=torch.bfloat16,
+        use_mla_backend=False,
     )
 
 
@@ -135,6 +136,10 @@ def test_kv_dtype_of_the_checkpoint() -> None:
     build_kv_pool(Builder(), kvc, max_total_num_tokens=64)
     kvc.server_args.attention_backend = "torch_native"
     with pytest.raises(DcpConfigError, match="--kv-cache-dtype auto .*float8_e4m3fn"):
+        build_kv_pool(Builder(), kvc, max_total_num_tokens=64)
+    # What a backend reads of latents is another matter.
+    kvc.server_args.attention_backend, kvc.use_mla_backend = "fa3", True
+    with pytest.raises(DcpConfigError, match="fa3 has no kernel for fp8 latents"):
         build_kv_pool(Builder(), kvc, max_total_num_tokens=64)
 
 

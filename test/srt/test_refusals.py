@@ -19,7 +19,7 @@ import torch
 
 from sglang_dcp.config import DcpConfig, DcpConfigError
 from sglang_dcp.distributed.topology import Layout
-from sglang_dcp.layers.adaptors.registry import ADAPTORS, FP8, Need, adaptor_names
+from sglang_dcp.layers.adaptors.registry import FP8, Need, adaptor_names, adaptors
 from sglang_dcp.model_refusals import (
     GQA_ARCHITECTURES,
     MLA_ARCHITECTURES,
@@ -142,6 +142,10 @@ MODEL_CASES: dict[str, tuple[dict[str, Any], str]] = {
         "sliding window layers",
     ),
     "swa-mistral": ({"text": {"sliding_window": 4096}}, "sliding_window 4096"),
+    "dsa": (
+        {"architecture": "DeepseekV32ForCausalLM", "text": {"index_topk": 2048}},
+        "DeepseekV32ForCausalLM, index_topk 2048",
+    ),
     "architecture": ({"architecture": "GptOssForCausalLM"}, "GptOssForCausalLM"),
 }
 CONFIG = DcpConfig(Layout(4, 2))
@@ -222,6 +226,10 @@ def on_gpu(**more: Any) -> Need:
     return Need("cuda", **{"dtype": torch.bfloat16, **more})
 
 
+def on_mla(**more: Any) -> Need:
+    return on_gpu(**{"mla": True, "head_dim": (512, 64), **more})
+
+
 GPU_BACKENDS = {
     "fa3": ("fa3", on_gpu(head_dim=128), None),
     "fa3-96": ("fa3", on_gpu(head_dim=96), None),
@@ -236,10 +244,31 @@ GPU_BACKENDS = {
         on_gpu(),
         "--attention-backend flex_attention .*use fa3, flashinfer, triton, torch_n",
     ),
-    "fa3-mla": (
-        "fa3",
-        on_gpu(mla=True),
-        "--attention-backend fa3 .*latent attention; use torch_native",
+    "flashmla": (
+        "flashmla",
+        on_mla(),
+        "--attention-backend flashmla .*shards without a key; use fa3, flashinfer, t",
+    ),
+    "fa3-mla": ("fa3", on_mla(), None),
+    "fa3-mla-fp16": ("fa3", on_mla(dtype=torch.float16), None),
+    "flashinfer-mla": ("flashinfer", on_mla(), None),
+    "flashinfer-mla-fp8": ("flashinfer", on_mla(kv_dtype=FP8), None),
+    "torch_native-mla": ("torch_native", on_mla(head_dim=(64, 16)), None),
+    "triton-mla": (
+        "triton",
+        on_mla(),
+        "--attention-backend triton .*latent attention; use fa3, flashinfer, torch_n",
+    ),
+    "flashinfer-mla-heads": ("flashinfer", on_mla(own_heads=16), None),
+    "flashinfer-mla-12-heads": (
+        "flashinfer",
+        on_mla(own_heads=12),
+        "--attention-backend flashinfer .*divide 128, not 12; use fa3, torch_native",
+    ),
+    "small-latent": (
+        "flashinfer",
+        on_mla(head_dim=(64, 16)),
+        "--model-path kv_lora_rank 64, qk_rope_head_dim 16 .*use --att.* torch_native",
     ),
     "flashinfer-80": (
         "flashinfer",
@@ -256,10 +285,15 @@ GPU_BACKENDS = {
         on_gpu(kv_dtype=FP8),
         "--kv-cache-dtype float8_e4m3fn .*torch_native.*; use --attention-backend fa3",
     ),
-    "mla-fp8": (
+    "fa3-mla-fp8": (
         "fa3",
-        on_gpu(mla=True, kv_dtype=FP8),
-        "--kv-cache-dtype float8_e4m3fn .*; use --kv-cache-dtype auto",
+        on_mla(kv_dtype=FP8),
+        "--kv-cache-dtype float8_e4m3fn .*copy the whole pool.*backend flashinfer$",
+    ),
+    "mla-fp8-of-fp16": (
+        "flashinfer",
+        on_mla(dtype=torch.float16, kv_dtype=FP8),
+        "--kv-cache-dtype float8_e4m3fn .*bfloat16 models alone; use --kv-cache-dtype a",
     ),
     "nothing-serves": (
         "fa3",
@@ -311,7 +345,9 @@ DEFAULTS = {
     "another-can": ("fa3", on_gpu(head_dim=320), "triton", "not fa3.*no kernel"),
     "no-hopper": ("flashinfer", on_gpu(head_dim=80), "triton", "not flashinfer"),
     "without-adaptor": ("trtllm_mha", on_gpu(head_dim=64), "flashinfer", "no adaptor"),
-    "mla": ("fa3", on_gpu(mla=True), "torch_native", "not fa3.*latent"),
+    "mla": ("fa3", on_mla(), "fa3", ""),
+    "mla-fp8": ("fa3", on_mla(kv_dtype=FP8), "flashinfer", "not fa3.*fp8 latents"),
+    "mla-small": ("fa3", on_mla(head_dim=(64, 16)), "torch_native", "not fa3.*no kern"),
     "cpu": (None, Need("cpu"), "torch_native", ""),
     # Chosen for want of another, and then refused with the reason.
     "none-can": ("fa3", on_gpu(dtype=torch.float32, kv_dtype=FP8), "fa3", ""),
@@ -341,10 +377,18 @@ def test_every_adaptor_is_a_seam_and_loads_by_name() -> None:
     from sglang_dcp.seams import SEAMS
 
     seams = {seam.target for seam in SEAMS}
-    for name, spec in ADAPTORS.items():
-        assert any(target.endswith(f"ATTENTION_BACKENDS[{name}]") for target in seams)
-        module = spec.adaptor.split(":")[0].rpartition(".")[2]
-        assert module == name
+    for mla in (False, True):
+        for name, kernels in adaptors(mla).items():
+            [_] = [t for t in seams if t.endswith(f"ATTENTION_BACKENDS[{name}]")]
+            module = kernels.adaptor.split(":")[0].rpartition(".")[2]
+            assert module in (name, f"{name}_mla" if mla else name)
+
+
+def test_every_mla_backend_has_a_seam_that_keeps_to_absorbed_attention() -> None:
+    from sglang_dcp.seams import SEAMS
+
+    seams = {seam.target.rpartition(".")[2] for seam in SEAMS}
+    assert {f"_handlers[{name}]" for name in adaptors(mla=True)} <= seams
 
 
 @pytest.mark.parametrize(

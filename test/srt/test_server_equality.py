@@ -86,6 +86,12 @@ CASES = {
         "--tp 2 --dcp-size 2 --dcp-comm-backend a2a --dcp-replicate-q-proj "
         "--chunked-prefill-size 64",
     ),
+    "mla-v3-tp2-dcp2-ag_rs-replicated-page4": Case(
+        "mla-v3",
+        "--tp 2 --dcp-size 2 --dcp-replicate-q-proj --page-size 4 "
+        "--chunked-prefill-size 64",
+        page_size=4,
+    ),
     "llama-2kv-tp4-attn-tp2-a2a-replicated": Case(
         "llama-2kv",
         "--tp 4 --attn-tp-size 2 --dcp-comm-backend a2a --dcp-replicate-q-proj",

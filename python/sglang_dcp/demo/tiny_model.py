@@ -14,9 +14,11 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from sglang_dcp.demo.tiny_kinds import KINDS, TinyModel
 
 VOCAB_SIZE = 320
 CONTEXT_LENGTH = 8192
@@ -30,105 +32,6 @@ _CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|eos|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-
-
-@dataclass(frozen=True)
-class TinyModel:
-    """What makes one kind: a transformers config class and its sizes.
-
-    ``extra`` are keys that SGLang reads from config.json and transformers does not
-    write.
-    """
-
-    config_class: str
-    architecture: str
-    sizes: Mapping[str, Any]
-    extra: Mapping[str, Any] = field(default_factory=dict)
-    weight_std: float = 0.12
-    norm_std: float = 0.02
-
-    @property
-    def kv_heads(self) -> int:
-        """Heads of the KV cache; MLA keeps one latent for all of them."""
-        latent = "kv_lora_rank" in self.sizes
-        return 1 if latent else int(self.sizes["num_key_value_heads"])
-
-
-def _gqa(q_heads: int, kv_heads: int, **more: Any) -> dict[str, Any]:
-    return {
-        "hidden_size": 256,
-        "intermediate_size": 256,
-        "num_hidden_layers": 3,
-        "num_attention_heads": q_heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": 32,
-        **more,
-    }
-
-
-def _llama(q_heads: int, kv_heads: int, **more: Any) -> TinyModel:
-    return TinyModel("LlamaConfig", "LlamaForCausalLM", _gqa(q_heads, kv_heads, **more))
-
-
-def _mla(first_dense: int, q_lora_rank: int | None) -> TinyModel:
-    sizes = {
-        "hidden_size": 256,
-        "intermediate_size": 256,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 8,
-        "q_lora_rank": q_lora_rank,
-        "kv_lora_rank": 64,
-        "qk_rope_head_dim": 16,
-        "qk_nope_head_dim": 32,
-        "v_head_dim": 32,
-        "first_k_dense_replace": first_dense,
-        "n_routed_experts": 4,
-        "n_shared_experts": 1,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 64,
-        "n_group": 1,
-        "topk_group": 1,
-        "topk_method": "greedy",
-        "norm_topk_prob": False,
-        "routed_scaling_factor": 1.0,
-    }
-    extra = {"moe_layer_freq": 1, "scoring_func": "softmax"}
-    return TinyModel("DeepseekV2Config", "DeepseekV2ForCausalLM", sizes, extra)
-
-
-def _qwen3_moe(q_heads: int, kv_heads: int, **more: Any) -> TinyModel:
-    sizes = _gqa(
-        q_heads,
-        kv_heads,
-        num_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=64,
-        decoder_sparse_step=1,
-        norm_topk_prob=True,
-        **more,
-    )
-    return TinyModel("Qwen3MoeConfig", "Qwen3MoeForCausalLM", sizes)
-
-
-KINDS: Mapping[str, TinyModel] = {
-    "llama-1kv": _llama(8, 1),
-    "llama-2kv": _llama(8, 2),
-    "llama-8kv": _llama(16, 8),
-    # Head dims that 16-bit GPU kernels take.
-    "llama-1kv-d128": _llama(8, 1, head_dim=128),
-    "llama-2kv-d128": _llama(8, 2, head_dim=128),
-    "llama-8kv-d64": _llama(16, 8, head_dim=64),
-    # Three K/V heads under twelve query heads: half of the query heads spans one and
-    # a half K/V heads.
-    "llama-odd": _llama(12, 3, hidden_size=240),
-    "qwen2": TinyModel("Qwen2Config", "Qwen2ForCausalLM", _gqa(8, 2)),
-    "qwen3": TinyModel("Qwen3Config", "Qwen3ForCausalLM", _gqa(8, 2)),
-    "qwen3-moe": _qwen3_moe(8, 2),
-    "qwen3-moe-d128": _qwen3_moe(16, 4, head_dim=128),
-    "mla-dense": _mla(first_dense=3, q_lora_rank=None),
-    "mla-moe": _mla(first_dense=1, q_lora_rank=48),
-}
 
 
 def make_tiny_model(path: str | Path, kind: str, *, seed: int = 0) -> Path:

@@ -13,7 +13,9 @@ import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
 from sglang_dcp.distributed.exchange import WorkspaceSpec
-from sglang_dcp.layers.adaptors.base import DcpAdaptor
+from sglang_dcp.layers.adaptors.base import DcpAdaptor, Partial
+from sglang_dcp.layers.attention_calls import by_head, check_call, whole_rows
+from sglang_dcp.layers.kv_pool import write_kv
 from sglang_dcp.layers.layout import own_kv_index
 from sglang_dcp.layers.local_view import LocalView, LocalViewBuilder
 from sglang_dcp.layers.merge import merge_two_states
@@ -138,25 +140,45 @@ class DcpAttentionBackend(AttentionBackend):
         layer: RadixAttention,
         forward_batch: ForwardBatch,
         save_kv_cache: bool = True,
+        q_rope: Optional[torch.Tensor] = None,
+        k_rope: Optional[torch.Tensor] = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         """One token a request: [tokens, own heads x qk_dim] -> [tokens, own heads x v_dim].
 
-        `q` may already hold the heads of the whole attn_tp shard (replicated Q).
+        `q` may already hold the heads of the whole attn_tp shard (replicated Q). With
+        `q_rope` and `k_rope`, `q` and `k` are the latent parts (absorbed MLA).
         """
-        self._check_call(layer, k, kwargs)
+        check_call(layer, k, kwargs)
         view = self._current_view()
         if save_kv_cache:
-            self._write(layer, view, k, v)
-        q = q.view(q.shape[0], -1, layer.qk_head_dim)
-        if q.shape[1] == layer.tp_q_head_num:
-            q = self._exchange.gather_heads(q)
+            write_kv(
+                self.token_to_kv_pool, layer, view.batch.out_cache_loc, k, v, k_rope
+            )
         out = self._exchange.reduce(
-            *self.adaptor.decode(q, layer, view.batch),
+            *self._decode(q, q_rope, layer, view.batch),
             is_lse_base_on_e=self.adaptor.is_lse_base_on_e,
             empty_rows=view.empty_rows,
         )
         return out.reshape(q.shape[0], -1)
+
+    def _decode(
+        self,
+        q: torch.Tensor,
+        q_rope: Optional[torch.Tensor],
+        layer: RadixAttention,
+        local: ForwardBatch,
+    ) -> Partial:
+        """All heads of the shard against the rank's own keys."""
+        if q_rope is not None:
+            parts = by_head(layer, q, q_rope)
+            if parts[0].shape[1] > layer.tp_q_head_num:
+                # Replicated Q: nothing to gather, so nothing to put together either.
+                return self.adaptor.decode_parts(*parts, layer, local)
+        q = whole_rows(layer, q, q_rope)
+        if q.shape[1] == layer.tp_q_head_num:
+            q = self._exchange.gather_heads(q)
+        return self.adaptor.decode(q, layer, local)
 
     def forward_extend(
         self,
@@ -166,18 +188,23 @@ class DcpAttentionBackend(AttentionBackend):
         layer: RadixAttention,
         forward_batch: ForwardBatch,
         save_kv_cache: bool = True,
+        q_rope: Optional[torch.Tensor] = None,
+        k_rope: Optional[torch.Tensor] = None,
         **kwargs: Any,
     ) -> torch.Tensor:
         """New tokens among themselves, then against the sharded prefix, then merged."""
-        self._check_call(layer, k, kwargs)
+        check_call(layer, k, kwargs)
         view = self._current_view()
-        q = q.view(q.shape[0], layer.tp_q_head_num, layer.qk_head_dim)
+        q = whole_rows(layer, q, q_rope)
+        keys = whole_rows(layer, k, k_rope)
         new = self.adaptor.extend_new(
-            q, *self._own_kv(q, k, v, layer), layer, forward_batch
+            q, *self._own_kv(q, keys, v, layer), layer, forward_batch
         )
         # Only now: a write with scales divides K and V in place.
         if save_kv_cache:
-            self._write(layer, view, k, v)
+            write_kv(
+                self.token_to_kv_pool, layer, view.batch.out_cache_loc, k, v, k_rope
+            )
         if not view.reads_keys:
             return new.out.reshape(q.shape[0], -1)
         base = self.adaptor.is_lse_base_on_e
@@ -200,51 +227,15 @@ class DcpAttentionBackend(AttentionBackend):
         layer: RadixAttention,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of the heads that serve this rank's own query heads, in GQA ratio."""
-        k = k.view(k.shape[0], -1, layer.qk_head_dim)
         v = v.view(v.shape[0], k.shape[1], layer.v_head_dim)
         sizes = (q.shape[1], k.shape[1], self._dcp_size, self._kvp_rank)
         kept = own_kv_index(*sizes, k.device)
         return k[:, kept], v[:, kept]
 
-    def _write(
-        self,
-        layer: RadixAttention,
-        view: LocalView,
-        k: torch.Tensor,
-        v: torch.Tensor,
-    ) -> None:
-        from sglang.srt.mem_cache.memory_pool import KVWriteLoc
-
-        where = KVWriteLoc(view.batch.out_cache_loc, None)
-        scales = {}
-        if layer.k_scale is not None:
-            scales = {"k_scale": layer.k_scale, "v_scale": layer.v_scale}
-        self.token_to_kv_pool.set_kv_buffer(layer, where, k, v, **scales)
-
     def _current_view(self) -> LocalView:
         if self._view is None:
             raise RuntimeError("attention ran before init_forward_metadata")
         return self._view
-
-    @staticmethod
-    def _check_call(
-        layer: RadixAttention, k: Optional[torch.Tensor], extra: dict[str, Any]
-    ) -> None:
-        unknown = sorted(name for name, value in extra.items() if value is not None)
-        special = (
-            layer.is_cross_attention
-            or k is None
-            or layer.logit_cap
-            or layer.sliding_window_size > -1
-            or layer.xai_temperature_len > 0
-            or layer.attn_type.value != "decoder"
-        )
-        if unknown or special:
-            raise NotImplementedError(
-                f"DCP attention, layer {layer.layer_id}: cross attention, shared K/V, "
-                "logit capping, windows, encoder attention or the arguments "
-                f"{unknown} are not supported"
-            )
 
 
 def _workspace_spec(runner: Any) -> WorkspaceSpec:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from typing import Any, Callable
+from typing import Any, Callable, Optional
+
+import torch
 
 from sglang_dcp.config import DcpConfigError, dcp_of
 
@@ -63,7 +65,8 @@ def _check_kv_dtype(kvc: Any) -> None:
     from sglang_dcp.layers.adaptors.registry import Need, unmet
 
     args = kvc.server_args
-    need = Need(args.device, dtype=kvc.model_dtype, kv_dtype=kvc.kv_cache_dtype)
+    mla = kvc.use_mla_backend
+    need = Need(args.device, mla, kvc.model_dtype, kv_dtype=kvc.kv_cache_dtype)
     problem = unmet(args.attention_backend, need)
     if problem is not None:
         raise DcpConfigError(
@@ -80,3 +83,26 @@ def enable_fused_set_kv_buffer(
     from sglang_dcp.context import find_context
 
     return find_context() is None and original(forward_batch)
+
+
+def write_kv(
+    pool: Any,
+    layer: Any,
+    slots: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_rope: Optional[torch.Tensor] = None,
+) -> None:
+    """Write new tokens to `slots` of this rank's pool; with scales, K and V are divided.
+
+    `k_rope` is the rotary part of MLA's keys where they come in two parts.
+    """
+    from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+
+    if k_rope is not None:
+        pool.set_mla_kv_buffer(layer, slots, k, k_rope)
+        return
+    scales = {}
+    if layer.k_scale is not None:
+        scales = {"k_scale": layer.k_scale, "v_scale": layer.v_scale}
+    pool.set_kv_buffer(layer, KVWriteLoc(slots, None), k, v, **scales)

@@ -61,6 +61,16 @@ class DcpAdaptor(ABC):
         `q` [requests, heads of the attn_tp shard, qk_dim].
         """
 
+    def decode_parts(
+        self,
+        latent: torch.Tensor,
+        rope: torch.Tensor,
+        layer: RadixAttention,
+        local: ForwardBatch,
+    ) -> Partial:
+        """`decode` of MLA's queries where they are in two parts, [.., heads, dim] each."""
+        return self.decode(torch.cat([latent, rope], dim=-1), layer, local)
+
     @abstractmethod
     def extend_new(
         self,
@@ -121,6 +131,19 @@ class PlannedAdaptor(DcpAdaptor):
     def _kv(self, layer: RadixAttention) -> tuple[torch.Tensor, torch.Tensor]:
         """This rank's [slots, kv heads, dim] of K and of V, in the cache's dtype."""
         return self._inner.token_to_kv_pool.get_kv_buffer(layer.layer_id)
+
+
+def local_pages(
+    table: torch.Tensor, local: ForwardBatch, page_size: int
+) -> torch.Tensor:
+    """[requests, pages of the longest] int32: pages of this rank's pool, in order.
+
+    Sized from host lengths, so it does not wait for the GPU; past a request's own end
+    an entry may be anything that once was a page.
+    """
+    longest = max(int(local.seq_lens_cpu.max()), 1)
+    slots = table[local.req_pool_indices, :longest:page_size]
+    return (slots // page_size).to(torch.int32)
 
 
 def kv_scales(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 
-from sglang_dcp.layers.adaptors.base import Partial, PlannedAdaptor
+from sglang_dcp.layers.adaptors.base import Partial, PlannedAdaptor, local_pages
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class _Extend:
+class ExtendPlan:
     """Plan of an extend forward, shared by its layers."""
 
     cu_seqlens_q: torch.Tensor  # [requests + 1] int32
@@ -36,7 +36,7 @@ class Fa3Adaptor(PlannedAdaptor):
 
     def __init__(self, inner: Any) -> None:
         super().__init__(inner)
-        self._extend: Optional[_Extend] = None
+        self._extend: Optional[ExtendPlan] = None
 
     def init_forward_metadata(self, batch: ForwardBatch, local: ForwardBatch) -> None:
         if batch.forward_mode.is_extend():
@@ -47,18 +47,7 @@ class Fa3Adaptor(PlannedAdaptor):
     def decode(
         self, q: torch.Tensor, layer: RadixAttention, local: ForwardBatch
     ) -> Partial:
-        plan = self._inner.forward_metadata
-        return self._paged(
-            q,
-            layer,
-            page_table=plan.page_table,
-            cache_seqlens=plan.cache_seqlens_int32,
-            cu_seqlens_q=plan.cu_seqlens_q,
-            max_seqlen_q=1,
-            scheduler_metadata=plan.scheduler_metadata,
-            # One query sees every key either way; the plan was made for causal.
-            causal=True,
-        )
+        return self._paged(q, layer, **self.decode_plan())
 
     def extend_new(
         self,
@@ -68,12 +57,12 @@ class Fa3Adaptor(PlannedAdaptor):
         layer: RadixAttention,
         batch: ForwardBatch,
     ) -> Partial:
-        plan = self._plan()
+        plan = self.extend_plan()
         dtype = self._kv(layer)[0].dtype
         scaled = _descales(layer, dtype, len(plan.cache_seqlens), k.shape[1])
         if scaled:
             k, v = k / layer.k_scale, v / layer.v_scale
-        return _partial(
+        return as_partial(
             self._inner.flash_attn_varlen_func(
                 q=q.to(dtype).contiguous(),
                 k=k.to(dtype).contiguous(),
@@ -93,7 +82,7 @@ class Fa3Adaptor(PlannedAdaptor):
     def extend_prefix(
         self, q: torch.Tensor, layer: RadixAttention, local: ForwardBatch
     ) -> Partial:
-        plan = self._plan()
+        plan = self.extend_plan()
         return self._paged(
             q,
             layer,
@@ -107,7 +96,7 @@ class Fa3Adaptor(PlannedAdaptor):
     def _paged(self, q: torch.Tensor, layer: RadixAttention, **plan: Any) -> Partial:
         keys, values = self._kv(layer)
         page = self._inner.page_size
-        return _partial(
+        return as_partial(
             self._inner.flash_attn_with_kvcache(
                 q=q.to(keys.dtype).contiguous(),
                 k_cache=keys.view(-1, page, *keys.shape[1:]),
@@ -123,21 +112,32 @@ class Fa3Adaptor(PlannedAdaptor):
             q.dtype,
         )
 
-    def _plan_extend(self, batch: ForwardBatch, local: ForwardBatch) -> _Extend:
+    def _plan_extend(self, batch: ForwardBatch, local: ForwardBatch) -> ExtendPlan:
         lens = batch.extend_seq_lens
-        page = self._inner.page_size
-        longest = max(int(local.seq_lens_cpu.max()), 1)
-        table = self._inner.req_to_token[batch.req_pool_indices, :longest:page]
-        return _Extend(
+        inner = self._inner
+        return ExtendPlan(
             cu_seqlens_q=torch.nn.functional.pad(
                 torch.cumsum(lens, 0, dtype=torch.int32), (1, 0)
             ),
             max_seqlen_q=max(batch.extend_seq_lens_cpu),
-            page_table=(table // page).to(torch.int32),
+            page_table=local_pages(inner.req_to_token, local, inner.page_size),
             cache_seqlens=local.seq_lens.to(torch.int32),
         )
 
-    def _plan(self) -> _Extend:
+    def decode_plan(self) -> dict[str, Any]:
+        """Kernel arguments of a decode step."""
+        plan = self._inner.forward_metadata
+        return dict(
+            page_table=plan.page_table,
+            cache_seqlens=plan.cache_seqlens_int32,
+            cu_seqlens_q=plan.cu_seqlens_q,
+            max_seqlen_q=1,
+            scheduler_metadata=plan.scheduler_metadata,
+            # One query sees every key either way; the plan was made for causal.
+            causal=True,
+        )
+
+    def extend_plan(self) -> ExtendPlan:
         assert self._extend is not None, "init_forward_metadata has not run"
         return self._extend
 
@@ -154,7 +154,8 @@ def _descales(
     }
 
 
-def _partial(returned: Any, dtype: torch.dtype) -> Partial:
+def as_partial(returned: Any, dtype: torch.dtype) -> Partial:
+    """What an FA3 kernel returned, in `dtype` and with the LSE by token."""
     out, lse, *_ = returned
     # Of fp8 queries FA3 makes bfloat16, whatever the model's dtype.
     return Partial(out.to(dtype), lse.transpose(0, 1))

@@ -110,7 +110,7 @@ class FlashInferAdaptor(PlannedAdaptor):
     def _plan_new_tokens(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: ForwardBatch
     ) -> None:
-        where = _indptr(batch.extend_seq_lens_cpu)
+        where = indptr(batch.extend_seq_lens_cpu)
         self._new_tokens.plan(
             where,
             where,
@@ -128,8 +128,8 @@ class FlashInferAdaptor(PlannedAdaptor):
         sizes = self._inner.indices_updater_prefill
         lens = local.extend_prefix_lens_cpu
         self._prefix.plan(
-            _indptr(local.extend_seq_lens_cpu),
-            _indptr(lens),
+            indptr(local.extend_seq_lens_cpu),
+            indptr(lens),
             self._slots(local),
             torch.ones(len(lens), dtype=torch.int32),
             sizes.num_qo_heads,
@@ -157,6 +157,6 @@ class FlashInferAdaptor(PlannedAdaptor):
         return slots
 
 
-def _indptr(lens: Iterable[int]) -> torch.Tensor:
+def indptr(lens: Iterable[int]) -> torch.Tensor:
     """Cumulated lengths from 0 on, int32 on the host: a plan that must not sync."""
     return torch.tensor([0, *accumulate(lens)], dtype=torch.int32)

@@ -1,0 +1,250 @@
+"""Adaptor for `--attention-backend flashinfer` with latent attention (absorbed MLA).
+
+Not built on SGLang's backend: that lists every slot of a request as a page of its own
+and plans eager steps from device-side lengths, for which FlashInfer waits for the GPU.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Iterable, NamedTuple, Optional, Sequence
+
+import torch
+
+from sglang_dcp.layers.adaptors.base import DcpAdaptor, Partial, local_pages
+from sglang_dcp.layers.adaptors.flashinfer import indptr
+from sglang_dcp.layers.adaptors.flashinfer_plan import heads_at_once
+from sglang_dcp.layers.attention_calls import split_latent
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+_Parts = tuple[torch.Tensor, torch.Tensor]  # latent and rotary
+
+
+class Sizes(NamedTuple):
+    """What a plan is made of beside lengths."""
+
+    heads: int  # of the attn_tp shard
+    latent_dim: int
+    rope_dim: int
+    scaling: float
+    dtype: torch.dtype
+    kv_dtype: torch.dtype
+
+
+class FlashInferMlaAdaptor(DcpAdaptor):
+    """FlashInfer's MLA kernels over the rank's pages; LSE in base 2, [tokens, heads].
+
+    All plans are made from host lengths, in time and memory proportional to this rank's
+    shard. One wrapper serves decode, eager and captured at every batch size: a plan's
+    buffers and launch sizes depend on the heads alone, so that all graphs read the same
+    ones. As with `FlashInferAdaptor`, the next plan waits until the last one has left its
+    pinned buffer.
+
+    Parameters
+    ----------
+    runner : LocalRunner
+    wrappers : three `BatchMLAPagedAttentionWrapper`
+        Of decode, prefix and new tokens.
+    """
+
+    is_lse_base_on_e = False
+
+    def __init__(self, runner: Any, wrappers: Sequence[Any]) -> None:
+        self._table = runner.req_to_token_pool.req_to_token
+        self._pool = runner.token_to_kv_pool
+        self._page_size = runner.page_size
+        self._sizes = _sizes(runner)
+        self._decode, self._prefix, self._new_tokens = wrappers
+        self._prefix_heads = self._new_heads = 0
+        self._graph_pages: Optional[torch.Tensor] = None
+        self._plan_copied = torch.cuda.Event()
+
+    @classmethod
+    def from_runner(cls, runner: Any) -> FlashInferMlaAdaptor:
+        from flashinfer import BatchMLAPagedAttentionWrapper
+        from sglang.srt.environ import envs
+
+        # They run one after the other: one scratch for all.
+        scratch = torch.empty(
+            envs.SGLANG_FLASHINFER_WORKSPACE_SIZE.get(),
+            dtype=torch.uint8,
+            device=runner.device,
+        )
+        return cls(
+            runner,
+            [BatchMLAPagedAttentionWrapper(scratch, backend="auto") for _ in range(3)],
+        )
+
+    def init_forward_metadata(self, batch: ForwardBatch, local: ForwardBatch) -> None:
+        self._plan_copied.synchronize()
+        if not batch.forward_mode.is_extend():
+            self._plan_decode(local, self._pages(local))
+        elif any(batch.extend_prefix_lens_cpu):
+            self._plan_prefix(local)
+        # Planned by the first layer, which knows the rank's own heads.
+        self._new_heads = 0
+        self._plan_copied.record()
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        pages = -(-self._table.shape[1] // self._page_size)
+        self._graph_pages = torch.zeros(
+            max_bs, pages, dtype=torch.int32, device=self._table.device
+        )
+
+    def init_graph_metadata(self, local: ForwardBatch, in_capture: bool) -> None:
+        assert self._graph_pages is not None, "init_cuda_graph_state has not run"
+        self._plan_copied.synchronize()
+        pages = self._pages(local)
+        self._graph_pages[: len(pages), : pages.shape[1]] = pages
+        self._plan_decode(local, self._graph_pages)
+        self._plan_copied.record()
+
+    def decode(
+        self, q: torch.Tensor, layer: RadixAttention, local: ForwardBatch
+    ) -> Partial:
+        return self.decode_parts(*split_latent(q, layer), layer, local)
+
+    def decode_parts(
+        self,
+        latent: torch.Tensor,
+        rope: torch.Tensor,
+        layer: RadixAttention,
+        local: ForwardBatch,
+    ) -> Partial:
+        return self._paged(self._decode, (latent, rope), layer)
+
+    def extend_prefix(
+        self, q: torch.Tensor, layer: RadixAttention, local: ForwardBatch
+    ) -> Partial:
+        """A few heads at a time where a plan holds no more; they share the keys."""
+        parts = [
+            self._paged(self._prefix, split_latent(some, layer), layer)
+            for some in q.split(self._prefix_heads, dim=1)
+        ]
+        return _side_by_side(parts)
+
+    def extend_new(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        batch: ForwardBatch,
+    ) -> Partial:
+        if not self._new_heads:
+            self._plan_new_tokens(q.shape[1], batch)
+        parts = [
+            self._run(self._new_tokens, split_latent(some, layer), k, layer)
+            for some in q.split(self._new_heads, dim=1)
+        ]
+        return _side_by_side(parts)
+
+    def _paged(self, wrapper: Any, q: _Parts, layer: RadixAttention) -> Partial:
+        keys = self._pool.get_key_buffer(layer.layer_id)
+        pages = keys.view(-1, self._page_size, keys.shape[-1])
+        # SGLang stores latents in fp8 as they are, whatever scales a checkpoint has.
+        quantized = keys.itemsize == 1
+        scales = {"ckv_scale": 1.0, "kpe_scale": 1.0} if quantized else {}
+        return self._run(wrapper, q, pages, layer, **scales)
+
+    def _run(
+        self,
+        wrapper: Any,
+        q: _Parts,
+        keys: torch.Tensor,
+        layer: RadixAttention,
+        **scales: float,
+    ) -> Partial:
+        if abs(layer.scaling / self._sizes.scaling - 1) > 1e-6:
+            raise RuntimeError(
+                f"layer {layer.layer_id} scales by {layer.scaling}, the plan by "
+                f"{self._sizes.scaling}"
+            )
+        return Partial(
+            *wrapper.run(*q, *split_latent(keys, layer), return_lse=True, **scales)
+        )
+
+    def _pages(self, local: ForwardBatch) -> torch.Tensor:
+        return local_pages(self._table, local, self._page_size)
+
+    def _plan_decode(self, local: ForwardBatch, pages: torch.Tensor) -> None:
+        queries = [1] * local.batch_size
+        self._plan_pool(self._decode, queries, local, pages, self._sizes.heads)
+
+    def _plan_prefix(self, local: ForwardBatch) -> None:
+        queries = local.extend_seq_lens_cpu
+        self._prefix_heads = heads_at_once(queries, self._sizes.heads)
+        self._plan_pool(
+            self._prefix, queries, local, self._pages(local), self._prefix_heads
+        )
+
+    def _plan_pool(
+        self,
+        wrapper: Any,
+        queries: Iterable[int],
+        local: ForwardBatch,
+        pages: torch.Tensor,
+        heads: int,
+    ) -> None:
+        """`pages` [requests or more, width]; a request's first page is at its row."""
+        starts = torch.arange(local.batch_size + 1, dtype=torch.int32)
+        sizes = self._sizes
+        wrapper.plan(
+            indptr(queries),
+            starts * pages.shape[1],
+            pages.view(-1),
+            local.seq_lens_cpu.to(torch.int32),
+            heads,
+            sizes.latent_dim,
+            sizes.rope_dim,
+            self._page_size,
+            False,
+            sizes.scaling,
+            sizes.dtype,
+            sizes.kv_dtype,
+        )
+
+    def _plan_new_tokens(self, own_heads: int, batch: ForwardBatch) -> None:
+        """Keys from the projection, as pages of one token in the order of the tokens."""
+        lens = batch.extend_seq_lens_cpu
+        ends = indptr(lens)
+        self._new_heads = heads_at_once(lens, own_heads)
+        sizes = self._sizes
+        self._new_tokens.plan(
+            ends,
+            ends,
+            torch.arange(int(ends[-1]), dtype=torch.int32, device=self._table.device),
+            ends.diff(),
+            self._new_heads,
+            sizes.latent_dim,
+            sizes.rope_dim,
+            1,
+            True,
+            sizes.scaling,
+            sizes.dtype,
+            sizes.dtype,
+        )
+        self._plan_copied.record()
+
+
+def _side_by_side(parts: Sequence[Partial]) -> Partial:
+    if len(parts) == 1:
+        return parts[0]
+    outs, lses = zip(*parts)
+    return Partial(torch.cat(outs, dim=1), torch.cat(lses, dim=1))
+
+
+def _sizes(runner: Any) -> Sizes:
+    from sglang.srt.runtime_context import get_parallel
+
+    model = runner.model_config
+    return Sizes(
+        model.num_attention_heads // get_parallel().attn_tp_size,
+        model.kv_lora_rank,
+        model.qk_rope_head_dim,
+        model.scaling,
+        runner.dtype,
+        runner.kv_cache_dtype,
+    )

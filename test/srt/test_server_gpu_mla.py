@@ -1,0 +1,111 @@
+"""Live DeepSeek servers on GPUs in bf16: MLA backends x comm backends x Q widths.
+
+Only here do the MLA kernels, their graphs, DeepSeek's own code around them (absorbed Q,
+experts, low-rank Q) and NCCL meet in one server. The plain servers absorb in prefill too
+(`--flashinfer-mla-disable-ragged`), so that what is compared differs by DCP alone.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from itertools import cycle
+
+import pytest
+
+import forced
+from gpu import needs_gpus
+from gpu_cases import (
+    TP2_DCP2,
+    TP4_ATTN2,
+    TP4_DCP4,
+    Case,
+    Numbers,
+    assert_within_spread,
+    chosen_kinds,
+    exchange_flags,
+    fleet_fixture,
+    params,
+)
+from gpu_servers import Fleet
+from sglang_dcp.distributed.exchange import EXCHANGES
+
+pytestmark = [pytest.mark.server, needs_gpus(2)]
+
+# Without and with a low-rank Q projection; both with experts.
+KINDS = ("mla-moe-d512", "mla-v3-d512")
+BACKENDS = ("fa3", "flashinfer")
+ABSORBED = "--flashinfer-mla-disable-ragged"
+BF16 = Numbers("bf16", f"--dtype bfloat16 {ABSORBED}", "flashinfer")
+FP16 = Numbers("fp16", f"--dtype float16 {ABSORBED}", "flashinfer")
+FP8_KV = Numbers(
+    "fp8kv", f"--dtype bfloat16 --kv-cache-dtype fp8_e4m3 {ABSORBED}", "flashinfer"
+)
+# All but the eager one decode in CUDA graphs.
+SHAPES = (
+    ("page64", "--page-size 64"),
+    ("page1", "--page-size 1"),
+    (
+        "page16-mixed",
+        "--page-size 16 --chunked-prefill-size 1000 --enable-mixed-chunk",
+    ),
+    ("eager", "--page-size 1 --disable-cuda-graph --chunked-prefill-size 2000"),
+)
+
+
+def matrix(kind: str) -> Iterator[Case]:
+    """Each backend with each exchange on 2 and on 4 ranks, the shapes in turn."""
+    # Four widths a comm backend and four shapes: a turn more, or each meets one alone.
+    shapes = cycle(SHAPES + SHAPES[1:])
+    for backend in BACKENDS:
+        for comm in EXCHANGES:
+            for replicated in (False, True):
+                wide = TP4_DCP4 if replicated else TP4_ATTN2
+                for layout in (TP2_DCP2, wide):
+                    shape, flags = next(shapes)
+                    width = "replicated" if replicated else "gathered"
+                    yield Case(
+                        kind,
+                        layout,
+                        f"{backend}-{comm}-{width}-{shape}",
+                        f"--attention-backend {backend} {flags} "
+                        + exchange_flags(comm, replicated=replicated),
+                        BF16,
+                    )
+
+
+def others(kind: str) -> Iterator[Case]:
+    """Number formats, experts over groups, and the backend that no flag names."""
+    for backend, numbers, more in (
+        ("fa3", FP16, "--page-size 16"),
+        ("flashinfer", FP16, "--page-size 16"),
+        ("flashinfer", FP8_KV, "--page-size 64"),
+        ("fa3", BF16, "--ep-size 2"),
+    ):
+        yield Case(
+            kind,
+            TP2_DCP2,
+            f"{backend}-a2a-{numbers.name}{more.replace('--', '-').replace(' ', '')}",
+            f"--attention-backend {backend} {more} "
+            + exchange_flags("a2a", replicated=True),
+            numbers,
+        )
+    yield Case(kind, TP2_DCP2, "default-backend", "--page-size 64", BF16)
+
+
+def cases() -> Iterator[Case]:
+    for kind in chosen_kinds(KINDS):
+        yield from matrix(kind)
+        yield from others(kind)
+
+
+fleet = fleet_fixture(forced.build_waves)
+
+
+@pytest.mark.parametrize("case", params(cases()))
+def test_within_the_spread_of_tp(case: Case, fleet: Fleet) -> None:
+    assert_within_spread(case, fleet)
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__, "-s"]))
