@@ -12,6 +12,7 @@ from __future__ import annotations
 import random
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
+from typing import Optional
 
 EMPTY = None
 # What a word holds: its sender, and the sender's number of the call.
@@ -104,14 +105,25 @@ def _block(
     rank.uses[chunk] = use + 1
 
 
-def run(world_size: int, calls: Sequence[int], places: int, seed: int) -> None:
-    """Run calls of `calls[i]` chunks on all ranks; ProtocolError, also for a deadlock."""
+def run(
+    world_size: int,
+    calls: Sequence[int],
+    places: int,
+    seed: int,
+    skipped: Optional[tuple[int, int]] = None,
+) -> None:
+    """Run calls of `calls[i]` chunks on all ranks; ProtocolError, also for a deadlock.
+
+    `skipped` names a rank and the call that it leaves out.
+    """
     rng = random.Random(seed)
     ranks = [Rank(number) for number in range(world_size)]
     network = Network(ranks, rng)
 
     def program(rank: Rank) -> Generator[None, None, None]:
         for call, chunks in enumerate(calls):
+            if (rank.number, call) == skipped:
+                continue
             yield from _call(rank, world_size, call, chunks, places, network, rng)
 
     programs = {rank.number: program(rank) for rank in ranks}
