@@ -48,14 +48,14 @@ def drifted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def test_drifted_sglang_refuses_dcp_and_serves_without(
     model: Path, drifted: dict[str, str]
 ) -> None:
+    plain = "--attention-backend torch_native --max-total-tokens 512"
     with ServerProcess(model, DCP, env=drifted) as refused:
+        with server(model, plain, drifted) as served:
+            assert served.returncode is None
         code = refused.wait_exit(120)
         line = refused.log_tail(1)
     assert code == 2
     assert line.startswith("sglang-dcp: error: ") and TOUCHED in line
-    plain = "--attention-backend torch_native --max-total-tokens 512"
-    with server(model, plain, drifted) as served:
-        assert served.returncode is None
 
 
 REFUSED = {
