@@ -11,13 +11,23 @@ from sglang_dcp.demo.server import ServerProcess
 READY_SECONDS = 300
 
 
+def launched(
+    model: Path, flags: str, env: Mapping[str, str] | None = None
+) -> ServerProcess:
+    """A float32 server to enter: entering starts it and waits for nothing.
+
+    For servers that start side by side: a start is mostly one core's work.
+    """
+    args = ["--dtype", "float32", "--random-seed", "0", *flags.split()]
+    return ServerProcess(model, args, env=env, grace=0.0)
+
+
 @contextmanager
 def server(
     model: Path, flags: str, env: Mapping[str, str] | None = None
 ) -> Iterator[ServerProcess]:
     """A float32 server that answers; gone with all its processes afterwards."""
-    args = ["--dtype", "float32", "--random-seed", "0", *flags.split()]
-    with ServerProcess(model, args, env=env, grace=0.0) as running:
+    with launched(model, flags, env) as running:
         running.wait_ready(READY_SECONDS)
         yield running
 

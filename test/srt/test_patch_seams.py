@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import compare_sglang_tests
 import patch_trees
 from sglang_dcp import patched
 from sglang_dcp.patch import cli
@@ -158,6 +159,39 @@ def test_mla_merge_with_an_empty_rank(fixed: bool, tree: Path, tmp_path: Path) -
     [empty, whole], _ = json.loads(done.stdout.splitlines()[-1])
     assert whole == pytest.approx(2 / 3)
     assert (empty == 0.0) == fixed
+
+
+FORMS_DIFFER = """
+import pathlib, unittest
+from importlib.util import find_spec
+SOURCE = pathlib.Path(find_spec("sglang").origin).parent / "srt" / "server_args.py"
+class TestForms(unittest.TestCase):
+    def test_other(self):
+        self.assertNotIn("sglang_dcp.patched", SOURCE.read_text().split())
+    def test_same(self):
+        self.assertTrue(SOURCE.exists())
+    def test_fails_alike(self):
+        raise ValueError(f"{SOURCE} at {id(self):#x}")
+"""
+
+
+def test_compared_tests_that_differ_are_named(
+    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "test_forms.py"
+    file.write_text(FORMS_DIFFER)
+    pristine = patch_trees.linked_copy(tmp_path / "pristine").parent
+    forms = {
+        "pristine": compare_sglang_tests.Form(pristine),
+        "patched": compare_sglang_tests.Form(tree),
+    }
+    [line] = compare_sglang_tests.compare(file, forms, tmp_path)
+    assert line.startswith("patched: test_forms.TestForms::test_other: passed -> fail")
+    counts = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    assert counts[1:] == [
+        ["pristine", "1 failure, 2 passed"],
+        ["patched", "2 failure, 1 passed"],
+    ]
 
 
 WITHOUT_SGLANG = """

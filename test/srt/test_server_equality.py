@@ -8,7 +8,8 @@ and checks what the server says of its own capacity afterwards.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,22 +119,34 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="module")
-def reference(models: Callable[[str], Path]) -> Callable[[str], Reference]:
-    """tp 1 without DCP flags, run once a kind and compared with transformers."""
-    done: dict[str, Reference] = {}
+def reference(
+    models: Callable[[str], Path], request: pytest.FixtureRequest
+) -> Iterator[Callable[[str], Reference]]:
+    """tp 1 without DCP flags, once a kind and compared with transformers.
 
-    def run(kind: str) -> Reference:
-        if kind not in done:
-            requests = e2e.build_requests()
-            flags = "--tp 1 --attention-backend torch_native --max-total-tokens 4096"
-            with server(models(kind), flags) as tp1:
-                replies = e2e.run_requests(tp1.base_url, requests)
-            oracle = e2e.hf_reference(models(kind), requests)
-            e2e.assert_equal_to_reference(requests, replies, oracle)
-            done[kind] = Reference(requests, replies)
-        return done[kind]
+    They run beside the DCP servers: a start is mostly one core's work.
+    """
+    tests = [i for i in request.session.items if isinstance(i, pytest.Function)]
+    cases = [
+        i.callspec.params["case"] for i in tests if i.function is test_equal_to_tp1
+    ]
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        runs = {
+            kind: pool.submit(_run_reference, models(kind))
+            for kind in dict.fromkeys(case.kind for case in cases)
+        }
+        yield lambda kind: runs[kind].result()
+        pool.shutdown(cancel_futures=True)
 
-    return run
+
+def _run_reference(model: Path) -> Reference:
+    requests = e2e.build_requests()
+    flags = "--tp 1 --attention-backend torch_native --max-total-tokens 4096"
+    with server(model, flags) as tp1:
+        replies = e2e.run_requests(tp1.base_url, requests)
+    oracle = e2e.hf_reference(model, requests)
+    e2e.assert_equal_to_reference(requests, replies, oracle)
+    return Reference(requests, replies)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
@@ -142,13 +155,13 @@ def test_equal_to_tp1(
     models: Callable[[str], Path],
     reference: Callable[[str], Reference],
 ) -> None:
-    want = reference(case.kind)
     flags = f"{case.flags} --max-total-tokens {case.max_total_tokens} --enable-metrics"
     with server(models(case.kind), flags, CHECK_EVERY_BATCH) as dcp:
-        replies = e2e.run_requests(dcp.base_url, want.requests)
+        replies = e2e.run_requests(dcp.base_url, e2e.build_requests())
         info = http_json(f"{dcp.base_url}/server_info")
         metrics = _metrics(dcp)
         log = dcp.log_path.read_text(errors="replace")
+    want = reference(case.kind)
     e2e.assert_equal_to_reference(want.requests, replies, want.replies)
     logical = case.per_rank * case.dcp_size
     assert info["max_total_num_tokens"] == logical

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import e2e
-from servers import plugin_folder, server
+from servers import READY_SECONDS, launched, plugin_folder, server
 from sglang_dcp.demo.client import Reply, greedy, http_json
 from sglang_dcp.demo.server import ServerProcess
 from sglang_dcp.demo.tiny_model import make_tiny_model
@@ -41,13 +41,14 @@ def test_bit_identical_to_sglang_alone_and_bounded_by_its_pool(
     requests = [
         r for r in e2e.build_requests() if len(r.ids) < 200 and not r.concurrent
     ]
-    with server(model, FLAGS) as packaged:
+    env = plugin_folder(tmp_path, "rope_shim", SHIM)
+    env["SGLANG_PLUGINS"] = "rope_shim"
+    with launched(model, FLAGS, env) as alone, server(model, FLAGS) as packaged:
         ours = e2e.run_requests(packaged.base_url, requests)
         info = http_json(f"{packaged.base_url}/server_info")
         too_long = _refusal(packaged, 397)
-    env = plugin_folder(tmp_path, "rope_shim", SHIM)
-    env["SGLANG_PLUGINS"] = "rope_shim"
-    with server(model, FLAGS, env) as alone:
+        packaged.stop()
+        alone.wait_ready(READY_SECONDS)
         theirs: list[Reply] = e2e.run_requests(alone.base_url, requests)
         alone_info = http_json(f"{alone.base_url}/server_info")
     assert ours == theirs

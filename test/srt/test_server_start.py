@@ -48,14 +48,14 @@ def drifted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def test_drifted_sglang_refuses_dcp_and_serves_without(
     model: Path, drifted: dict[str, str]
 ) -> None:
+    plain = "--attention-backend torch_native --max-total-tokens 512"
     with ServerProcess(model, DCP, env=drifted) as refused:
+        with server(model, plain, drifted) as served:
+            assert served.returncode is None
         code = refused.wait_exit(120)
         line = refused.log_tail(1)
     assert code == 2
     assert line.startswith("sglang-dcp: error: ") and TOUCHED in line
-    plain = "--attention-backend torch_native --max-total-tokens 512"
-    with server(model, plain, drifted) as served:
-        assert served.returncode is None
 
 
 REFUSED = {
@@ -139,7 +139,7 @@ def test_engine_takes_the_flags_as_keywords(model: Path, tmp_path: Path) -> None
     env = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     ran = subprocess.run(
         [sys.executable, script, model],
-        env={**env, "CUDA_VISIBLE_DEVICES": ""},
+        env={**env, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,

@@ -36,8 +36,9 @@ class ServerProcess:
     server also ends when the thread that started it ends, even if that was killed.
 
     ``grace`` is how long ``stop`` waits for the server to end by itself, which takes
-    about six seconds; 0 kills it at once. On ``device`` cpu the server sees no GPU, on
-    another one those of ``CUDA_VISIBLE_DEVICES``.
+    about six seconds; 0 kills it at once. On ``device`` cpu the server sees no GPU and
+    its ranks compute with one thread each unless ``OMP_NUM_THREADS`` says otherwise; on
+    another one it sees those of ``CUDA_VISIBLE_DEVICES``.
     """
 
     def __init__(
@@ -173,6 +174,9 @@ def _child_env(more: Mapping[str, str], device: str) -> dict[str, str]:
     env.pop("PYTHONDONTWRITEBYTECODE", None)
     if device == "cpu":
         env["CUDA_VISIBLE_DEVICES"] = ""
+        # Every rank would start a thread for each core of the machine; on few cores they
+        # take six times as long over small models, waiting for each other.
+        env.setdefault("OMP_NUM_THREADS", "1")
     env["HF_HUB_OFFLINE"] = "1"
     env.update(more)
     return env
