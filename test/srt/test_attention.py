@@ -140,8 +140,8 @@ def cases_of(tp_size: int, attn_tp_size: int) -> dict[str, Case]:
         for name in ("mla", "mla-in-parts"):
             case = Case(shapes[name], LIFE, comm, gathers=10**6)
             named[f"{name}-gathered-{comm}"] = case
-            # Of LIFE's three prefills with a prefix the second has 30 positions.
-            named[f"{name}-some-gathered-{comm}"] = case._replace(gathers=30)
+            # LIFE's two prefills with a prefix have 39 and 32 positions.
+            named[f"{name}-some-gathered-{comm}"] = case._replace(gathers=35)
         named[f"bf16-{comm}"] = Case(plain, LIFE, comm, dtype=torch.bfloat16)
     return {f"tp{tp_size}-attn{attn_tp_size}-{k}": v for k, v in named.items()}
 
