@@ -29,6 +29,7 @@ GARBAGE = 300.0
 class Case:
     """One adaptor at work; `scale` is what a checkpoint's fp8 K/V were divided by.
 
+    `gathers` is how many positions of MLA's latents a prefill gathers at most.
     `idle_scale` is one that the layer has and the cache, in the model's dtype, has not.
     """
 
@@ -42,20 +43,29 @@ class Case:
     page_size: int = 1
     device: str = "cuda"
     max_len: int = 1500
+    gathers: int = 0
 
 
 class StashExchange:
     """Notes a rank's partial result; answers with `merged` once it is known."""
 
-    def __init__(self, own: slice) -> None:
-        self._own = own
+    def __init__(self, own: slice, ranks: int) -> None:
+        self._own, self._ranks = own, ranks
         self.all_heads: Optional[Tensor] = None
         self.partial: Optional[tuple[Tensor, Tensor]] = None
         self.merged: Optional[tuple[Tensor, Tensor]] = None
+        self.rows: Optional[Tensor] = None
+        self.all_rows: Optional[Tensor] = None
 
     def gather_heads(self, q: Tensor) -> Tensor:
         assert self.all_heads is not None
         return self.all_heads
+
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        self.rows = rows
+        if self.all_rows is not None:
+            return self.all_rows
+        return rows.repeat(self._ranks, *[1] * (rows.dim() - 1))
 
     def reduce(self, out: Tensor, lse: Tensor, **kwargs: Any) -> Any:
         lse = mask_empty_rows(lse, kwargs["empty_rows"])
@@ -89,11 +99,11 @@ class Rank:
         first = kvp_rank * self.own_heads
         self.own = slice(first, first + self.own_heads)
         self.pool = make_pool(case, slots)
-        views = LocalViewBuilder(table, case.dcp_size, kvp_rank)
+        views = LocalViewBuilder(table, case.dcp_size, kvp_rank, case.gathers)
         runner = LocalRunner(
             make_runner(case, table, self.pool), views.local_table, config
         )
-        self.exchange = StashExchange(self.own)
+        self.exchange = StashExchange(self.own, case.dcp_size)
         self.backend = DcpAttentionBackend(
             make_adaptor(case, runner),
             views,

@@ -235,6 +235,10 @@ class SpyExchange:
         self.calls.append("gather")
         return self._exchange.gather_heads(q)
 
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        self.calls.append("rows")
+        return self._exchange.gather_rows(rows)
+
     def reduce(self, *args: Any, **kwargs: Any) -> Any:
         self.calls.append("reduce+lse" if kwargs.get("return_lse") else "reduce")
         return self._exchange.reduce(*args, **kwargs)

@@ -124,7 +124,8 @@ class Fa3Mla:
         return_softmax_lse: bool,
     ) -> tuple[Tensor, Tensor]:
         assert return_softmax_lse and causal
-        assert max_seqlen_q == max_seqlen_k == int(cu_seqlens_k.diff().max())
+        assert max_seqlen_q == int(cu_seqlens_q.diff().max())
+        assert max_seqlen_k == int(cu_seqlens_k.diff().max())
         lens = cu_seqlens_k.diff().tolist()
         return self._each(
             torch.cat([qv, q], -1).split(cu_seqlens_q.diff().tolist()),

@@ -54,6 +54,10 @@ CASES = {
     "heads128": replace(BASE, shape=latent(128), page_size=16),
     "fp16": replace(BASE, dtype=torch.float16),
     "idle-scale": replace(BASE, idle_scale=0.5),
+    "gathered-kvp2-page16": replace(BASE, page_size=16, gathers=10**6),
+    "gathered-kvp3": replace(BASE, shape=latent(12), dcp_size=3, gathers=10**6),
+    # Of the second step, with its 143 positions, no more.
+    "gathered-the-short": replace(BASE, dcp_size=4, gathers=143),
 }
 FP8_CASE = replace(BASE, kv_dtype=FP8)
 
@@ -81,6 +85,12 @@ def no_event(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.parametrize("name", CASES)
 def test_equals_float64_over_all_keys(name: str, make: Any) -> None:
     serve(CASES[name], STEPS, REPLAYS, make)
+
+
+def test_fp8_latents_are_gathered_as_they_are() -> None:
+    group = serve(replace(FP8_CASE, gathers=10**6), STEPS, REPLAYS, flashinfer)
+    for rank in group.ranks:
+        assert not rank.backend.adaptor._prefix.plans  # type: ignore[attr-defined]
 
 
 def test_flashinfer_reads_fp8_latents_without_a_copy() -> None:
@@ -112,8 +122,8 @@ def test_plans_are_sized_by_the_local_shard() -> None:
 
 def test_each_plan_waits_for_the_one_before(no_event: list[str]) -> None:
     serve(replace(BASE, dcp_size=2), STEPS[:1], [], flashinfer)
-    # Of each rank: no prefix to plan for, then the new tokens by the first layer; at the
-    # end a decode step to capture.
+    # Of each rank: the new tokens, planned by the first layer; at the end a decode step to
+    # capture.
     assert no_event == ["wait", "record", "record"] * 2 + ["wait", "record"] * 2
 
 

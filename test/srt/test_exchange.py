@@ -63,7 +63,8 @@ class TorchGroup:
         self.device_group = self.cpu_group = dist.group.WORLD
 
     def all_gather(self, input_: Tensor, dim: int = -1) -> Tensor:
-        parts = [torch.full_like(input_, NAN) for _ in range(self.world_size)]
+        unset = NAN if input_.is_floating_point() else 255
+        parts = [torch.full_like(input_, unset) for _ in range(self.world_size)]
         dist.all_gather(parts, input_)
         return torch.cat(parts, dim)
 
@@ -142,6 +143,17 @@ def check_gather_heads(group: Any) -> None:
             assert torch.equal(create_exchange(name, group).gather_heads(own), every)
 
 
+def check_gather_rows(group: Any) -> None:
+    rank, draw = group.rank_in_group, torch.Generator().manual_seed(4)
+    for dtype in (torch.float32, torch.bfloat16, torch.float8_e4m3fn):
+        for rows in (0, 1, 5):
+            every = torch.randn(rows * group.world_size, 8, generator=draw).to(dtype)
+            # A part of wider rows, as latents may be.
+            own = torch.stack([every, every])[:, rank * rows : (rank + 1) * rows][1]
+            got = create_exchange("ag_rs", group).gather_rows(own)
+            assert got.dtype == dtype and torch.equal(got.float(), every.float())
+
+
 def check_refuse(group: Any) -> None:
     exchange = create_exchange("a2a", group)
     out, lse = torch.randn(2, OWN_HEADS * group.world_size, 4), torch.randn(2, 1)
@@ -153,7 +165,13 @@ def check_refuse(group: Any) -> None:
         exchange.reduce(out[:, :1], out[:, :1, 0], is_lse_base_on_e=True)
 
 
-OTHER_CHECKS = (check_agree, check_function, check_gather_heads, check_refuse)
+OTHER_CHECKS = (
+    check_agree,
+    check_function,
+    check_gather_heads,
+    check_gather_rows,
+    check_refuse,
+)
 
 
 class LoneGroup:
@@ -165,6 +183,7 @@ def test_one_rank_is_identity(name: str) -> None:
     exchange = create_exchange(name, LoneGroup())  # type: ignore[arg-type]
     out, lse = torch.randn(2, 3, 4), torch.randn(2, 3)
     assert exchange.gather_heads(out) is out
+    assert exchange.gather_rows(out) is out
     assert exchange.reduce(out, lse, is_lse_base_on_e=True) is out
     both = exchange.reduce(out, lse, is_lse_base_on_e=True, return_lse=True)
     assert both[0] is out and both[1] is lse

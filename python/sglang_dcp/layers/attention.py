@@ -16,6 +16,7 @@ from sglang_dcp.distributed.exchange import WorkspaceSpec
 from sglang_dcp.layers.adaptors.base import DcpAdaptor, Partial
 from sglang_dcp.layers.attention_calls import by_head, check_call, whole_rows
 from sglang_dcp.layers.kv_pool import write_kv
+from sglang_dcp.layers.latent_gather import GATHERED_POSITIONS, whole_latents
 from sglang_dcp.layers.layout import own_kv_index
 from sglang_dcp.layers.local_view import LocalView, LocalViewBuilder
 from sglang_dcp.layers.merge import merge_two_states
@@ -82,7 +83,9 @@ class DcpAttentionBackend(AttentionBackend):
 
         context = get_context()
         table = runner.req_to_token_pool.req_to_token
-        views = LocalViewBuilder(table, context.config.dcp_size, context.kvp_rank)
+        gathers = GATHERED_POSITIONS if runner.use_mla_backend else 0
+        ranks = context.config.dcp_size, context.kvp_rank
+        views = LocalViewBuilder(table, *ranks, gathers)
         return cls(
             adaptor.from_runner(LocalRunner(runner, views.local_table, context.config)),
             views,
@@ -152,9 +155,7 @@ class DcpAttentionBackend(AttentionBackend):
         check_call(layer, k, kwargs)
         view = self._current_view()
         if save_kv_cache:
-            write_kv(
-                self.token_to_kv_pool, layer, view.batch.out_cache_loc, k, v, k_rope
-            )
+            self._write(layer, view, k, v, k_rope)
         out = self._exchange.reduce(
             *self._decode(q, q_rope, layer, view.batch),
             is_lse_base_on_e=self.adaptor.is_lse_base_on_e,
@@ -192,45 +193,52 @@ class DcpAttentionBackend(AttentionBackend):
         k_rope: Optional[torch.Tensor] = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """New tokens among themselves, then against the sharded prefix, then merged."""
+        """New tokens against themselves and the prefix, gathered or where it lies."""
         check_call(layer, k, kwargs)
         view = self._current_view()
         q = whole_rows(layer, q, q_rope)
         keys = whole_rows(layer, k, k_rope)
-        new = self.adaptor.extend_new(
-            q, *self._own_kv(q, keys, v, layer), layer, forward_batch
-        )
+        if view.latents is None:
+            out = self._extend_in_parts(q, keys, v, layer, view, forward_batch)
+        else:
+            stored = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
+            keys = whole_latents(view.latents, stored, keys, self._exchange)
+            out = self.adaptor.extend_whole(q, keys, layer, forward_batch)
         # Only now: a write with scales divides K and V in place.
         if save_kv_cache:
-            write_kv(
-                self.token_to_kv_pool, layer, view.batch.out_cache_loc, k, v, k_rope
-            )
-        if not view.reads_keys:
-            return new.out.reshape(q.shape[0], -1)
-        base = self.adaptor.is_lse_base_on_e
-        prefix = self._exchange.reduce(
-            *self.adaptor.extend_prefix(
-                self._exchange.gather_heads(q), layer, view.batch
-            ),
-            is_lse_base_on_e=base,
-            empty_rows=view.empty_rows,
-            return_lse=True,
-        )
-        out, _ = merge_two_states(*new, *prefix, is_lse_base_on_e=base)
-        return out.reshape(q.shape[0], -1).to(q.dtype)
+            self._write(layer, view, k, v, k_rope)
+        return out.reshape(q.shape[0], -1)
 
-    def _own_kv(
+    def _extend_in_parts(
         self,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
         layer: RadixAttention,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of the heads that serve this rank's own query heads, in GQA ratio."""
-        v = v.view(v.shape[0], k.shape[1], layer.v_head_dim)
+        view: LocalView,
+        batch: ForwardBatch,
+    ) -> torch.Tensor:
+        """New tokens among themselves, then against the sharded prefix, then merged."""
+        v = v.view(*k.shape[:2], layer.v_head_dim)
         sizes = (q.shape[1], k.shape[1], self._dcp_size, self._kvp_rank)
         kept = own_kv_index(*sizes, k.device)
-        return k[:, kept], v[:, kept]
+        new = self.adaptor.extend_new(q, k[:, kept], v[:, kept], layer, batch)
+        if not view.reads_keys:
+            return new.out
+        base = self.adaptor.is_lse_base_on_e
+        gathered = self._exchange.gather_heads(q)
+        partial = self.adaptor.extend_prefix(gathered, layer, view.batch)
+        prefix = self._exchange.reduce(
+            *partial,
+            is_lse_base_on_e=base,
+            empty_rows=view.empty_rows,
+            return_lse=True,
+        )
+        out, _ = merge_two_states(*new, *prefix, is_lse_base_on_e=base)
+        return out.to(q.dtype)
+
+    def _write(self, layer: RadixAttention, view: LocalView, *rows: Any) -> None:
+        write_kv(self.token_to_kv_pool, layer, view.batch.out_cache_loc, *rows)
 
     def _current_view(self) -> LocalView:
         if self._view is None:

@@ -7,11 +7,12 @@ One kernel launch a forward on CUDA (`local_view_triton`), plain torch on CPU
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Callable, NamedTuple, Optional
 
 import torch
 
+from sglang_dcp.layers.latent_gather import LatentPlan, plan_latents
 from sglang_dcp.layers.layout import local_lens
 from sglang_dcp.layers.local_view_ref import localise_ref
 
@@ -33,11 +34,14 @@ class LocalView:
         Whether any rank reads keys from its pool; the same on all ranks.
     empty_rows : Tensor [tokens] bool
         Queries whose request has no key on this rank.
+    latents : LatentPlan, optional
+        Where a prefill gathers the prefix from all ranks (MLA).
     """
 
     batch: ForwardBatch
     reads_keys: bool
     empty_rows: torch.Tensor
+    latents: Optional[LatentPlan] = None
 
 
 class Shard(NamedTuple):
@@ -69,12 +73,17 @@ class LocalViewBuilder:
     table : Tensor [requests, positions]
         SGLang's `req_to_token`.
     dcp_size, kvp_rank : int
+    gathers : int
+        Most positions of a prefill batch whose latents are gathered; 0 for GQA.
     """
 
-    def __init__(self, table: torch.Tensor, dcp_size: int, kvp_rank: int) -> None:
+    def __init__(
+        self, table: torch.Tensor, dcp_size: int, kvp_rank: int, gathers: int = 0
+    ) -> None:
         rows, positions = table.shape
         self.local_table = table.new_zeros(rows, -(-positions // dcp_size))
         self._shard = Shard(table, self.local_table, dcp_size, kvp_rank)
+        self._gathers = gathers
         self._localise = _localise_on(table.device)
         self._static: Optional[LocalTensors] = None
 
@@ -106,7 +115,11 @@ class LocalViewBuilder:
             out_cache_loc=torch.empty_like(slots),
             empty_rows=torch.empty_like(slots, dtype=torch.bool),
         )
-        return self._build(batch, lens, lens_cpu, out)
+        view = self._build(batch, lens, lens_cpu, out)
+        if not extend:
+            return view
+        plan = plan_latents(self._shard, batch, self._gathers)
+        return replace(view, latents=plan)
 
     def _build(
         self,

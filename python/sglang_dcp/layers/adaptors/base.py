@@ -85,6 +85,20 @@ class DcpAdaptor(ABC):
         `q` [tokens, own heads, qk_dim]; `k`, `v` cut to the heads that serve them.
         """
 
+    def extend_whole(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        layer: RadixAttention,
+        batch: ForwardBatch,
+    ) -> torch.Tensor:
+        """MLA's new tokens against prefix and new keys at once, causal, per request.
+
+        `q` [tokens, own heads, qk_dim]; `k` [sum of `batch.seq_lens`, 1, qk_dim].
+        Returns [tokens, own heads, v_dim].
+        """
+        raise NotImplementedError(f"{type(self).__name__} is not for latent attention")
+
     @abstractmethod
     def extend_prefix(
         self, q: torch.Tensor, layer: RadixAttention, local: ForwardBatch

@@ -44,6 +44,28 @@ class Fa3MlaAdaptor(Fa3Adaptor):
         batch: ForwardBatch,
     ) -> Partial:
         plan = self.extend_plan()
+        return self._contiguous(q, k, layer, plan.cu_seqlens_q, plan.max_seqlen_q)
+
+    def extend_whole(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        layer: RadixAttention,
+        batch: ForwardBatch,
+    ) -> torch.Tensor:
+        plan = self.extend_plan()
+        ends, longest = plan.cu_seqlens_k, plan.max_seqlen_k
+        return self._contiguous(q, k, layer, ends, longest).out
+
+    def _contiguous(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        layer: RadixAttention,
+        cu_seqlens_k: torch.Tensor,
+        max_seqlen_k: int,
+    ) -> Partial:
+        plan = self.extend_plan()
         q_latent, q_rope = split_latent(q, layer)
         latents, k_rope = split_latent(k, layer)
         return as_partial(
@@ -53,9 +75,9 @@ class Fa3MlaAdaptor(Fa3Adaptor):
                 v=latents,
                 qv=q_latent,
                 cu_seqlens_q=plan.cu_seqlens_q,
-                cu_seqlens_k=plan.cu_seqlens_q,
+                cu_seqlens_k=cu_seqlens_k,
                 max_seqlen_q=plan.max_seqlen_q,
-                max_seqlen_k=plan.max_seqlen_q,
+                max_seqlen_k=max_seqlen_k,
                 softmax_scale=layer.scaling,
                 causal=True,
                 return_softmax_lse=True,

@@ -6,13 +6,17 @@ and plans eager steps from device-side lengths, for which FlashInfer waits for t
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Iterable, NamedTuple, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Optional, Sequence
 
 import torch
 
 from sglang_dcp.layers.adaptors.base import DcpAdaptor, Partial, local_pages
-from sglang_dcp.layers.adaptors.flashinfer import indptr
-from sglang_dcp.layers.adaptors.flashinfer_plan import heads_at_once
+from sglang_dcp.layers.adaptors.flashinfer_plan import (
+    heads_at_once,
+    plan_pages,
+    plan_rows,
+    sizes_of,
+)
 from sglang_dcp.layers.attention_calls import split_latent
 
 if TYPE_CHECKING:
@@ -20,17 +24,6 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 _Parts = tuple[torch.Tensor, torch.Tensor]  # latent and rotary
-
-
-class Sizes(NamedTuple):
-    """What a plan is made of beside lengths."""
-
-    heads: int  # of the attn_tp shard
-    latent_dim: int
-    rope_dim: int
-    scaling: float
-    dtype: torch.dtype
-    kv_dtype: torch.dtype
 
 
 class FlashInferMlaAdaptor(DcpAdaptor):
@@ -55,7 +48,7 @@ class FlashInferMlaAdaptor(DcpAdaptor):
         self._table = runner.req_to_token_pool.req_to_token
         self._pool = runner.token_to_kv_pool
         self._page_size = runner.page_size
-        self._sizes = _sizes(runner)
+        self._sizes = sizes_of(runner)
         self._decode, self._prefix, self._new_tokens = wrappers
         self._prefix_heads = self._new_heads = 0
         self._graph_pages: Optional[torch.Tensor] = None
@@ -81,10 +74,8 @@ class FlashInferMlaAdaptor(DcpAdaptor):
         self._plan_copied.synchronize()
         if not batch.forward_mode.is_extend():
             self._plan_decode(local, self._pages(local))
-        elif any(batch.extend_prefix_lens_cpu):
-            self._plan_prefix(local)
-        # Planned by the first layer, which knows the rank's own heads.
-        self._new_heads = 0
+        # Planned by the first layer, which knows what is needed and the own heads.
+        self._new_heads = self._prefix_heads = 0
         self._plan_copied.record()
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
@@ -119,6 +110,8 @@ class FlashInferMlaAdaptor(DcpAdaptor):
         self, q: torch.Tensor, layer: RadixAttention, local: ForwardBatch
     ) -> Partial:
         """A few heads at a time where a plan holds no more; they share the keys."""
+        if not self._prefix_heads:
+            self._plan_prefix(local)
         parts = [
             self._paged(self._prefix, split_latent(some, layer), layer)
             for some in q.split(self._prefix_heads, dim=1)
@@ -133,8 +126,32 @@ class FlashInferMlaAdaptor(DcpAdaptor):
         layer: RadixAttention,
         batch: ForwardBatch,
     ) -> Partial:
+        return self._contiguous(q, k, layer, batch, batch.extend_seq_lens_cpu)
+
+    def extend_whole(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        layer: RadixAttention,
+        batch: ForwardBatch,
+    ) -> torch.Tensor:
+        lens = batch.seq_lens_cpu.tolist()
+        return self._contiguous(q, k, layer, batch, lens).out
+
+    def _contiguous(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        layer: RadixAttention,
+        batch: ForwardBatch,
+        key_lens: Sequence[int],
+    ) -> Partial:
+        """New tokens against keys that lie request after request, causal."""
         if not self._new_heads:
-            self._plan_new_tokens(q.shape[1], batch)
+            queries = batch.extend_seq_lens_cpu
+            heads = self._new_heads = heads_at_once(queries, q.shape[1])
+            plan_rows(self._new_tokens, self._sizes, heads, queries, key_lens)
+            self._plan_copied.record()
         parts = [
             self._run(self._new_tokens, split_latent(some, layer), k, layer)
             for some in q.split(self._new_heads, dim=1)
@@ -171,61 +188,14 @@ class FlashInferMlaAdaptor(DcpAdaptor):
 
     def _plan_decode(self, local: ForwardBatch, pages: torch.Tensor) -> None:
         queries = [1] * local.batch_size
-        self._plan_pool(self._decode, queries, local, pages, self._sizes.heads)
+        lens = local.seq_lens_cpu
+        plan_pages(self._decode, self._sizes, self._sizes.heads, queries, lens, pages)
 
     def _plan_prefix(self, local: ForwardBatch) -> None:
         queries = local.extend_seq_lens_cpu
-        self._prefix_heads = heads_at_once(queries, self._sizes.heads)
-        self._plan_pool(
-            self._prefix, queries, local, self._pages(local), self._prefix_heads
-        )
-
-    def _plan_pool(
-        self,
-        wrapper: Any,
-        queries: Iterable[int],
-        local: ForwardBatch,
-        pages: torch.Tensor,
-        heads: int,
-    ) -> None:
-        """`pages` [requests or more, width]; a request's first page is at its row."""
-        starts = torch.arange(local.batch_size + 1, dtype=torch.int32)
-        sizes = self._sizes
-        wrapper.plan(
-            indptr(queries),
-            starts * pages.shape[1],
-            pages.view(-1),
-            local.seq_lens_cpu.to(torch.int32),
-            heads,
-            sizes.latent_dim,
-            sizes.rope_dim,
-            self._page_size,
-            False,
-            sizes.scaling,
-            sizes.dtype,
-            sizes.kv_dtype,
-        )
-
-    def _plan_new_tokens(self, own_heads: int, batch: ForwardBatch) -> None:
-        """Keys from the projection, as pages of one token in the order of the tokens."""
-        lens = batch.extend_seq_lens_cpu
-        ends = indptr(lens)
-        self._new_heads = heads_at_once(lens, own_heads)
-        sizes = self._sizes
-        self._new_tokens.plan(
-            ends,
-            ends,
-            torch.arange(int(ends[-1]), dtype=torch.int32, device=self._table.device),
-            ends.diff(),
-            self._new_heads,
-            sizes.latent_dim,
-            sizes.rope_dim,
-            1,
-            True,
-            sizes.scaling,
-            sizes.dtype,
-            sizes.dtype,
-        )
+        heads = self._prefix_heads = heads_at_once(queries, self._sizes.heads)
+        pages = self._pages(local)
+        plan_pages(self._prefix, self._sizes, heads, queries, local.seq_lens_cpu, pages)
         self._plan_copied.record()
 
 
@@ -234,17 +204,3 @@ def _side_by_side(parts: Sequence[Partial]) -> Partial:
         return parts[0]
     outs, lses = zip(*parts)
     return Partial(torch.cat(outs, dim=1), torch.cat(lses, dim=1))
-
-
-def _sizes(runner: Any) -> Sizes:
-    from sglang.srt.runtime_context import get_parallel
-
-    model = runner.model_config
-    return Sizes(
-        model.num_attention_heads // get_parallel().attn_tp_size,
-        model.kv_lora_rank,
-        model.qk_rope_head_dim,
-        model.scaling,
-        runner.dtype,
-        runner.kv_cache_dtype,
-    )

@@ -1,8 +1,13 @@
-"""How much one plan of FlashInfer's MLA kernels holds."""
+"""Plans of FlashInfer's MLA kernels, all from host lengths, and how much one holds."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from sglang_dcp.layers.adaptors.flashinfer import indptr
 
 # Rows (query tokens x heads) of one tile of a thread-block cluster.
 _TILE, _SMALL_TILE = 128, 64
@@ -29,3 +34,67 @@ def _work(queries: Sequence[int], heads: int) -> int:
     small = sum(queries) * heads // len(queries) <= _SMALL_TILE
     tile = _SMALL_TILE if small else _TILE
     return sum(-(-length * heads // tile) for length in queries) + _SPLITS
+
+
+class Sizes(NamedTuple):
+    """What a plan is made of beside lengths."""
+
+    heads: int  # of the attn_tp shard
+    latent_dim: int
+    rope_dim: int
+    scaling: float
+    dtype: torch.dtype
+    kv_dtype: torch.dtype
+    page_size: int
+    device: torch.device
+
+
+def plan_pages(
+    wrapper: Any,
+    sizes: Sizes,
+    heads: int,
+    queries: Iterable[int],
+    lens: torch.Tensor,
+    pages: torch.Tensor,
+) -> None:
+    """Keys in pages of the pool, not causal.
+
+    `lens` [requests] on the host; `pages` [requests or more, width] int32: a request's
+    first page is at its row, which the kernel takes for an offset into all of them.
+    """
+    starts = torch.arange(len(lens) + 1, dtype=torch.int32) * pages.shape[1]
+    where = indptr(queries), starts, pages.view(-1), lens.to(torch.int32)
+    dims = heads, sizes.latent_dim, sizes.rope_dim, sizes.page_size
+    wrapper.plan(*where, *dims, False, sizes.scaling, sizes.dtype, sizes.kv_dtype)
+
+
+def plan_rows(
+    wrapper: Any,
+    sizes: Sizes,
+    heads: int,
+    queries: Iterable[int],
+    keys: Iterable[int],
+) -> None:
+    """Keys in the model's dtype, request after request, as pages of one; causal."""
+    ends = indptr(keys)
+    rows = torch.arange(int(ends[-1]), dtype=torch.int32, device=sizes.device)
+    where = indptr(queries), ends, rows, ends.diff()
+    dims = heads, sizes.latent_dim, sizes.rope_dim, 1
+    wrapper.plan(*where, *dims, True, sizes.scaling, sizes.dtype, sizes.dtype)
+
+
+def sizes_of(runner: Any) -> Sizes:
+    """What SGLang's FlashInfer backend reads of the runner for its plans."""
+    from sglang.srt.runtime_context import get_parallel
+
+    model = runner.model_config
+    return Sizes(
+        model.num_attention_heads // get_parallel().attn_tp_size,
+        model.kv_lora_rank,
+        model.qk_rope_head_dim,
+        model.scaling,
+        runner.dtype,
+        runner.kv_cache_dtype,
+        runner.page_size,
+        runner.req_to_token_pool.req_to_token.device,
+    )

@@ -78,6 +78,22 @@ class TorchNativeAdaptor(DcpAdaptor):
             for qkv in zip(q.split(lens), k.split(lens), v.split(lens))
         )
 
+    def extend_whole(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        layer: RadixAttention,
+        batch: ForwardBatch,
+    ) -> torch.Tensor:
+        latents = k[..., : layer.v_head_dim]
+        lens = batch.seq_lens_cpu.tolist()
+        queries = q.split(list(batch.extend_seq_lens_cpu))
+        rows = zip(queries, k.split(lens), latents.split(lens))
+        return _join(
+            attention_with_lse_ref(*qkv, scaling=layer.scaling, causal=True)
+            for qkv in rows
+        ).out
+
     def _paged(
         self,
         q: torch.Tensor,
