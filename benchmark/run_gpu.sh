@@ -5,7 +5,7 @@
 #   CACHE  archive of compiled kernels, unpacked into $HOME; they name SITE by its path
 #   FA3    archive of FlashAttention-3, unpacked into SITE
 #   OUT    where logs and results go
-#   PARTS  which of: kernels exchange adaptors latents server bf16 mla dtypes fused limits bench
+#   PARTS  which of: kernels exchange symm adaptors latents server bf16 mla dtypes fused limits bench
 #          decode fill off serving; limits compares what fits into free memory, so by itself
 #   ARGS   options of the last four, as "--contexts 32768 --profile 32768 8"
 #   MIXING which values of NCCL_GRAPH_MIXING_SUPPORT to measure with
@@ -44,6 +44,7 @@ tests=test/srt/test_
 wanted kernels && run_tests kernels 200 -n 10 \
   ${tests}merge_gpu.py ${tests}merge_peers_gpu.py ${tests}local_view_gpu.py &
 wanted exchange && run_tests exchange 240 ${tests}exchange_gpu.py &
+wanted symm && run_tests symm 550 ${tests}symm_a2a_gpu.py ${tests}symm_a2a_ranks_gpu.py &
 wanted adaptors && run_tests adaptors 300 ${tests}adaptors_gpu.py &
 wanted latents && run_tests latents 500 ${tests}adaptors_mla_gpu.py &
 wanted server && run_tests server 270 -s ${tests}server_gpu.py &
@@ -58,7 +59,7 @@ tar -C /tmp --ignore-failed-read -czf "$OUT/server-logs.tgz" \
 
 if wanted bench; then
   for mixing in ${MIXING:-1 0}; do
-    NCCL_GRAPH_MIXING_SUPPORT=$mixing timeout 100 python3 benchmark/bench_exchange.py \
+    NCCL_GRAPH_MIXING_SUPPORT=$mixing timeout 250 python3 benchmark/bench_exchange.py \
       "$OUT/exchange-mixing$mixing.csv" >"$OUT/bench$mixing.log" 2>&1
     say "bench with NCCL_GRAPH_MIXING_SUPPORT=$mixing ended with $?"
   done
@@ -78,7 +79,7 @@ wanted fill && run_bench fill benchmark/bench_decode.py "$OUT/fill.csv" --check-
 wanted off && run_bench off benchmark/bench_decode.py "$OUT/off.csv" --check-off
 wanted serving && run_bench serving benchmark/bench_serving.py "$OUT/serving.jsonl"
 
-for part in kernels exchange adaptors server bf16 dtypes fused limits; do
+for part in kernels exchange symm adaptors server bf16 dtypes fused limits; do
   wanted "$part" || continue
   echo "== $part"
   grep -E "ratio|max \|d|^(FAILED|ERROR)|passed|failed|error" "$OUT/$part.log" | tail -12 | cut -c1-400
@@ -86,6 +87,6 @@ done
 for log in "$OUT"/bench?.log; do
   [[ -e $log ]] || continue
   echo "== $log"
-  tail -12 "$log" | cut -c1-400
+  tail -20 "$log" | cut -c1-400
 done
 say end
