@@ -111,6 +111,7 @@ def whole_latents(
     new : Tensor [tokens, 1, qk_dim]
         From the projection.
     """
-    own = stored[plan.slots].flatten(1)
-    every = exchange.gather_rows(own)
+    # In fp8, bytes: not every operator knows the type.
+    raw = stored if stored.itemsize > 1 else stored.view(torch.uint8)
+    every = exchange.gather_rows(raw[plan.slots].flatten(1)).view(stored.dtype)
     return torch.cat([every.to(new.dtype), new.flatten(1)])[plan.order].unsqueeze(1)

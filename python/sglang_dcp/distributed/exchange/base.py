@@ -66,11 +66,7 @@ class Exchange(ABC):
         """All-gather [n, D], the same n on every rank, to [N * n, D] in rank order."""
         if self.group.world_size == 1 or not len(rows):
             return rows
-        if rows.itemsize > 1:
-            return self.group.all_gather(rows.contiguous(), dim=0)
-        # Neither NCCL nor gloo knows fp8.
-        as_bytes = self.group.all_gather(rows.contiguous().view(torch.uint8), dim=0)
-        return as_bytes.view(rows.dtype)
+        return self.group.all_gather(rows.contiguous(), dim=0)
 
     @overload
     def reduce(

@@ -94,7 +94,7 @@ class DcpAdaptor(ABC):
     ) -> torch.Tensor:
         """MLA's new tokens against prefix and new keys at once, causal, per request.
 
-        `q` [tokens, own heads, qk_dim]; `k` [sum of `batch.seq_lens`, 1, qk_dim].
+        `q` [tokens, own heads, qk_dim]; `k` [sum of `key_lens`, 1, qk_dim].
         Returns [tokens, own heads, v_dim].
         """
         raise NotImplementedError(f"{type(self).__name__} is not for latent attention")
@@ -158,6 +158,12 @@ def local_pages(
     longest = max(int(local.seq_lens_cpu.max()), 1)
     slots = table[local.req_pool_indices, :longest:page_size]
     return (slots // page_size).to(torch.int32)
+
+
+def key_lens(batch: ForwardBatch) -> list[int]:
+    """Prefix and new tokens of each request of an extend forward, from the host."""
+    lens = zip(batch.extend_prefix_lens_cpu, batch.extend_seq_lens_cpu)
+    return [prefix + new for prefix, new in lens]
 
 
 def kv_scales(

@@ -22,8 +22,6 @@ class ExtendPlan:
     max_seqlen_q: int
     page_table: torch.Tensor  # [requests, pages] int32, of the local prefix
     cache_seqlens: torch.Tensor  # [requests] int32, local prefix lengths
-    cu_seqlens_k: torch.Tensor  # [requests + 1] int32, prefix and new tokens
-    max_seqlen_k: int
 
 
 class Fa3Adaptor(PlannedAdaptor):
@@ -117,12 +115,10 @@ class Fa3Adaptor(PlannedAdaptor):
     def _plan_extend(self, batch: ForwardBatch, local: ForwardBatch) -> ExtendPlan:
         inner = self._inner
         return ExtendPlan(
-            cu_seqlens_q=_ends(batch.extend_seq_lens),
+            cu_seqlens_q=cumulated(batch.extend_seq_lens),
             max_seqlen_q=max(batch.extend_seq_lens_cpu),
             page_table=local_pages(inner.req_to_token, local, inner.page_size),
             cache_seqlens=local.seq_lens.to(torch.int32),
-            cu_seqlens_k=_ends(batch.seq_lens),
-            max_seqlen_k=int(batch.seq_lens_cpu.max()),
         )
 
     def decode_plan(self) -> dict[str, Any]:
@@ -143,7 +139,8 @@ class Fa3Adaptor(PlannedAdaptor):
         return self._extend
 
 
-def _ends(lens: torch.Tensor) -> torch.Tensor:
+def cumulated(lens: torch.Tensor) -> torch.Tensor:
+    """From 0 on, [lengths + 1] int32."""
     ends = torch.cumsum(lens, 0, dtype=torch.int32)
     return torch.nn.functional.pad(ends, (1, 0))
 

@@ -6,12 +6,12 @@ Q and K, and latent queries with the latents, which it takes as QV and V.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 
-from sglang_dcp.layers.adaptors.base import Partial
-from sglang_dcp.layers.adaptors.fa3 import Fa3Adaptor, as_partial
+from sglang_dcp.layers.adaptors.base import Partial, key_lens
+from sglang_dcp.layers.adaptors.fa3 import Fa3Adaptor, as_partial, cumulated
 from sglang_dcp.layers.attention_calls import split_latent
 
 if TYPE_CHECKING:
@@ -25,6 +25,15 @@ class Fa3MlaAdaptor(Fa3Adaptor):
     The cache must be in the queries' dtype: FA3 has no kernel for fp8 latents, and
     casting the pool would copy all of it in every layer.
     """
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__(inner)
+        # Ends of the requests' keys, and the most of one; made by the first layer.
+        self._whole: Optional[tuple[torch.Tensor, int]] = None
+
+    def init_forward_metadata(self, batch: ForwardBatch, local: ForwardBatch) -> None:
+        super().init_forward_metadata(batch, local)
+        self._whole = None
 
     def decode_parts(
         self,
@@ -53,9 +62,10 @@ class Fa3MlaAdaptor(Fa3Adaptor):
         layer: RadixAttention,
         batch: ForwardBatch,
     ) -> torch.Tensor:
-        plan = self.extend_plan()
-        ends, longest = plan.cu_seqlens_k, plan.max_seqlen_k
-        return self._contiguous(q, k, layer, ends, longest).out
+        if self._whole is None:
+            lens = batch.extend_prefix_lens + batch.extend_seq_lens
+            self._whole = cumulated(lens), max(key_lens(batch))
+        return self._contiguous(q, k, layer, *self._whole).out
 
     def _contiguous(
         self,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Optional, Sequence
 
 import torch
 
-from sglang_dcp.layers.adaptors.base import DcpAdaptor, Partial, local_pages
+from sglang_dcp.layers.adaptors.base import DcpAdaptor, Partial, key_lens, local_pages
 from sglang_dcp.layers.adaptors.flashinfer_plan import (
     heads_at_once,
     plan_pages,
@@ -135,8 +135,7 @@ class FlashInferMlaAdaptor(DcpAdaptor):
         layer: RadixAttention,
         batch: ForwardBatch,
     ) -> torch.Tensor:
-        lens = batch.seq_lens_cpu.tolist()
-        return self._contiguous(q, k, layer, batch, lens).out
+        return self._contiguous(q, k, layer, batch, key_lens(batch)).out
 
     def _contiguous(
         self,
@@ -144,13 +143,13 @@ class FlashInferMlaAdaptor(DcpAdaptor):
         k: torch.Tensor,
         layer: RadixAttention,
         batch: ForwardBatch,
-        key_lens: Sequence[int],
+        keys: Sequence[int],
     ) -> Partial:
         """New tokens against keys that lie request after request, causal."""
         if not self._new_heads:
             queries = batch.extend_seq_lens_cpu
             heads = self._new_heads = heads_at_once(queries, q.shape[1])
-            plan_rows(self._new_tokens, self._sizes, heads, queries, key_lens)
+            plan_rows(self._new_tokens, self._sizes, heads, queries, keys)
             self._plan_copied.record()
         parts = [
             self._run(self._new_tokens, split_latent(some, layer), k, layer)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Iterable
 import torch
 
 from sglang_dcp.context import find_context
-from sglang_dcp.layers.adaptors.base import DcpAdaptor, Partial
+from sglang_dcp.layers.adaptors.base import DcpAdaptor, Partial, key_lens
 from sglang_dcp.layers.attention_ref import attention_with_lse_ref
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class TorchNativeAdaptor(DcpAdaptor):
         batch: ForwardBatch,
     ) -> torch.Tensor:
         latents = k[..., : layer.v_head_dim]
-        lens = batch.seq_lens_cpu.tolist()
+        lens = key_lens(batch)
         queries = q.split(list(batch.extend_seq_lens_cpu))
         rows = zip(queries, k.split(lens), latents.split(lens))
         return _join(
