@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Optional
 
 from sglang_dcp.distributed.exchange import exchange_class
+from sglang_dcp.distributed.exchange.symm_a2a_kernel import MAX_WORLD_SIZE
 from sglang_dcp.distributed.topology import Layout, divisors
 
 
@@ -80,6 +81,11 @@ def resolve_config(
         exchange_class(comm_backend)
     except ValueError as error:
         raise DcpConfigError(str(error)) from None
+    if comm_backend == "symm_a2a" and layout.dcp_size > MAX_WORLD_SIZE:
+        raise DcpConfigError(
+            f"--dcp-comm-backend symm_a2a serves up to {MAX_WORLD_SIZE} KVP ranks, not "
+            f"{layout.dcp_size}; use a2a or ag_rs, or a larger --attn-tp-size"
+        )
     if layout.dcp_size > 1:
         return DcpConfig(layout, comm_backend, replicate_q_proj)
     if comm_backend != "ag_rs":

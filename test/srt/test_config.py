@@ -84,6 +84,12 @@ def test_every_combination_of_backend_and_replication(
             id="unknown-backend",
         ),
         pytest.param(
+            (16, 16, None),
+            {"comm_backend": "symm_a2a"},
+            ["--dcp-comm-backend symm_a2a", "up to 8 KVP ranks, not 16", "use a2a"],
+            id="too-many-ranks",
+        ),
+        pytest.param(
             (4, None, None),
             {"comm_backend": "a2a"},
             ["--dcp-comm-backend a2a", "needs --dcp-size > 1", "drop the flag"],

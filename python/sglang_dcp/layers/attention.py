@@ -257,5 +257,6 @@ def _workspace_spec(runner: Any) -> WorkspaceSpec:
         tokens=runner.req_to_token_pool.size,
         heads=model.num_attention_heads // runner.server_args.tp_size,
         row_bytes=dim * runner.dtype.itemsize,
-        timeout_s=runner.server_args.watchdog_timeout,
+        # Before SGLang's watchdog, which could not name the ranks.
+        timeout_s=0.8 * runner.server_args.watchdog_timeout,
     )

@@ -39,6 +39,7 @@ constexpr int MAX_ROWS = 32;
 constexpr int ROWS = THREADS / VECTORS < MAX_ROWS ? THREADS / VECTORS : MAX_ROWS;
 constexpr int CHUNK_BYTES = THREADS * 16 + MAX_ROWS * 4;
 constexpr int SPINS_BETWEEN_CLOCKS = 4096;
+constexpr u64 TIME_TO_TELL_NS = 1000000000;
 
 static_assert(ROWS >= 1, "a row must fit a block");
 
@@ -140,6 +141,8 @@ struct Patience {
     __threadfence_system();
     ((volatile u32*)ws.fault)[0] = 1 + RANK;
     __threadfence_system();
+    // Whoever meets the CUDA error ends the process: its log shall have the reason by then.
+    for (u64 told = clock_ns(); clock_ns() - told < TIME_TO_TELL_NS;) __nanosleep(1000);
     __trap();
   }
 };
@@ -296,7 +299,7 @@ __device__ void combine(const float (&lses)[WORLD][MAX_ROWS],
 }
 
 // Partial outputs of all heads in, merged outputs [rows, VECTORS x 16 bytes] of own heads out.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     reduce_heads(const __grid_constant__ Workspace ws, const __grid_constant__ Partial partial,
                  uint4* out, float* merged_lse, int rows) {
   __shared__ float shared_lses[WORLD][MAX_ROWS];
@@ -331,7 +334,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #else
 
 // Own heads [rows of tokens x heads] in, heads of all ranks [tokens, WORLD x heads] out.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
     gather_heads(const __grid_constant__ Workspace ws, const char* own, i64 own_token, i64 own_head, uint4* out,
                  int heads, int rows) {
   const int chunks = (rows + ROWS - 1) / ROWS;

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 # What one rank sends one peer in a call. Beyond it the bytes dominate, and NCCL moves
 # those as fast: the inboxes would only cost memory.
-MAX_PAYLOAD_BYTES = 4 << 20
+MAX_PAYLOAD_BYTES = 8 << 20
 # Where a word that is all ones, and the one sent in its place, are NaNs and nothing else.
 GATHERED_DTYPES = (*kernels.ELEMENTS, torch.float8_e4m3fn, torch.float8_e5m2)
 
