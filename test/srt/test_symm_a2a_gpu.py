@@ -170,7 +170,11 @@ def simulate(folder: Path) -> int:
     # Fresh tensors hold NaN: an element that no kernel writes shows.
     torch.use_deterministic_algorithms(True)
     assert torch.ones(1, device="cuda").new_empty(3).isnan().all()
-    outcomes = {name: fault_of(check) for name, check in checks()}
+    outcomes = {}
+    for name, check in checks():
+        # A check that hangs is the last one named.
+        print(name, file=sys.stderr, flush=True)
+        outcomes[name] = fault_of(check)
     torch.cuda.synchronize()
     (folder / "0.json").write_text(json.dumps(outcomes))
     return 0
