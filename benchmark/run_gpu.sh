@@ -46,7 +46,7 @@ wanted kernels && run_tests kernels 200 -n 10 \
 wanted exchange && run_tests exchange 240 ${tests}exchange_gpu.py &
 wanted symm && run_tests symm 550 ${tests}symm_a2a_gpu.py ${tests}symm_a2a_ranks_gpu.py &
 wanted adaptors && run_tests adaptors 300 ${tests}adaptors_gpu.py &
-wanted latents && run_tests latents 500 ${tests}adaptors_mla_gpu.py &
+wanted latents && run_tests latents 500 -n 6 ${tests}adaptors_mla_gpu.py &
 wanted server && run_tests server 270 -s ${tests}server_gpu.py &
 wanted bf16 && run_tests bf16 500 -s ${tests}server_gpu_bf16.py &
 wanted mla && run_tests mla 550 -s ${tests}server_gpu_mla.py &

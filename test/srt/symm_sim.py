@@ -131,5 +131,5 @@ class SimulatedRanks:
 
         Compiling, loading and cudaMalloc may wait for what runs on the GPU.
         """
-        with patch("cuda.bindings.driver.cuLaunchKernelEx", return_value=(0,)):
+        with patch("cuda.bindings.driver.cuLaunchKernel", return_value=(0,)):
             self.launch(call, range(self.world_size))

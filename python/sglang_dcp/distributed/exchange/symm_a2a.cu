@@ -118,9 +118,6 @@ __device__ void empty_vector(char* at) {
   *(uint4*)at = make_uint4(EMPTY, EMPTY, EMPTY, EMPTY);
 }
 
-// Launched before the kernel ahead of it has ended; nothing may be read or stored until then.
-__device__ void wait_for_predecessor() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-
 __device__ u64 clock_ns() {
   u64 now;
   asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
@@ -304,7 +301,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                  uint4* out, float* merged_lse, int rows) {
   __shared__ float shared_lses[WORLD][MAX_ROWS];
   const int chunks = (rows + ROWS - 1) / ROWS;
-  wait_for_predecessor();
   for (int chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
     Place at = place_of(chunk, rows);
     if (at.active) send_partial(ws, partial, at, chunk, ws.uses[chunk]);
@@ -338,7 +334,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     gather_heads(const __grid_constant__ Workspace ws, const char* own, i64 own_token, i64 own_head, uint4* out,
                  int heads, int rows) {
   const int chunks = (rows + ROWS - 1) / ROWS;
-  wait_for_predecessor();
   auto target = [&](const Place& at, int of_rank) {
     i64 token = at.row / heads, head = of_rank * heads + at.row % heads;
     return out + (token * WORLD * heads + head) * VECTORS + at.vec;

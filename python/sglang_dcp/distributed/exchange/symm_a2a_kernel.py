@@ -24,9 +24,6 @@ MAX_ROWS = 32
 CHUNK_BYTES = THREADS * VECTOR_BYTES + MAX_ROWS * 4
 MAX_WORLD_SIZE = 8
 ELEMENTS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
-# Whether a launch may overlap the end of the kernel before it (programmatic dependent
-# launch). The kernels wait for its results before they touch memory.
-LAUNCHED_EARLY = True
 _SOURCE = Path(__file__).with_name("symm_a2a.cu")
 
 
@@ -233,26 +230,16 @@ class _Kernel:
         blocks = min(chunks, workspace.max_blocks or self._resident_blocks)
         values = (_argument(workspace), *arguments)
         pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
-        at = ctypes.addressof(pointers)
+        stream = torch.cuda.current_stream().cuda_stream
         _checked(
-            driver.cuLaunchKernelEx(_launch_config(blocks), self._function, at, 0)
+            driver.cuLaunchKernel(
+                self._function,
+                *(blocks, 1, 1),
+                *(THREADS, 1, 1),
+                *(0, stream),
+                *(ctypes.addressof(pointers), 0),
+            )
         )
-
-
-def _launch_config(blocks: int) -> Any:
-    """On the current stream, set up while the kernel before it ends."""
-    from cuda.bindings import driver
-
-    config = driver.CUlaunchConfig()
-    config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
-    config.blockDimX, config.blockDimY, config.blockDimZ = THREADS, 1, 1
-    config.hStream = torch.cuda.current_stream().cuda_stream
-    early = driver.CUlaunchAttribute()
-    names = driver.CUlaunchAttributeID
-    early.id = names.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-    early.value.programmaticStreamSerializationAllowed = int(LAUNCHED_EARLY)
-    config.attrs, config.numAttrs = [early], 1
-    return config
 
 
 @lru_cache(maxsize=None)
