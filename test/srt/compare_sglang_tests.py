@@ -11,7 +11,6 @@ plugin loaded. A test that cannot pass here has to fail with the same words.
 from __future__ import annotations
 
 import json
-import os
 import re
 import sys
 import tempfile
@@ -22,7 +21,7 @@ from xml.etree import ElementTree
 
 import patch_trees
 from sglang_dcp.patch import cli
-from utils import run_python
+from utils import python_path, run_python
 
 # Loads the plugin if asked to, runs pytest, and leaves the names of SGLang's modules.
 RUN = """
@@ -65,13 +64,12 @@ def make_forms(folder: Path) -> dict[str, Form]:
 def run_file(file: Path, form: Form, folder: Path) -> tuple[Outcomes, set[str]]:
     """Outcome by test, and the SGLang modules that the run imported."""
     report, loaded = folder / "report.xml", folder / "loaded.json"
-    path = [str(form.tree), os.environ.get("PYTHONPATH", "")]
     done = run_python(
         *("-c", RUN, "plugin" if form.plugin else "none", str(loaded), str(file)),
         *("-q", "-p", "no:cacheprovider", "--rootdir", str(file.parent)),
         f"--junitxml={report}",
         timeout_s=600,
-        PYTHONPATH=os.pathsep.join(filter(None, path)),
+        PYTHONPATH=python_path(form.tree),
         SGLANG_PLUGINS="sglang_dcp" if form.plugin else "none",
         HF_HUB_OFFLINE="1",
     )

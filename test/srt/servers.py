@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sglang_dcp.demo.server import ServerProcess
+from utils import python_path
 
 READY_SECONDS = 300
 
@@ -44,4 +45,4 @@ def plugin_folder(folder: Path, name: str, source: str) -> dict[str, str]:
     (info / "entry_points.txt").write_text(
         f"[sglang.srt.plugins]\n{name} = {name}:load\n"
     )
-    return {"PYTHONPATH": str(folder)}
+    return {"PYTHONPATH": python_path(folder)}

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import json
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator
 
 import pytest
 
-import compare_sglang_tests
 import patch_trees
 from sglang_dcp import patched
 from sglang_dcp.patch import cli
 from sglang_dcp.seams import CPU_SEAMS, active_seams
-from utils import Finished, run_python
+from utils import Finished, python_path, run_python
 
 OFF = {"SGLANG_PLUGINS": "none"}
+INTERPRETED = {**OFF, "TRITON_INTERPRET": "1"}
+Scripts = dict[str, Future[Finished]]
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +33,47 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return package.parent
 
 
-def status(tree: Path, **env: str) -> Finished:
-    return run_python("-m", "sglang_dcp", "status", PYTHONPATH=str(tree), **env)
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with an unpatched one."""
+    return patch_trees.linked_copy(tmp_path_factory.mktemp("pristine")).parent
 
 
-def test_status_without_the_plugin(tree: Path) -> None:
-    done = status(tree, **OFF)
+@pytest.fixture(scope="module")
+def half(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with one file of eighteen patched."""
+    package = patch_trees.linked_copy(tmp_path_factory.mktemp("half"))
+    name = "srt/layers/linear.py"
+    (package / name).write_bytes((tree / "sglang" / name).read_bytes())
+    return package.parent
+
+
+@pytest.fixture(scope="module")
+def scripts(
+    tree: Path, pristine: Path, half: Path, tiny_llama: str
+) -> Iterator[Scripts]:
+    """What each script left behind; two run at once, as each is one core's work."""
+    status = ("-m", "sglang_dcp", "status")
+    runs = {
+        "status": (status, tree, OFF),
+        "half-patched": (status, half, {}),
+        "plugin-off": (("-c", IN_A_PATCHED_PROCESS, tiny_llama), tree, OFF),
+        "plugin-on": (("-c", IN_A_PATCHED_PROCESS, tiny_llama), tree, {}),
+        "merge-fixed": (("-c", MERGE_WITH_NAN), tree, INTERPRETED),
+        "merge-unfixed": (("-c", MERGE_WITH_NAN), pristine, INTERPRETED),
+    }
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        yield {
+            name: pool.submit(
+                run_python, *arguments, PYTHONPATH=python_path(folder), **env
+            )
+            for name, (arguments, folder, env) in runs.items()
+        }
+        pool.shutdown(cancel_futures=True)
+
+
+def test_status_without_the_plugin(scripts: Scripts) -> None:
+    done = scripts["status"].result()
     assert done.code == 0, done.stdout + done.stderr[-2000:]
     lines = done.stdout.splitlines()
     listed = [line.split()[:2] for line in lines[1:-1]]
@@ -44,11 +81,8 @@ def test_status_without_the_plugin(tree: Path) -> None:
     assert lines[-1] == f"{len(listed)} seams: {len(listed)} patched"
 
 
-def test_half_patched_is_refused(tree: Path, tmp_path: Path) -> None:
-    package = patch_trees.linked_copy(tmp_path)
-    name = "srt/layers/linear.py"
-    (package / name).write_bytes((tree / "sglang" / name).read_bytes())
-    done = status(tmp_path)
+def test_half_patched_is_refused(scripts: Scripts) -> None:
+    done = scripts["half-patched"].result()
     assert done.code == 1, done.stdout + done.stderr[-2000:]
     lines = done.stdout.splitlines()
     assert lines[-1].startswith(
@@ -111,12 +145,10 @@ ServerArgs.from_cli_args(parser.parse_args(flags + more))
 """
 
 
-@pytest.mark.parametrize("env", [OFF, {}], ids=["plugin-off", "plugin-on"])
-def test_patched_process(env: dict[str, str], tree: Path, tiny_llama: str) -> None:
+@pytest.mark.parametrize("run", ["plugin-off", "plugin-on"])
+def test_patched_process(run: str, scripts: Scripts) -> None:
     """The plugin, where it loads, finds nothing to hook."""
-    done = run_python(
-        "-c", IN_A_PATCHED_PROCESS, tiny_llama, PYTHONPATH=str(tree), **env
-    )
+    done = scripts[run].result()
     assert done.stdout, done.stderr[-3000:]
     out: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     assert out.pop("refused").startswith("--attn-tp-size 1 and --dcp-size 1 disagree")
@@ -148,50 +180,14 @@ print(json.dumps([out[:, 0, 0].tolist(), merged.tolist()]))
 """
 
 
-@pytest.mark.parametrize("fixed", [True, False])
-def test_mla_merge_with_an_empty_rank(fixed: bool, tree: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fixed", [True, False], ids=["fixed", "unfixed"])
+def test_mla_merge_with_an_empty_rank(fixed: bool, scripts: Scripts) -> None:
     """SGLang's Triton kernel in the interpreter; unfixed it shows the defect."""
-    folder = tree if fixed else patch_trees.linked_copy(tmp_path).parent
-    done = run_python(
-        "-c", MERGE_WITH_NAN, PYTHONPATH=str(folder), TRITON_INTERPRET="1", **OFF
-    )
+    done = scripts["merge-fixed" if fixed else "merge-unfixed"].result()
     assert done.stdout, done.stderr[-3000:]
     [empty, whole], _ = json.loads(done.stdout.splitlines()[-1])
     assert whole == pytest.approx(2 / 3)
     assert (empty == 0.0) == fixed
-
-
-FORMS_DIFFER = """
-import pathlib, unittest
-from importlib.util import find_spec
-SOURCE = pathlib.Path(find_spec("sglang").origin).parent / "srt" / "server_args.py"
-class TestForms(unittest.TestCase):
-    def test_other(self):
-        self.assertNotIn("sglang_dcp.patched", SOURCE.read_text().split())
-    def test_same(self):
-        self.assertTrue(SOURCE.exists())
-    def test_fails_alike(self):
-        raise ValueError(f"{SOURCE} at {id(self):#x}")
-"""
-
-
-def test_compared_tests_that_differ_are_named(
-    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / "test_forms.py"
-    file.write_text(FORMS_DIFFER)
-    pristine = patch_trees.linked_copy(tmp_path / "pristine").parent
-    forms = {
-        "pristine": compare_sglang_tests.Form(pristine),
-        "patched": compare_sglang_tests.Form(tree),
-    }
-    [line] = compare_sglang_tests.compare(file, forms, tmp_path)
-    assert line.startswith("patched: test_forms.TestForms::test_other: passed -> fail")
-    counts = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
-    assert counts[1:] == [
-        ["pristine", "1 failure, 2 passed"],
-        ["patched", "2 failure, 1 passed"],
-    ]
 
 
 WITHOUT_SGLANG = """

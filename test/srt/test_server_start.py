@@ -10,7 +10,9 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Iterator
 
 import psutil
 import pytest
@@ -18,6 +20,7 @@ import pytest
 from servers import READY_SECONDS, plugin_folder, server
 from sglang_dcp.demo.server import ServerProcess, run_to_exit
 from sglang_dcp.demo.tiny_model import make_tiny_model
+from utils import python_path
 
 pytestmark = pytest.mark.server
 
@@ -42,7 +45,7 @@ def drifted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     text = target.read_text()
     target.unlink()
     target.write_text(text + "\n")
-    return {"PYTHONPATH": str(root)}
+    return {"PYTHONPATH": python_path(root)}
 
 
 def test_drifted_sglang_refuses_dcp_and_serves_without(
@@ -74,11 +77,23 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("args, parts", REFUSED.values(), ids=REFUSED.keys())
+@pytest.fixture(scope="module")
+def refusals(model: Path) -> Iterator[dict[str, Future[tuple[int, str]]]]:
+    """Exit status and output of each; two run at once, as each is one core's work."""
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        yield {
+            name: pool.submit(run_to_exit, model, args)
+            for name, (args, _) in REFUSED.items()
+        }
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("name", REFUSED)
 def test_refused_with_one_line(
-    model: Path, args: list[str], parts: tuple[str, ...]
+    name: str, refusals: dict[str, Future[tuple[int, str]]]
 ) -> None:
-    code, output = run_to_exit(model, args)
+    code, output = refusals[name].result()
+    _, parts = REFUSED[name]
     assert code == 2
     assert "Traceback" not in output and "Load weight begin" not in output
     last = output.strip().splitlines()[-1]

@@ -19,6 +19,8 @@ from typing import Any, Callable, Iterable, Iterator, NamedTuple
 
 import pytest
 
+import sglang_dcp
+
 # Of a whole script on a busy machine; importing SGLang alone takes most of it.
 SCRIPT_TIMEOUT_S = 300
 # Of one collective: how long a rank waits for one that failed.
@@ -63,6 +65,11 @@ def run_command(*command: str, timeout_s: float, **environment: str) -> Finished
         _, stderr = process.communicate()
         pytest.fail(f"no end after {timeout_s} s\n{stderr[-4000:]}")
     return Finished(process.returncode, stdout, stderr)
+
+
+def python_path(folder: Path) -> str:
+    """PYTHONPATH of a process: `folder`, then the package that this process tests."""
+    return os.pathsep.join([str(folder), str(Path(sglang_dcp.__file__).parents[1])])
 
 
 class Worlds:
