@@ -28,7 +28,6 @@ import decode_peer  # noqa: E402
 from decode_layouts import Layout, default_layouts  # noqa: E402
 from decode_models import MODELS, default_model, kv_copies, write_model  # noqa: E402
 from decode_ranks import received  # noqa: E402
-
 from utils import python_path, run_python  # noqa: E402
 
 # Own arguments of SGLang, as if this were a GPU machine, in a process without the package.
@@ -79,7 +78,8 @@ def test_latents_of_the_peer_are_read_by_flashinfer() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "2", "2:a2a:r", "1:a2a", "upstream:2:q", "upstream:1", "2:a2a@", "x:a2a"]
+    "text",
+    ["", "2", "2:a2a:r", "1:a2a", "upstream:2:q", "upstream:1", "2:a2a@", "x:a2a"],
 )
 def test_no_layout(text: str) -> None:
     with pytest.raises(ValueError):
@@ -135,7 +135,11 @@ def test_serving_starts_the_first_layout_alone() -> None:
 def test_two_ranks_of_the_stand_in_are_two_of_eight() -> None:
     whole, part = MODELS["Qwen3-30B-A3B"], MODELS[default_model(2)]
     cut = {name for name in whole if whole[name] != part[name]}
-    assert cut == {"num_attention_heads", "num_key_value_heads", "moe_intermediate_size"}
+    assert cut == {
+        "num_attention_heads",
+        "num_key_value_heads",
+        "moe_intermediate_size",
+    }
     for name in ("num_attention_heads", "moe_intermediate_size"):
         assert part[name] // 2 == whole[name] // 8
     assert kv_copies(default_model(2), 2) == kv_copies("Qwen3-30B-A3B", 8) == 2
@@ -145,7 +149,8 @@ def test_two_ranks_of_the_stand_in_are_two_of_eight() -> None:
 
 
 @pytest.mark.parametrize(
-    "model, backend", [("Qwen3-30B-A3B/4", "triton"), ("DeepSeek-V2-Lite", "flashinfer")]
+    "model, backend",
+    [("Qwen3-30B-A3B/4", "triton"), ("DeepSeek-V2-Lite", "flashinfer")],
 )
 def test_arguments_of_the_peer(model: str, backend: str, tmp_path: Path) -> None:
     write_model(tmp_path, model, 4096)
@@ -193,7 +198,9 @@ def engine_over(tokens: int, page: int, rank_tokens: int) -> decode_engine.Engin
 
 @pytest.mark.parametrize("scattered", (True, False))
 @pytest.mark.parametrize("batch, length", [(1, 1999), (3, 1001), (8, 7)])
-def test_slots_of_the_peer_are_logical(batch: int, length: int, scattered: bool) -> None:
+def test_slots_of_the_peer_are_logical(
+    batch: int, length: int, scattered: bool
+) -> None:
     # As `kv_cache_configurator.py` widens them.
     engine = engine_over(TOKENS * KVP, PAGE * KVP, TOKENS)
     assert engine._place(batch, length, scattered=scattered) is None
