@@ -21,9 +21,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 import symm_build
+import symm_checks as one_gpu
 import symm_layers
 import symm_sim
-import test_symm_a2a_gpu as one_gpu
 import test_symm_a2a_ranks_gpu as ranks_gpu
 from sglang_dcp.distributed.exchange import symm_a2a_kernel as kernels
 from symm_build import Defines, compiled_up_front
