@@ -6,8 +6,9 @@
         --layouts 2:a2a 2:a2a:q 2:ag_rs 8:a2a:q --contexts 32768 131072 --batches 1 8 32
 
 Every layout gets one engine after the other: `tp` (no DCP) always first, then those of
-`--layouts`, written KVP:COMM or, with the Q projection replicated, KVP:COMM:q. An engine
-is SGLang's model runner, one process a GPU, with dummy weights, as a scheduler builds it
+`--layouts`, written KVP:COMM or, with the Q projection replicated, KVP:COMM:q; `@BACKEND`
+behind a name gives it another attention backend than the run's. An engine is SGLang's
+model runner, one process a GPU, with dummy weights, as a scheduler builds it
 (plugins, seams, pools, CUDA graphs). The KV pool is filled with random keys and values
 and requests get randomly scattered pages of it, so that nothing is prefilled.
 
@@ -16,6 +17,13 @@ run ends), with the same small tensors made before it as the scheduler makes. St
 each other without waiting for the host, as under the overlap scheduler; a step's time is
 between CUDA events, the slowest rank counts, the table holds median and 95th percentile.
 `host_ms` is the least that a step took the slowest host: a step can be no shorter.
+
+`upstream:KVP` is the DCP that SGLang 0.5.16 has itself: processes of their own in which
+this package is not loaded (verified), the same pool filling, scattered pages, steps and
+clock. What differs from ours beside the exchange: its attention backend, as it serves DCP on
+`triton` for K/V heads and on `flashinfer` for latents only (`tp@flashinfer` or
+`2:a2a:q@flashinfer` tell how much of a difference is the backend's); and its fused rotary
+embedding and K/V write, which would write past the pool under its DCP, is off.
 
 Two checks of the method take the place of the table:
 
@@ -42,12 +50,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import decode_report as report
-from decode_models import (
-    default_layouts,
-    default_model,
-    query_heads,
-)
-from decode_options import add_engine_options
+from decode_options import add_engine_options, fill_engine_defaults
 from decode_profile import Profile, profile_table
 from decode_record import record, say
 
@@ -164,39 +167,33 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--steps", type=int, default=40)
     add("--profile", type=int, nargs=2, action="append", metavar=("CONTEXT", "BATCH"))
     add("--pairs", type=int, default=3, help="of engines, in --check-off")
-    add("--off-plugins", default="none", help="SGLANG_PLUGINS without the package")
     check = parser.add_mutually_exclusive_group()
     check.add_argument("--check-fill", action="store_true")
     check.add_argument("--check-off", action="store_true")
     options = parser.parse_args(argv)
-    options.model = options.model or default_model(options.tp)
-    if query_heads(options.model) % options.tp:
-        parser.error(
-            f"--tp {options.tp} does not divide the {query_heads(options.model)} query "
-            f"heads of {options.model}"
-        )
+    named = options.layouts is not None
+    fill_engine_defaults(parser, options)
     if options.check_off and options.pairs < 2:
         parser.error("--pairs below 2 leaves nothing to tell noise by")
-    _fill_defaults(options)
+    _fill_sizes(options, named)
     for size in options.profile:
         if size[0] not in options.contexts or size[1] not in options.batches:
             parser.error(f"--profile {size[0]} {size[1]} is no size of this run")
     return options
 
 
-def _fill_defaults(options: argparse.Namespace) -> None:
+def _fill_sizes(options: argparse.Namespace, layouts_named: bool) -> None:
     contexts, batches = [32768, 131072, 262144, 524288], [1, 8, 32]
-    layouts = default_layouts(options.model, options.tp)
     if options.check_fill:
-        contexts, batches, layouts = [8192], [4], layouts[:1]
+        contexts, batches = [8192], [4]
+        if not layouts_named:
+            del options.layouts[1:]
     if options.check_off:
-        contexts, batches, layouts = [8192, 131072], [1, 8], []
-        options.layouts = None
+        contexts, batches = [8192, 131072], [1, 8]
+        options.layouts = []
     options.contexts = options.contexts or contexts
     options.batches = options.batches or batches
     options.profile = options.profile or []
-    if options.layouts is None:
-        options.layouts = layouts
 
 
 def main() -> int:

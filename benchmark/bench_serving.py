@@ -24,14 +24,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from decode_models import (
-    Layout,
-    default_layouts,
-    default_model,
-    vocab_size,
-    write_model,
-)
-from decode_options import add_engine_options
+from decode_layouts import Layout
+from decode_models import vocab_size, write_model
+from decode_options import add_engine_options, fill_engine_defaults
 from decode_report import markdown
 from sglang_dcp.demo.server import ServerFailed, ServerProcess
 
@@ -67,7 +62,7 @@ def write_tokenizer(folder: Path, size: int) -> None:
 def server_flags(options: argparse.Namespace, layout: Layout) -> list[str]:
     flags = ["--load-format", "dummy", "--dtype", "bfloat16", "--random-seed", "0"]
     flags += ["--tp", str(options.tp), "--page-size", str(options.page_size)]
-    flags += ["--attention-backend", options.attention_backend]
+    flags += ["--attention-backend", layout.attention]
     flags += ["--kv-cache-dtype", options.kv_cache_dtype]
     flags += ["--mem-fraction-static", str(options.mem_fraction)]
     most = max(options.concurrency)
@@ -77,7 +72,9 @@ def server_flags(options: argparse.Namespace, layout: Layout) -> list[str]:
     if options.device == "cuda":
         flags += ["--cuda-graph-max-bs", str(most)]
     if layout.kvp > 1:
-        flags += ["--dcp-size", str(layout.kvp), "--dcp-comm-backend", layout.comm]
+        flags += ["--dcp-size", str(layout.kvp)]
+    if layout.kvp > 1 and not layout.is_upstream:
+        flags += ["--dcp-comm-backend", layout.comm]
     if layout.q == "replicated":
         flags += ["--dcp-replicate-q-proj"]
     return flags
@@ -126,6 +123,7 @@ def serve(options: argparse.Namespace, layout: Layout, model: Path) -> list[Resu
         model,
         server_flags(options, layout) + tokenizer,
         log_path=log,
+        env={"SGLANG_PLUGINS": options.off_plugins} if layout.is_upstream else None,
         device=options.device,
         grace=5.0,
     ) as server:
@@ -184,9 +182,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--ready-s", type=float, default=200.0, help="for a server to start")
     options = parser.parse_args(argv)
     options.jsonl = options.jsonl.absolute()
-    options.model = options.model or default_model(options.tp)
-    if options.layouts is None:
-        options.layouts = default_layouts(options.model, options.tp)[:1]
+    named = options.layouts is not None
+    fill_engine_defaults(parser, options)
+    if not named:
+        del options.layouts[1:]
     return options
 
 
@@ -199,13 +198,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         # SGLang cuts a request that would end at its context length.
         longest = max(options.input_lens) + options.output_len + 16
-        model = Path(folder) / options.model
+        model = Path(folder) / options.model.replace("/", "-")
         model.mkdir()
         write_model(model, options.model, longest)
         # Beside a config.json its model type would choose the tokenizer's class.
         (Path(folder) / TOKENIZER).mkdir()
         write_tokenizer(Path(folder) / TOKENIZER, vocab_size(options.model))
-        for layout in (Layout(), *options.layouts):
+        for layout in (options.plain, *options.layouts):
             try:
                 results += serve(options, layout, model)
             except (ServerFailed, RuntimeError) as error:

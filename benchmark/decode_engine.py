@@ -12,7 +12,8 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from decode_models import DIRECT, PREFILLED, Layout
+from decode_layouts import Layout
+from decode_models import DIRECT, PREFILLED
 from decode_profile import Kernel, profiled
 from decode_runner import model_runner
 
@@ -52,9 +53,6 @@ class Engine:
     def __init__(self, args: Any, nccl_port: int, rank: int, vocab: int) -> None:
         self.rank, self._vocab, self._device = rank, vocab, args.device
         self.runner = model_runner(args, nccl_port, rank)
-        # SGLang without this package has no such field.
-        dcp = getattr(args, "dcp", None)
-        self._kvp = dcp.dcp_size if dcp else 1
         # Ranks hold other keys, as they would of a real text.
         self._noise = torch.Generator(self._device).manual_seed(rank)
         self._fill_pool()
@@ -63,9 +61,12 @@ class Engine:
         self, layout: Layout, batch: int, context: int, steps: int, fill: str = DIRECT
     ) -> Row:
         """Time decode steps of `batch` requests that start at `context` tokens."""
-        tokens = self.runner.max_total_num_tokens
         package = "in" if "sglang_dcp" in sys.modules else "out"
-        row = Row(layout, batch, context, fill, package, tokens, tokens // self._kvp)
+        # The allocator gives out logical slots, with this package and in SGLang's own DCP,
+        # where `max_total_num_tokens` is one rank's.
+        tokens = self.runner.token_to_kv_pool_allocator.size
+        of_rank = self.runner.token_to_kv_pool.size
+        row = Row(layout, batch, context, fill, package, tokens, of_rank)
         length = context + WARM_STEPS + steps
         needed = self._place(batch, length, scattered=fill == DIRECT)
         if needed is not None:
@@ -121,11 +122,12 @@ class Engine:
 
     def _place(self, batch: int, length: int, *, scattered: bool) -> Optional[int]:
         """Give `batch` requests slots for `length` tokens, or tell how many are needed."""
-        runner = self.runner
-        page = runner.server_args.page_size
+        runner, allocator = self.runner, self.runner.token_to_kv_pool_allocator
+        # A logical page; that of the arguments is one rank's in SGLang's own DCP.
+        page = allocator.page_size
         each = -(-length // page) * page
-        runner.token_to_kv_pool_allocator.clear()
-        slots = runner.token_to_kv_pool_allocator.alloc(batch * each)
+        allocator.clear()
+        slots = allocator.alloc(batch * each)
         if slots is None:
             return batch * each
         pages = slots.view(-1, page)

@@ -1,9 +1,16 @@
-"""Models by name, and the layouts that make sense for them.
+"""Models by name.
 
 Dimensions are those of the published config.json files.
 
 Weights are dummies, so what only changes their use is left out: the rotary embedding is
 plain (no yarn or llama3 scaling) and as long as the benchmark's longest context.
+
+`Qwen3-30B-A3B/4` is no published model but a stand-in for a large one on few GPUs: with a
+quarter of the heads and of the experts' width a rank of tp 2 has the attention and the
+expert work, and the K/V bytes, of a rank of tp 8 of the whole model; KVP 2 (attn-tp 1)
+stands for KVP 2 there (attn-tp 4). It does not stand for these: an all-reduce goes over 2
+ranks instead of 8; embedding and LM head are cut 2 ways instead of 8, so that a rank reads
+four times as much of the LM head; KVP over all ranks is 2 instead of 8.
 """
 
 from __future__ import annotations
@@ -11,7 +18,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 _QWEN3_30B_A3B = {
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -30,6 +37,12 @@ _QWEN3_30B_A3B = {
     "norm_topk_prob": True,
     "vocab_size": 151936,
     "rope_theta": 1000000.0,
+}
+_QWEN3_30B_A3B_QUARTER = {
+    **_QWEN3_30B_A3B,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 1,
+    "moe_intermediate_size": 192,
 }
 _QWEN2_5_3B = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -137,6 +150,7 @@ _COMMON = {
 
 MODELS: Mapping[str, Mapping[str, Any]] = {
     "Qwen3-30B-A3B": _QWEN3_30B_A3B,
+    "Qwen3-30B-A3B/4": _QWEN3_30B_A3B_QUARTER,
     "Qwen2.5-3B": _QWEN2_5_3B,
     "Qwen2.5-7B": _QWEN2_5_7B,
     "Llama-3.1-8B": _LLAMA_3_1_8B,
@@ -150,16 +164,24 @@ DIRECT, PREFILLED = "direct", "prefilled"
 
 
 def default_model(tp: int) -> str:
-    """A model of which plain tensor parallelism stores each token twice at `tp` 4 and 8."""
-    return "Qwen3-30B-A3B" if tp == 8 else "Qwen2.5-3B"
+    """A model of which plain tensor parallelism stores each token twice at `tp` 2, 4, 8."""
+    by_tp = {2: "Qwen3-30B-A3B/4", 4: "Qwen2.5-3B", 8: "Qwen3-30B-A3B"}
+    return by_tp.get(tp, "Qwen2.5-3B")
+
+
+def is_mla(model: str) -> bool:
+    """Whether the KV cache holds latents."""
+    return "kv_lora_rank" in MODELS[model]
+
+
+def kv_heads(model: str) -> int:
+    """K/V heads of the cache; MLA's latent is one, whatever config.json says."""
+    return 1 if is_mla(model) else int(MODELS[model]["num_key_value_heads"])
 
 
 def kv_copies(model: str, tp: int) -> int:
     """How often plain tensor parallelism stores a token of the KV cache."""
-    dims = MODELS[model]
-    # MLA's latent is one head, whatever config.json says of its K/V heads.
-    heads = 1 if "kv_lora_rank" in dims else int(dims["num_key_value_heads"])
-    return max(1, tp // heads)
+    return max(1, tp // kv_heads(model))
 
 
 def query_heads(model: str) -> int:
@@ -176,35 +198,3 @@ def write_model(folder: Path, model: str, context_length: int) -> Path:
     config = {**_COMMON, **MODELS[model], "max_position_embeddings": context_length}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return folder
-
-
-class Layout(NamedTuple):
-    """How attention is laid out over the ranks; KVP 1 is SGLang without DCP."""
-
-    name: str = "tp"
-    kvp: int = 1
-    comm: str = "-"
-    q: str = "-"
-
-    @classmethod
-    def parse(cls, text: str) -> Layout:
-        """Read KVP:COMM or KVP:COMM:q."""
-        kvp, comm, *rest = text.split(":")
-        if rest not in ([], ["q"]):
-            raise ValueError(text)
-        return cls(text, int(kvp), comm, "replicated" if rest else "gathered")
-
-
-def default_layouts(model: str, tp: int) -> list[Layout]:
-    """Layouts beside plain tensor parallelism, the one to recommend first.
-
-    Where that stores no token twice there is nothing to win: what is left shows the cost.
-    """
-    if tp == 1:
-        return []
-    copies = kv_copies(model, tp)
-    if copies == 1:
-        names = ["2:a2a:q", f"{tp}:a2a:q"]
-    else:
-        names = [f"{copies}:a2a:q", f"{copies}:a2a", f"{copies}:ag_rs", f"{tp}:a2a:q"]
-    return [Layout.parse(name) for name in dict.fromkeys(names)]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 import torch
 
-from decode_models import MODELS, Layout
+from decode_layouts import Layout, default_layouts, impossible
+from decode_models import MODELS, default_model, query_heads
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
@@ -15,10 +17,50 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", choices=MODELS, help="default: one whose K/V heads are too few")
     add("--tp", type=int, default=gpus or 1, help="default: all GPUs")
-    add("--layouts", type=Layout.parse, nargs="*", metavar="KVP:COMM[:q]")
+    add(
+        "--layouts",
+        type=Layout.parse,
+        nargs="*",
+        metavar="KVP:COMM[:q][@BACKEND]",
+        help="or upstream:KVP, SGLang's own DCP, or tp; each with @BACKEND",
+    )
     add("--page-size", type=int, default=64)
-    add("--attention-backend", default="fa3")
+    add("--attention-backend", help="default: fa3, on a CPU torch_native")
     add("--kv-cache-dtype", default="auto")
     add("--mem-fraction", type=float, default=0.8)
     add("--max-total-tokens", type=int, help="of one rank's pool; default: what fits")
     add("--device", choices=("cuda", "cpu"), default="cuda" if gpus else "cpu")
+    add("--off-plugins", default="none", help="SGLANG_PLUGINS without the package")
+
+
+def fill_engine_defaults(
+    parser: argparse.ArgumentParser, options: argparse.Namespace
+) -> None:
+    """Model, attention backend and layouts that were not named; exits for a bad one.
+
+    `options.plain` is plain tensor parallelism on the run's attention backend.
+    """
+    options.model = options.model or default_model(options.tp)
+    if query_heads(options.model) % options.tp:
+        parser.error(
+            f"--tp {options.tp} does not divide the {query_heads(options.model)} query "
+            f"heads of {options.model}"
+        )
+    on_cpu = options.device == "cpu"
+    if options.attention_backend is None:
+        # SGLang's own choice on Hopper, and ours, for latents too.
+        options.attention_backend = "torch_native" if on_cpu else "fa3"
+    layouts = options.layouts
+    if layouts is None:
+        layouts = default_layouts(options.model, options.tp, options.device)
+    for layout in layouts:
+        reason = impossible(layout, options.model, options.tp, options.device)
+        if reason:
+            parser.error(reason)
+    options.layouts = _resolved(options, layouts)
+    [options.plain] = _resolved(options, [Layout()])
+
+
+def _resolved(options: argparse.Namespace, layouts: Sequence[Layout]) -> list[Layout]:
+    own = options.attention_backend
+    return [layout.resolved(options.model, own) for layout in layouts]

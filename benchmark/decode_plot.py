@@ -23,6 +23,8 @@ def label(record: Record) -> str:
     """What the legend calls a layout."""
     if record["kvp"] == "1":
         return f"tp {record['tp']}, no DCP"
+    if record["comm"] == "upstream":
+        return f"SGLang's DCP {record['kvp']}, {record['attention']}"
     return f"KVP {record['kvp']}, {record['comm']}, Q {record['q']}"
 
 

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing as mp
+import os
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Union
 
 import torch
 
 from decode_engine import Engine, Row
-from decode_models import DIRECT, PREFILLED, Layout, vocab_size
+from decode_layouts import Layout
+from decode_models import DIRECT, PREFILLED, vocab_size
 from decode_profile import Profile
-from decode_runner import server_args
+from decode_runner import server_args, stop_fused_write
 
 FILL_ROUNDS = 3
 Message = Union[str, Row, Profile]
@@ -34,6 +38,8 @@ def run_rank(
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
+    if layout.is_upstream:
+        stop_fused_write()
     engine = Engine(args, nccl_port, rank, vocab_size(options.model))
     for message in _messages(engine, options, layout):
         if rank == 0:
@@ -70,6 +76,13 @@ def run_layout(
     RuntimeError
         If a rank ended before the first one was done.
     """
+    with _restored_environment():
+        yield from _run_layout(options, layout, model)
+
+
+def _run_layout(
+    options: argparse.Namespace, layout: Layout, model: Path
+) -> Generator[Message, None, None]:
     from sglang.srt.entrypoints.engine import _set_envs_and_config
     from sglang.srt.server_args import PortArgs
 
@@ -85,17 +98,38 @@ def run_layout(
     for rank in ranks:
         rank.start()
     try:
-        while True:
-            ready = wait([receiver, *(rank.sentinel for rank in ranks)])
-            if receiver not in ready:
-                codes = [rank.exitcode for rank in ranks]
-                raise RuntimeError(f"{layout.name}: a rank ended, exit codes {codes}")
-            message = receiver.recv()
-            if message is None:
-                return
-            yield message
+        yield from received(receiver, layout, ranks)
     finally:
         for rank in ranks:
             rank.kill()
         for rank in ranks:
             rank.join()
+
+
+def received(
+    receiver: Connection, layout: Layout, processes: Sequence[BaseProcess]
+) -> Iterator[Message]:
+    """Messages until None comes; RuntimeError if a process ends before."""
+    while True:
+        ready = wait([receiver, *(process.sentinel for process in processes)])
+        if receiver not in ready:
+            codes = [process.exitcode for process in processes]
+            raise RuntimeError(f"{layout.name}: a process ended, exit codes {codes}")
+        try:
+            message = receiver.recv()
+        except EOFError:
+            raise RuntimeError(f"{layout.name}: its process ended early") from None
+        if message is None:
+            return
+        yield message
+
+
+@contextmanager
+def _restored_environment() -> Iterator[None]:
+    """SGLang sets variables for its children that must not reach the next layout's."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)

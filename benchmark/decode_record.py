@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 import torch
 
 from decode_engine import WARM_STEPS, Row
-from decode_models import Layout, write_model
+from decode_layouts import Layout
+from decode_models import write_model
+from decode_peer import run_upstream
 from decode_profile import Profile
 from decode_ranks import Message, run_layout
 
@@ -32,7 +34,6 @@ def _stamp(options: argparse.Namespace) -> dict[str, Any]:
         "model": options.model,
         "tp": options.tp,
         "page": options.page_size,
-        "attention": options.attention_backend,
         "kv_dtype": options.kv_cache_dtype,
         "gpu": torch.cuda.get_device_name() if on_gpu else platform.machine(),
         "steps": options.steps,
@@ -58,7 +59,7 @@ def record(options: argparse.Namespace, file: Path) -> Outcome:
         model = write_model(Path(folder), options.model, length)
         table = csv.writer(lines)
         table.writerow((*stamp, *Layout._fields, *Row._fields[1:]))
-        for layout in (Layout(), *options.layouts):
+        for layout in (options.plain, *options.layouts):
             say(f"{layout.name}: starting")
             try:
                 for message in _messages(options, layout, model):
@@ -84,7 +85,8 @@ def record(options: argparse.Namespace, file: Path) -> Outcome:
 def _messages(
     options: argparse.Namespace, layout: Layout, model: Path
 ) -> Iterator[Message]:
-    with closing(run_layout(options, layout, model)) as messages:
+    run = run_upstream if layout.is_upstream else run_layout
+    with closing(run(options, layout, model)) as messages:
         for message in messages:
             say(f"{layout.name}: {message}")
             yield message

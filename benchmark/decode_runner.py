@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from decode_models import Layout
+from decode_layouts import Layout
 
 
 def server_args(options: argparse.Namespace, layout: Layout, model: Path) -> Any:
@@ -14,13 +14,7 @@ def server_args(options: argparse.Namespace, layout: Layout, model: Path) -> Any
     # After the plugins: with this package, the class that knows the DCP flags.
     from sglang.srt import server_args as sglang_args
 
-    more: dict[str, Any] = {}
-    if layout.kvp > 1:
-        more = {
-            "dcp_size": layout.kvp,
-            "dcp_comm_backend": layout.comm,
-            "dcp_replicate_q_proj": layout.q == "replicated",
-        }
+    more = _dcp_arguments(layout)
     if options.device == "cpu":
         more["disable_cuda_graph"] = True
     else:
@@ -32,7 +26,7 @@ def server_args(options: argparse.Namespace, layout: Layout, model: Path) -> Any
         dtype="bfloat16",
         device=options.device,
         tp_size=options.tp,
-        attention_backend=options.attention_backend,
+        attention_backend=layout.attention,
         kv_cache_dtype=options.kv_cache_dtype,
         page_size=options.page_size,
         mem_fraction_static=options.mem_fraction,
@@ -47,10 +41,52 @@ def server_args(options: argparse.Namespace, layout: Layout, model: Path) -> Any
     )
 
 
+def _dcp_arguments(layout: Layout) -> dict[str, Any]:
+    if layout.kvp == 1:
+        return {}
+    if layout.is_upstream:
+        return {"dcp_size": layout.kvp}
+    return {
+        "dcp_size": layout.kvp,
+        "dcp_comm_backend": layout.comm,
+        "dcp_replicate_q_proj": layout.q == "replicated",
+    }
+
+
+def stop_fused_write() -> None:
+    """In a rank of SGLang's own DCP: K/V is written by the attention backend.
+
+    Qwen3-MoE's fused rotary embedding and write takes logical slots for rows of the rank's
+    pool, which has a KVP-th of them, and writes past its end.
+    """
+    from sglang.srt.models import qwen3_moe, utils
+
+    for module in (utils, qwen3_moe):
+        module.enable_fused_set_kv_buffer = lambda forward_batch: False
+
+
+def parallel_state(args: Any, rank: int) -> Any:
+    """What a scheduler tells the runner of its place.
+
+    `args.dcp_size` is of SGLang's own DCP; beside this package it is 1.
+    """
+    from sglang.srt.distributed.parallel_state_wrapper import ParallelState
+
+    return ParallelState.trivial(
+        tp_rank=rank,
+        tp_size=args.tp_size,
+        attn_tp_rank=rank,
+        attn_tp_size=args.tp_size,
+        gpu_id=rank,
+        dp_rank=None,
+        moe_dp_rank=None,
+        dcp_size=args.dcp_size,
+    )
+
+
 def model_runner(args: Any, nccl_port: int, rank: int) -> Any:
     """SGLang's runner with pools and graphs, made as a scheduler makes it."""
     from sglang.srt.configs.model_config import ModelConfig
-    from sglang.srt.distributed.parallel_state_wrapper import ParallelState
     from sglang.srt.layers.moe import initialize_moe_config
     from sglang.srt.layers.quantization.fp4_utils import initialize_fp4_gemm_config
     from sglang.srt.layers.quantization.fp8_utils import initialize_fp8_gemm_config
@@ -69,15 +105,7 @@ def model_runner(args: Any, nccl_port: int, rank: int) -> Any:
         model_config=ModelConfig.from_server_args(args),
         mem_fraction_static=args.mem_fraction_static,
         gpu_id=rank,
-        ps=ParallelState(
-            **{"tp_rank": rank, "tp_size": args.tp_size, "pp_rank": 0, "pp_size": 1},
-            **{"dp_rank": None, "dp_size": 1, "gpu_id": rank, "dcp_size": 1},
-            **{"attn_tp_rank": rank, "attn_tp_size": args.tp_size},
-            **{"attn_cp_rank": 0, "attn_cp_size": 1},
-            **{"attn_dp_rank": 0, "attn_dp_size": 1},
-            **{"moe_ep_rank": 0, "moe_ep_size": 1},
-            **{"moe_dp_rank": None, "moe_dp_size": 1},
-        ),
+        ps=parallel_state(args, rank),
         nccl_port=nccl_port,
         server_args=args,
     )

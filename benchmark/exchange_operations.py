@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -98,6 +98,7 @@ def operations(peers: Peers, inputs: Inputs) -> dict[str, Callable[[], Any]]:
 
 def _parts(peers: Peers, inputs: Inputs) -> dict[str, Callable[[], Any]]:
     """The kernels around an exchange, and what NCCL takes for the bytes alone."""
+    from sglang_dcp.distributed.all_to_all import group_all_to_all_single
     from sglang_dcp.distributed.all_to_all_peers import exchange_with_peers
     from sglang_dcp.layers.merge_peers import pack_partials, unpack_combine
 
@@ -122,7 +123,7 @@ def _parts(peers: Peers, inputs: Inputs) -> dict[str, Callable[[], Any]]:
     return {
         "pack": lambda: pack_partials(out, lse, world_size, rank),
         "combine": lambda: unpack_combine(received, out[:, own], lse[:, own], rank),
-        "raw-a2a": lambda: group.all_to_all_single(scratch, sent),
+        "raw-a2a": lambda: group_all_to_all_single(group, scratch, sent),
         "nccl-ag-rs": nccl_ag_rs,
         "nccl-all-gather": lambda: group.all_gather_into_tensor(gathered, q),
     }
@@ -153,16 +154,17 @@ def peer_copy(group: Any, size: int) -> tuple[Callable[[], Any], Any]:
     return lambda: target.copy_(source), (buffer, handle, source)
 
 
-def gate(size: Size, graphs: dict[str, tuple[Any, Any]], inputs: Inputs) -> None:
+def gate(size: Size, graphs: Mapping[str, Any], inputs: Inputs) -> None:
     """SystemExit where a result is wrong on any rank."""
     wanted = {**dict.fromkeys(MERGES, inputs.wanted)}
     wanted |= dict.fromkeys(GATHERS, inputs.every_q.double())
     # In the order of the columns, the same on all ranks.
-    for name, (graph, result) in graphs.items():
+    for name, captured in graphs.items():
         if name not in wanted:
             continue
+        result = captured.result
         result.fill_(float("nan"))
-        graph.replay()
+        captured.graph.replay()
         allowed = MAX_RELATIVE_ERROR if name in MERGES else 0.0
         if fault := _fault(result, wanted[name], allowed):
             sys.exit(f"{name} {size}: {fault}")

@@ -35,10 +35,21 @@ DRAWN_Q = ("nccl-all-gather", "symm-gather-q", "nvlink-q")
 
 
 class Timing(NamedTuple):
-    """Microseconds a call, of the slowest rank, over the replays."""
+    """Microseconds a call, of the slowest rank, over the replays of the faster round."""
 
     median: float
     p95: float
+    spread: float  # by how much of it the other round's median was longer
+    calls: int  # of the graph
+
+    @classmethod
+    def of(cls, rounds: Sequence[tuple[float, float]], calls: int) -> Timing:
+        """From median and 95th percentile of each round."""
+        median, p95 = min(rounds)
+        return cls(median, p95, max(rounds)[0] / median - 1, calls)
+
+    def later(self, us: float) -> Timing:
+        return self._replace(median=self.median + us, p95=self.p95 + us)
 
 
 Row = Mapping[str, Timing]
@@ -71,7 +82,7 @@ def ratios(row: Row) -> dict[str, str]:
 
 
 def print_table(title: str, results: Mapping[Size, Row]) -> None:
-    print(f"{title}; us a call: median/p95")
+    print(f"{title}; us a call: median/p95 +longer median of the other round")
     lines: list[tuple[str, ...]] = []
     for size, row in results.items():
         tokens, heads, dim = size
@@ -80,8 +91,12 @@ def print_table(title: str, results: Mapping[Size, Row]) -> None:
             "heads x dim": f"{heads} x {dim}",
             "KiB": str(partial_bytes(size) // 1024),
         }
-        times = {name: f"{t.median:.1f}/{t.p95:.1f}" for name, t in row.items()}
-        cells = {**shape, **times, **ratios(row)}
+        times = {
+            name: f"{t.median:.2f}/{t.p95:.2f} +{100 * t.spread:.0f}%"
+            for name, t in row.items()
+        }
+        # What is read first is first: long lines may be cut.
+        cells = {**shape, **ratios(row), **times}
         lines = lines or [tuple(cells)]
         lines.append(tuple(cells.values()))
     widths = [max(map(len, column)) for column in zip(*lines)]
@@ -112,12 +127,13 @@ def write_csv(
     head = (*stamp, "tokens", "heads", "dim", "bytes", "operation")
     with path.open("w", newline="") as file:
         table = csv.writer(file)
-        table.writerow((*head, "median_us", "p95_us"))
+        table.writerow((*head, "median_us", "p95_us", "spread", "calls"))
         for size, row in results.items():
             for name, timing in row.items():
-                times = (f"{value:.2f}" for value in timing)
+                times = f"{timing.median:.2f}", f"{timing.p95:.2f}"
                 what = (*size, partial_bytes(size), name)
-                table.writerow((*stamp.values(), *what, *times))
+                more = f"{timing.spread:.3f}", timing.calls
+                table.writerow((*stamp.values(), *what, *times, *more))
 
 
 def plot(path: Path, png: Path) -> None:

@@ -1,12 +1,13 @@
 """GPU tests: the mark that skips them, and NCCL ranks of a file that is its own worker.
 
-`python test_x.py --worker FOLDER` with RANK and WORLD_SIZE set is one rank; it leaves
-`{RANK}.json`, `{case name: fault or ""}`. Ranks are spawned and not forked, as importing
-SGLang on a GPU machine initialises CUDA.
+`python test_x.py --worker FOLDER` with RANK and WORLD_SIZE set is one rank; after each case
+it adds a line `[case name, fault or ""]` to `{RANK}.jsonl`. Ranks are spawned and not
+forked, as importing SGLang on a GPU machine initialises CUDA.
 """
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import signal
@@ -44,48 +45,66 @@ def child_environment(**more: str) -> dict[str, str]:
 
 
 class Ranks:
-    """Outcomes of a worker file's ranks, run once, when the first test asks for them."""
+    """A worker file's ranks: started when the first test asks, judged as they go.
+
+    A case has passed if every rank said so and then went on to another case, or ended
+    well: what a rank said last before it died counts for nothing.
+    """
 
     def __init__(
         self, file: str, world_size: int, folder: Path, **environment: str
     ) -> None:
         self._file, self._world_size, self._folder = file, world_size, folder
         self._environment = environment
-        self._faults: list[Outcomes] = []
-        self._log: str | None = None
+        self._ranks: list[subprocess.Popen[bytes]] = []
+        self._deadline = 0.0
 
     def assert_passed(self, name: str) -> None:
-        """Fail with what each rank reported for case `name`."""
-        if self._log is None:
-            self._log = "the ranks were started"
-            self._log = self._run()
-        if not self._faults:
-            pytest.fail(f"the ranks did not finish\n{self._log}")
-        faults = [of_rank[name] for of_rank in self._faults]
+        """Fail with what each rank reported for case `name`; waits until they did."""
+        if not self._deadline:
+            self._deadline = time.monotonic() + ranks_timeout_s()
+            atexit.register(self._kill)
+            self._ranks = [self.start(rank) for rank in range(self._world_size)]
+        while (faults := self._faults_of(name)) is None and self._running():
+            time.sleep(0.1)
+        # What was said between the last look and the end.
+        faults = faults or self._faults_of(name)
+        if faults is None:
+            pytest.fail(f"the ranks did not get past this case\n{self._end()}")
         if any(faults):
             pytest.fail("\n".join(f"rank {r}: {f}" for r, f in enumerate(faults)))
 
-    def _run(self) -> str:
-        ranks = [self.start(rank) for rank in range(self._world_size)]
-        deadline = time.monotonic() + RANKS_TIMEOUT_S
-        try:
-            # A rank that failed leaves the others in a collective: do not wait for them.
-            while time.monotonic() < deadline and not any(r.poll() for r in ranks):
-                if all(rank.poll() == 0 for rank in ranks):
-                    break
-                time.sleep(0.2)
-        finally:
-            codes = [rank.poll() for rank in ranks]
-            for rank in ranks:
-                if rank.poll() is None:
-                    os.killpg(rank.pid, signal.SIGKILL)
-                    rank.wait()
-        if codes == [0] * self._world_size:
-            files = [self._folder / f"{r}.json" for r in range(self._world_size)]
-            self._faults = [json.loads(file.read_text()) for file in files]
+    def _faults_of(self, name: str) -> list[str] | None:
+        """What each rank said of the case, or None where one may still fail in it."""
+        faults = []
+        for rank, process in enumerate(self._ranks):
+            # Before its file: what it said last was said before it ended.
+            ended_well = process.poll() == 0
+            outcomes = read_outcomes(self._folder, rank)
+            last = next(reversed(outcomes), None)
+            if name not in outcomes or (name == last and not ended_well):
+                return None
+            faults.append(outcomes[name])
+        return faults
+
+    def _running(self) -> bool:
+        codes = [rank.poll() for rank in self._ranks]
+        # A rank that failed leaves the others in a collective: do not wait for them.
+        if any(codes) or time.monotonic() > self._deadline:
+            self._kill()
+            return False
+        return None in codes
+
+    def _kill(self) -> None:
+        for rank in self._ranks:
+            if rank.poll() is None:
+                os.killpg(rank.pid, signal.SIGKILL)
+                rank.wait()
+
+    def _end(self) -> str:
         return "\n".join(
-            f"rank {rank}, exit status {code}:\n{self.stderr(rank)[-4000:]}"
-            for rank, code in enumerate(codes)
+            f"rank {rank}, exit status {process.poll()}:\n{self.stderr(rank)[-4000:]}"
+            for rank, process in enumerate(self._ranks)
         )
 
     def start(self, rank: int) -> subprocess.Popen[bytes]:
@@ -105,13 +124,37 @@ class Ranks:
         return (self._folder / f"stderr{rank}").read_text(errors="replace")
 
 
+def ranks_timeout_s() -> float:
+    """Of all cases of a file; `SGLANG_DCP_TEST_RANKS_S` where a call gives less time."""
+    return float(os.environ.get("SGLANG_DCP_TEST_RANKS_S", RANKS_TIMEOUT_S))
+
+
+def record(outcomes: Outcomes, folder: Path, rank: int) -> None:
+    """In a worker: leave each outcome in the rank's file before the next case begins."""
+    began = time.monotonic()
+    with (folder / f"{rank}.jsonl").open("w") as lines:
+        for name, fault in outcomes:
+            print(json.dumps([name, fault]), file=lines, flush=True)
+            # To see what takes time, and the last case before one that hangs.
+            print(f"[{time.monotonic() - began:.1f} s] {name}", file=sys.stderr)
+
+
+def read_outcomes(folder: Path, rank: int) -> dict[str, str]:
+    """`{case name: fault or ""}` of a rank, in order, as far as it got."""
+    file = folder / f"{rank}.jsonl"
+    if not file.exists():
+        return {}
+    # A line without its end is still being written.
+    lines = file.read_text().split("\n")[:-1]
+    return dict(json.loads(line) for line in lines)
+
+
 def run_rank(body: Callable[[Any], Outcomes], folder: Path) -> int:
     """In a worker: the outcomes of `body(KVP group)`, left in the rank's file."""
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     with nccl_world(rank, world_size, folder) as group:
-        outcomes = body(group)
+        record(body(group), folder, rank)
         torch.cuda.synchronize()
-        (folder / f"{rank}.json").write_text(json.dumps(outcomes))
     return 0
 
 

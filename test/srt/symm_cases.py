@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from sglang_dcp.layers.merge_peers import cut_combine
+from sglang_dcp.layers.merge_ref import combine_with_peers_ref
 
 NAN, INF = float("nan"), float("inf")
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -20,6 +20,12 @@ DIMS = (64, 96, 128, 192, 256, 512)
 LAYOUTS = ("dense", "strided", "gaps", "misaligned")
 SHAPES = ((1, 1), (5, 3), (64, 5), (5, 8), (64, 32), (1, 32))
 LN2 = 0.6931471805599453
+# Simulated at once on one GPU, and on their own.
+WORLDS = (2, 3, 4, 5, 8)
+LOOPBACK = 3
+EMPTY_WORDS = (2, 8)
+# tokens, own heads, head dim; two of them share a kernel.
+SEQUENCE = ((1, 8, 128), (5, 3, 96), (64, 8, 128), (33, 2, 128))
 
 
 class Case(NamedTuple):
@@ -64,6 +70,20 @@ def gather_cases() -> dict[str, Case]:
     found.append(Case(3, 5, 3, 16, "fp8", "e", "dense", False))
     found.append(Case(5, 300, 32, 128, "bf16", "e", "strided", False))
     return {"gather-N{}-T{}-h{}-D{}-{}-{}-{}-{}".format(*c): c for c in found}
+
+
+def empty_word_cases(world_size: int) -> list[Case]:
+    """Queries whose every word is the one that means "nothing came yet"."""
+    rest = ("e", "dense", False)
+    return [Case(world_size, 1, 2, 128, dtype, *rest) for dtype in Q_DTYPES]
+
+
+def loopback_cases(world_size: int) -> list[tuple[Case, int]]:
+    """With the rank that plays each."""
+    return [
+        (Case(world_size, 33, 3, dim, "bf16", "e", "strided", True), rank)
+        for dim, rank in itertools.product((96, 128), range(world_size))
+    ]
 
 
 class Data(NamedTuple):
@@ -114,18 +134,20 @@ def wanted(case: Case, data: Data, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def merged_by_a2a(case: Case, data: Data, rank: int) -> Tensor:
-    """The combine of `a2a` over the same rows."""
+    """The combine of `a2a` over the same rows, as its reference does it.
+
+    That its kernel agrees is the business of `test_merge_peers_gpu`; here it would have to
+    be compiled for each case.
+    """
     own = slice(rank * case.heads, (rank + 1) * case.heads)
     lses = data.lses[..., own].masked_fill(~live(data.lses, data.empty)[..., own], -INF)
     peers = [peer for peer in range(case.world_size) if peer != rank]
     outs = data.outs[..., own, :]
-    cut = outs[peers].contiguous()
     base_e = case.base == "e"
-    merged = cut_combine(
-        cut, lses.contiguous(), outs[rank], rank, is_lse_base_on_e=base_e
+    merged, _ = combine_with_peers_ref(
+        outs[peers], lses, outs[rank], lses[rank], rank, is_lse_base_on_e=base_e
     )
-    assert isinstance(merged, Tensor)
-    return merged
+    return merged.to(outs.dtype)
 
 
 def arranged(rows: Tensor, layout: str) -> Tensor:

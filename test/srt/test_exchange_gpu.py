@@ -316,7 +316,8 @@ def checks(group: Any) -> Iterator[tuple[str, Callable[[], None]]]:
 
 
 def body(group: Any) -> Outcomes:
-    return {name: fault_of(check) for name, check in checks(group)}
+    for name, check in checks(group):
+        yield name, fault_of(check)
 
 
 @pytest.fixture(scope="module")

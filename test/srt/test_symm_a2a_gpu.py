@@ -7,192 +7,43 @@ nothing of NVLink: `test_symm_a2a_ranks_gpu.py` does. The file is its own worker
 
 from __future__ import annotations
 
-import itertools
-import json
 import re
 import shutil
 import sys
-import time
-from collections.abc import Callable, Iterator
-from functools import lru_cache, partial
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-import symm_cases as cases
-from gpu import Ranks, needs_gpus
-from sglang_dcp.distributed.symm_inbox import _watch_faults
-from symm_cases import Case, Data
-from symm_layers import Step
-from symm_sim import ENVIRONMENT, SimulatedRanks, exchange_over, loopback
-from utils import fault_of, run_command, run_python
+from gpu import Ranks, needs_gpus, record
+from symm_build import Defines, compiled_up_front, device_arch, simulation_variants
+from symm_checks import check_loopback, checks, wait_in_vain
+from symm_sim import ENVIRONMENT
+from utils import Finished, Outcomes, fault_of, run_command, run_python
 
 pytestmark = needs_gpus(1)
 
-CHUNKS = 2048
-STEPS = 400
-WORLDS = (2, 3, 4, 5, 8)
-REDUCE, GATHER = cases.reduce_cases(), cases.gather_cases()
-# tokens, own heads, head dim; two of them share a kernel.
-SEQUENCE = ((1, 8, 128), (5, 3, 96), (64, 8, 128), (33, 2, 128))
-
-
-@lru_cache(maxsize=None)
-def simulated(world_size: int) -> SimulatedRanks:
-    """One for all cases: each goes on where the last one left the inboxes."""
-    return SimulatedRanks(world_size, CHUNKS)
-
-
-def check_reduce(case: Case) -> None:
-    ranks, data = simulated(case.world_size), cases.random_data(case, seed=5)
-    call = reducing(case, data, ranks)
-    results = [ranks.all(partial(call, return_lse=True)) for _ in range(2)]
-    alone = ranks.all(partial(call, return_lse=False))
-    for rank in range(case.world_size):
-        (out, lse), (again, lse_again) = (result[rank] for result in results)
-        for other in (again, alone[rank]):
-            assert same_bits(out, other)
-        assert same_bits(lse, lse_again)
-        assert out.is_contiguous() and out.dtype == cases.DTYPES[case.dtype]
-        ideal, ideal_lse = cases.wanted(case, data, rank)
-        error = cases.relative_error(out, ideal)
-        by_a2a = cases.relative_error(cases.merged_by_a2a(case, data, rank), ideal)
-        assert error <= cases.ROUNDING[case.dtype]
-        # In fp32 both are as exact as exp is: the last bit of it may go either way.
-        assert error <= 1.05 * by_a2a + 1e-7, f"{error:.2e}, a2a {by_a2a:.2e}"
-        tolerance = {"rtol": cases.LSE_TOLERANCE, "atol": cases.LSE_TOLERANCE}
-        torch.testing.assert_close(lse, ideal_lse.float(), **tolerance)
-
-
-def reducing(case: Case, data: Data, ranks: SimulatedRanks) -> Callable[..., Any]:
-    outs = [cases.arranged(out, case.layout) for out in data.outs]
-    lses = [cases.arranged_lse(lse, case.layout) for lse in data.lses]
-    every = data.empty if data.empty is not None else [None] * case.world_size
-    empty = [cases.arranged_empty(rows, case.layout) for rows in every]
-
-    def call(rank: int, return_lse: bool) -> Any:
-        return ranks.exchanges[rank].reduce(
-            outs[rank],
-            lses[rank],
-            empty_rows=empty[rank],
-            is_lse_base_on_e=case.base == "e",
-            return_lse=return_lse,
-        )
-
-    return call
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
-
-
-def check_gather(case: Case) -> None:
-    ranks = simulated(case.world_size)
-    generator = torch.Generator("cuda").manual_seed(3)
-    shape = (case.tokens, case.world_size * case.heads, case.dim)
-    dtype = cases.Q_DTYPES[case.dtype]
-    size = (*shape[:-1], case.dim * dtype.itemsize // 4)
-    bounds = -(2**31), 2**31
-    words = torch.randint(*bounds, size, generator=generator, device="cuda")
-    # Any bit pattern but EMPTY, which may come as another NaN.
-    q = words.masked_fill(words == -1, 0).to(torch.int32).view(dtype)
-    own = [cases.arranged(part, case.layout) for part in q.chunk(case.world_size, 1)]
-    for got in ranks.all(lambda rank: ranks.exchanges[rank].gather_heads(own[rank])):
-        assert got.is_contiguous() and same_bits(got, q)
-
-
-def check_gather_of_empty_words(world_size: int) -> None:
-    ranks = simulated(world_size)
-    q = torch.full((2 * world_size * 128,), -1, dtype=torch.int32, device="cuda")
-    for dtype in cases.Q_DTYPES.values():
-        own = q.view(dtype).view(1, 2 * world_size, -1)[:, :2, :128]
-        for got in ranks.all(lambda rank: ranks.exchanges[rank].gather_heads(own)):
-            assert got.float().isnan().all()
-
-
-def check_sequence(world_size: int) -> None:
-    """Calls change size and kind as a server's do, eager and replayed, data always new."""
-    ranks, generator = simulated(world_size), torch.Generator("cuda").manual_seed(1)
-    steps = [Step(ranks, size) for size in SEQUENCE]
-    order = torch.randint(0, 2 * len(steps), (STEPS,), generator=torch.Generator())
-    worst = torch.zeros(STEPS, device="cuda")
-    for number, choice in enumerate(order.tolist()):
-        step, captured = steps[choice // 2], choice % 2 == 1
-        worst[number] = step.run(generator, captured)
-    assert worst.isfinite().all() and worst.max() < cases.ROUNDING["bf16"], (
-        f"step {worst.nan_to_num(nan=9e9).argmax().item()}: "
-        f"{worst.nan_to_num(nan=9e9).max().item()}"
-    )
-
-
-def check_loopback(world_size: int = 3) -> None:
-    """One kernel and no other rank: what a sanitizer can follow."""
-    for number, rank in itertools.product(range(2), range(world_size)):
-        case = Case(world_size, 33, 3, (96, 128)[number], "bf16", "e", "strided", True)
-        exchange = exchange_over(loopback(world_size, rank, chunks=64))
-        for seed in range(3):
-            out, lse, empty = (part[0] for part in cases.random_data(case, seed))
-            got = exchange.reduce(
-                cases.arranged(out, case.layout),
-                cases.arranged_lse(lse, case.layout),
-                empty_rows=empty,
-                is_lse_base_on_e=True,
-            )
-            # Rank p's part is the heads that would have gone to it.
-            outs = torch.stack(out.chunk(world_size, 1)).repeat(1, 1, world_size, 1)
-            lses = torch.stack(lse.chunk(world_size, 1)).repeat(1, 1, world_size)
-            data = Data(outs, lses, empty.expand(world_size, -1))
-            ideal, _ = cases.wanted(case, data, 0)
-            assert cases.relative_error(got, ideal) < cases.ROUNDING["bf16"]
-            q = out[:, : case.heads].nan_to_num(1.0)
-            gathered = exchange.gather_heads(q)
-            assert same_bits(gathered, q.repeat(1, world_size, 1))
-
-
-def checks() -> Iterator[tuple[str, Callable[[], None]]]:
-    yield "loopback", check_loopback
-    for name, case in REDUCE.items():
-        yield name, partial(check_reduce, case)
-    for name, case in GATHER.items():
-        yield name, partial(check_gather, case)
-    for world_size in (2, 8):
-        yield f"empty-words-N{world_size}", partial(
-            check_gather_of_empty_words, world_size
-        )
-    for world_size in WORLDS:
-        yield f"sequence-N{world_size}", partial(check_sequence, world_size)
+TOOLS = ("memcheck", "racecheck")
+Beside = dict[str, Future[Finished]]
 
 
 def simulate(folder: Path) -> int:
     # Fresh tensors hold NaN: an element that no kernel writes shows.
     torch.use_deterministic_algorithms(True)
     assert torch.ones(1, device="cuda").new_empty(3).isnan().all()
-    outcomes = {}
-    for name, check in checks():
-        # A check that hangs is the last one named.
-        print(name, file=sys.stderr, flush=True)
-        outcomes[name] = fault_of(check)
+    record(outcomes(), folder, 0)
     torch.cuda.synchronize()
-    (folder / "0.json").write_text(json.dumps(outcomes))
     return 0
 
 
-def wait_in_vain() -> None:
-    """Ranks 0 and 2 of three exchange, rank 1 never comes; ends with the CUDA error."""
-    ranks = SimulatedRanks(3, CHUNKS, timeout_s=1.0)
-    for workspace in ranks.workspaces:
-        _watch_faults(workspace)
-    case = Case(3, 64, 8, 128, "bf16", "e", "dense", False)
-    call = partial(reducing(case, cases.random_data(case, 1), ranks), return_lse=True)
-    ranks.prepare(call)
-    began = time.monotonic()
-    try:
-        ranks.launch(call, (0, 2))
-    finally:
-        print(f"ended after {time.monotonic() - began:.2f} s", flush=True)
+def outcomes() -> Outcomes:
+    missed: list[Defines] = []
+    with compiled_up_front(simulation_variants(), device_arch(), missed):
+        for name, check in checks(missed):
+            yield name, fault_of(check)
 
 
 @pytest.fixture(scope="module")
@@ -200,28 +51,47 @@ def simulation(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     return Ranks(__file__, 1, tmp_path_factory.mktemp("symm"), **ENVIRONMENT)
 
 
-@pytest.mark.parametrize("name", [name for name, _ in checks()])
+@pytest.mark.parametrize("name", [name for name, _ in checks([])])
 def test_simulated_ranks(name: str, simulation: Ranks) -> None:
     simulation.assert_passed(name)
 
 
-def test_a_rank_that_never_comes_ends_the_others() -> None:
-    done = run_python(__file__, "--absent", timeout_s=60, **ENVIRONMENT)
+def absent() -> Finished:
+    return run_python(__file__, "--absent", timeout_s=60, **ENVIRONMENT)
+
+
+def sanitized(tool: str) -> Finished:
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
+    return run_command(*command, sys.executable, __file__, "--loopback", timeout_s=120)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def beside(request: pytest.FixtureRequest) -> Iterator[Beside]:
+    """Processes of the tests below, beside the simulation: most of each is its start."""
+    chosen = " ".join(item.name for item in request.session.items)
+    calls = {"never_comes": absent}
+    if shutil.which("compute-sanitizer"):
+        calls |= {tool: partial(sanitized, tool) for tool in TOOLS}
+    with ThreadPoolExecutor() as pool:
+        yield {name: pool.submit(calls[name]) for name in calls if name in chosen}
+
+
+def test_a_rank_that_never_comes_ends_the_others(beside: Beside) -> None:
+    done = beside["never_comes"].result()
     assert done.code != 0
     took = re.search(r"ended after (\S+) s", done.stdout)
-    assert took and 0.9 < float(took[1]) < 5.0, done.stdout + done.stderr
+    assert took and 0.9 < float(took[1]) < 8.0, done.stdout + done.stderr
     # The line of the log, not the exception that this file makes of a fault.
     said = r"^symm_a2a: rank [02] of its KVP group waited 1 s for rank 1,"
     assert re.search(said, done.stderr, re.MULTILINE), done.stderr
     assert "CUDA error" in done.stderr
 
 
-@pytest.mark.parametrize("tool", ("memcheck", "racecheck"))
-def test_compute_sanitizer(tool: str) -> None:
-    if not shutil.which("compute-sanitizer"):
+@pytest.mark.parametrize("tool", TOOLS)
+def test_compute_sanitizer(tool: str, beside: Beside) -> None:
+    if tool not in beside:
         pytest.skip("needs compute-sanitizer on PATH")
-    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
-    done = run_command(*command, sys.executable, __file__, "--loopback", timeout_s=120)
+    done = beside[tool].result()
     assert done.code == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "0 errors" in done.stdout or "0 hazards" in done.stdout
 

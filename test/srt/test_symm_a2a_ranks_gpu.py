@@ -32,6 +32,13 @@ from sglang_dcp.distributed.exchange import (
     WorkspaceSpec,
     create_exchange,
 )
+from symm_build import (
+    Defines,
+    compiled_up_front,
+    device_arch,
+    layer_variants,
+    reduce_variant,
+)
 from symm_cases import Case
 from symm_layers import Batch
 from utils import Outcomes, fault_of
@@ -128,17 +135,35 @@ def cases_of(world_size: int) -> dict[str, Case]:
     }
 
 
-def checks(world_size: int, group: Any) -> Iterator[tuple[str, Callable[[], None]]]:
+def variants(world_size: int, rank: int) -> Iterator[Defines]:
+    """Of all kernels that a rank's `checks` launch."""
+    for case in cases_of(world_size).values():
+        yield reduce_variant(case, rank)
+    yield from layer_variants(world_size, [rank], (*CAPTURED, *EAGER))
+
+
+def check_nothing_missed(missed: list[Defines]) -> None:
+    """Else ranks wait for each other's compilers."""
+    assert missed == []
+
+
+def checks(
+    world_size: int, group: Any, missed: list[Defines]
+) -> Iterator[tuple[str, Callable[[], None]]]:
     for name, case in cases_of(world_size).items():
         yield name, partial(check_case, group, case)
     yield "replays", partial(check_replays, group)
+    yield "all-were-compiled-before", partial(check_nothing_missed, missed)
 
 
 def body(group: Any) -> Outcomes:
     if os.environ.get(KILL):
         replay_until_killed(group)
-    every = checks(group.world_size, group)
-    return {name: fault_of(check) for name, check in every}
+    world_size, missed = group.world_size, []
+    of_rank = variants(world_size, group.rank_in_group)
+    with compiled_up_front(of_rank, device_arch(), missed, share=world_size):
+        for name, check in checks(world_size, group, missed):
+            yield name, fault_of(check)
 
 
 def replay_until_killed(group: Any) -> None:
@@ -169,7 +194,7 @@ every_world = pytest.mark.parametrize(
 
 
 @every_world
-@pytest.mark.parametrize("name", [name for name, _ in checks(2, None)])
+@pytest.mark.parametrize("name", [name for name, _ in checks(2, None, [])])
 def test_every_rank(name: str, world_size: int, ranks_of: Any) -> None:
     ranks_of(world_size).assert_passed(name)
 
