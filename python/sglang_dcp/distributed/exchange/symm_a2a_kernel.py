@@ -17,6 +17,8 @@ from typing import Any, Optional
 import torch
 from torch import Tensor
 
+from sglang_dcp.distributed.exchange.nvrtc import checked, compile_cubin
+
 # Threads a block; each moves 16 bytes of a chunk. The inboxes are laid out by it.
 THREADS = 128
 VECTOR_BYTES = 16
@@ -231,7 +233,7 @@ class _Kernel:
         values = (_argument(workspace), *arguments)
         pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
         stream = torch.cuda.current_stream().cuda_stream
-        _checked(
+        checked(
             driver.cuLaunchKernel(
                 self._function,
                 *(blocks, 1, 1),
@@ -259,9 +261,9 @@ def _built(
         defines |= {"ELEMENT": element, "BASE_E": int(base_e)}
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     cubin = compile_source(defines, f"sm_{properties.major}{properties.minor}")
-    [module] = _checked(driver.cuModuleLoadData(cubin))
-    [function] = _checked(driver.cuModuleGetFunction(module, name.encode()))
-    [blocks] = _checked(
+    [module] = checked(driver.cuModuleLoadData(cubin))
+    [function] = checked(driver.cuModuleGetFunction(module, name.encode()))
+    [blocks] = checked(
         driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(function, THREADS, 0)
     )
     return _Kernel(function, vectors, blocks * properties.multi_processor_count)
@@ -269,30 +271,4 @@ def _built(
 
 def compile_source(defines: dict[str, int], arch: str) -> bytes:
     """The cubin of a variant; needs no GPU. RuntimeError with the compiler's log."""
-    from cuda.bindings import nvrtc
-
-    options = [f"--gpu-architecture={arch}", "--std=c++17", "-lineinfo"]
-    options += [f"-D{name}={value}" for name, value in defines.items()]
-    source = _SOURCE.read_bytes()
-    created = nvrtc.nvrtcCreateProgram(source, _SOURCE.name.encode(), 0, None, None)
-    [program] = _checked(created)
-    encoded = [option.encode() for option in options]
-    [failed] = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)
-    if failed:
-        [size] = _checked(nvrtc.nvrtcGetProgramLogSize(program))
-        log = b" " * size
-        _checked(nvrtc.nvrtcGetProgramLog(program, log))
-        raise RuntimeError(f"{_SOURCE.name} does not compile:\n{log.decode()}")
-    [size] = _checked(nvrtc.nvrtcGetCUBINSize(program))
-    cubin = b" " * size
-    _checked(nvrtc.nvrtcGetCUBIN(program, cubin))
-    _checked(nvrtc.nvrtcDestroyProgram(program))
-    return cubin
-
-
-def _checked(returned: Sequence[Any]) -> Sequence[Any]:
-    """What a CUDA call returned behind its status."""
-    status, *values = returned
-    if int(status):
-        raise RuntimeError(f"CUDA: {status!r}")
-    return values
+    return compile_cubin(_SOURCE, defines, arch)
