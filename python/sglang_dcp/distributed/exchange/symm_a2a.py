@@ -10,17 +10,14 @@ from torch import Tensor
 
 from sglang_dcp.distributed.exchange import symm_a2a_kernel as kernels
 from sglang_dcp.distributed.exchange.a2a import A2AExchange
-from sglang_dcp.distributed.exchange.base import (
-    ExchangeGroup,
-    WorkspaceSpec,
-)
+from sglang_dcp.distributed.exchange.base import ExchangeGroup, WorkspaceSpec
 from sglang_dcp.layers.merge import Merged
 from sglang_dcp.layers.merge_peers import empty_state
 
 logger = logging.getLogger(__name__)
 
-# What one rank sends one peer in a call. Beyond it the bytes dominate, and NCCL moves
-# those as fast: the inboxes would only cost memory.
+# What one rank sends one peer in a call: 2 x KVP of it is the memory of an inbox at most,
+# and partial outputs of 8 MiB, which decode seldom exceeds, fit at KVP 2.
 MAX_PAYLOAD_BYTES = 8 << 20
 # Where a word that is all ones, and the one sent in its place, are NaNs and nothing else.
 GATHERED_DTYPES = (*kernels.ELEMENTS, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -36,7 +33,7 @@ class SymmA2AExchange(A2AExchange):
     Parameters
     ----------
     group : KVP group of at most 8 ranks of one node; making the exchange is collective
-    spec : the largest decode exchange; required
+    spec : the largest decode exchange
     """
 
     def __init__(
