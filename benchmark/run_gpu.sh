@@ -79,7 +79,7 @@ wanted fill && run_bench fill benchmark/bench_decode.py "$OUT/fill.csv" --check-
 wanted off && run_bench off benchmark/bench_decode.py "$OUT/off.csv" --check-off
 wanted serving && run_bench serving benchmark/bench_serving.py "$OUT/serving.jsonl"
 
-for part in kernels exchange symm adaptors server bf16 dtypes fused limits; do
+for part in kernels exchange symm adaptors latents server bf16 mla dtypes fused limits; do
   wanted "$part" || continue
   echo "== $part"
   grep -E "ratio|max \|d|^(FAILED|ERROR)|passed|failed|error" "$OUT/$part.log" | tail -12 | cut -c1-400

@@ -42,6 +42,10 @@ def _symm_a2a_on_cpu(args: Any) -> Optional[str]:
     return name if name == "symm_a2a" and args.device == "cpu" else None
 
 
+def _offload_groups(args: Any) -> Optional[int]:
+    return args.offload_group_size if args.offload_group_size > 0 else None
+
+
 def _canary(args: Any) -> Optional[str]:
     return None if args.kv_canary in (None, "none") else args.kv_canary
 
@@ -157,6 +161,13 @@ SERVER_REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal("--torchao-config", _set("torchao_config"), "not tested", _DROP),
     Refusal("--cpu-offload-gb", _set("cpu_offload_gb"), "not tested", _DROP),
+    Refusal("--offload-group-size", _offload_groups, "not tested", _DROP),
+    Refusal(
+        "--enable-mis",
+        _set("enable_mis"),
+        "items would attend to each other: no attention adaptor masks them",
+        _DROP,
+    ),
     Refusal(
         "--enable-unified-memory",
         _set("enable_unified_memory"),

@@ -25,7 +25,7 @@ from mla_kernels_ref import Fa3Mla, FlashInferMla
 from sglang_dcp.layers.adaptors import flashinfer_plan
 from sglang_dcp.layers.adaptors.fa3_mla import Fa3MlaAdaptor
 from sglang_dcp.layers.adaptors.flashinfer_mla import FlashInferMlaAdaptor
-from sglang_dcp.layers.adaptors.flashinfer_plan import heads_at_once
+from sglang_dcp.layers.adaptors.flashinfer_plan import check_reach, heads_at_once
 
 STEPS = [
     extend(a=1, b=7, c=30, d=66),
@@ -157,6 +157,26 @@ def test_heads_at_once(queries: list[int], heads: int, at_once: int) -> None:
 def test_tokens_that_fit_into_no_plan() -> None:
     with pytest.raises(ValueError, match="3000000 tokens"):
         heads_at_once([3_000_000], 8)
+
+
+def test_queries_beyond_32_bits() -> None:
+    """Of 128 heads of 576 numbers: 58254 tokens, in whatever order they lie."""
+
+    def layouts(tokens: int) -> list[torch.Tensor]:
+        rows = torch.empty(tokens, 128, 576, device="meta")
+        return [rows, rows[..., :512], rows.view(128, tokens, 576).transpose(0, 1)]
+
+    for queries in layouts(58254):
+        check_reach(queries)
+    for queries in layouts(58255):
+        with pytest.raises(RuntimeError, match="use a smaller --chunked-prefill-size"):
+            check_reach(queries)
+
+
+def test_each_run_looks_at_the_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flashinfer_plan, "_REACH", 100)
+    with pytest.raises(RuntimeError, match="--chunked-prefill-size"):
+        serve(BASE, STEPS[:1], [], flashinfer)
 
 
 def test_a_layer_that_scales_otherwise_than_the_plan() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from adaptor_ranks import sglang_context
 from sglang_dcp.config import DcpConfig, DcpConfigError
 from sglang_dcp.context import DcpContext, set_context
 from sglang_dcp.distributed.topology import Layout
@@ -22,6 +23,7 @@ from sglang_dcp.layers.kv_pool import (
     build_kv_pool,
     config_from_budget,
     enable_fused_set_kv_buffer,
+    write_kv,
 )
 
 CONFIGS = {
@@ -141,6 +143,19 @@ def test_kv_dtype_of_the_checkpoint() -> None:
     kvc.server_args.attention_backend, kvc.use_mla_backend = "fa3", True
     with pytest.raises(DcpConfigError, match="fa3 has no kernel for fp8 latents"):
         build_kv_pool(Builder(), kvc, max_total_num_tokens=64)
+
+
+def test_latents_are_written_as_they_are() -> None:
+    """Each layer of an fp8 checkpoint has scales, 1.0 where it brings none."""
+    from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
+
+    scale = torch.tensor(0.5)
+    layer = SimpleNamespace(layer_id=0, k_scale=scale, v_scale=scale)
+    keys = torch.arange(12.0).view(2, 1, 6)
+    with sglang_context("cpu"):
+        pool = MLATokenToKVPool(8, 1, torch.float32, 4, 2, 1, "cpu", False)
+        write_kv(pool, layer, torch.tensor([3, 5]), keys.clone(), keys[..., :4])
+    assert torch.equal(pool.get_key_buffer(0)[[3, 5]], keys)
 
 
 if __name__ == "__main__":

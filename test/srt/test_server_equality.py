@@ -87,10 +87,10 @@ CASES = {
         "--tp 2 --dcp-size 2 --dcp-comm-backend a2a --dcp-replicate-q-proj "
         "--chunked-prefill-size 64",
     ),
-    "mla-v3-tp2-dcp2-ag_rs-replicated-page4": Case(
+    "mla-v3-tp2-dcp2-ag_rs-replicated-page4-chunk64-mixed": Case(
         "mla-v3",
         "--tp 2 --dcp-size 2 --dcp-replicate-q-proj --page-size 4 "
-        "--chunked-prefill-size 64",
+        "--chunked-prefill-size 64 --enable-mixed-chunk",
         page_size=4,
     ),
     "llama-2kv-tp4-attn-tp2-a2a-replicated": Case(

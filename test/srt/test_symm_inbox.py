@@ -66,6 +66,8 @@ PAIRS = [
         ((1, 2),),
         "GPU 1 cannot access the memory of GPU 2",
     ),
+    # `SGLANG_ONE_VISIBLE_DEVICE_PER_PROCESS`.
+    ([("a", 0), ("a", 0)], (), "ranks share GPU 0 of a, or each sees one GPU alone"),
 ]
 
 

@@ -40,6 +40,9 @@ def unreachable_peer(group: PeerGroup) -> str:
 
 def _first_unreachable(mine: tuple[str, int], everyone: list[tuple[str, int]]) -> str:
     host, device = mine
+    # PyTorch takes both for one GPU, and refuses.
+    if everyone.count(mine) > 1:
+        return f"ranks share GPU {device} of {host}, or each sees one GPU alone"
     for other_host, other in everyone:
         if other_host != host:
             return f"{host} and {other_host} are two nodes"

@@ -95,14 +95,16 @@ def write_kv(
 ) -> None:
     """Write new tokens to `slots` of this rank's pool; with scales, K and V are divided.
 
-    `k_rope` is the rotary part of MLA's keys where they come in two parts.
+    `k_rope` is the rotary part of MLA's keys where they come in two parts. Latents are
+    written as they are.
     """
-    from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+    from sglang.srt.mem_cache.memory_pool import KVWriteLoc, MLATokenToKVPool
 
     if k_rope is not None:
         pool.set_mla_kv_buffer(layer, slots, k, k_rope)
         return
     scales = {}
-    if layer.k_scale is not None:
+    # Any fp8 checkpoint gives its layers scales; SGLang's pool of latents takes none.
+    if layer.k_scale is not None and not isinstance(pool, MLATokenToKVPool):
         scales = {"k_scale": layer.k_scale, "v_scale": layer.v_scale}
     pool.set_kv_buffer(layer, KVWriteLoc(slots, None), k, v, **scales)

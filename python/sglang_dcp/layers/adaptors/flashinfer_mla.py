@@ -12,6 +12,7 @@ import torch
 
 from sglang_dcp.layers.adaptors.base import DcpAdaptor, Partial, key_lens, local_pages
 from sglang_dcp.layers.adaptors.flashinfer_plan import (
+    check_reach,
     heads_at_once,
     plan_pages,
     plan_rows,
@@ -178,6 +179,8 @@ class FlashInferMlaAdaptor(DcpAdaptor):
                 f"layer {layer.layer_id} scales by {layer.scaling}, the plan by "
                 f"{self._sizes.scaling}"
             )
+        for part in q:
+            check_reach(part)
         return Partial(
             *wrapper.run(*q, *split_latent(keys, layer), return_lse=True, **scales)
         )

@@ -14,6 +14,8 @@ _TILE, _SMALL_TILE = 128, 64
 # Of a plan, by its buffers (`MLAPlan` in FlashInfer's `scheduler.cuh`), which it does not
 # check; keys of at most one tile a cluster are split beyond the tiles.
 _MAX_WORK, _SPLITS = 16384, 256
+# Kernels multiply the number of a token, and of a head, by its stride in 32 bits.
+_REACH = 1 << 32
 
 
 def heads_at_once(queries: Sequence[int], heads: int) -> int:
@@ -34,6 +36,16 @@ def _work(queries: Sequence[int], heads: int) -> int:
     small = sum(queries) * heads // len(queries) <= _SMALL_TILE
     tile = _SMALL_TILE if small else _TILE
     return sum(-(-length * heads // tile) for length in queries) + _SPLITS
+
+
+def check_reach(queries: torch.Tensor) -> None:
+    """RuntimeError for queries [tokens, heads, dim] that kernels would read elsewhere."""
+    spans = zip(queries.shape[:2], queries.stride())
+    if any(count * stride >= _REACH for count, stride in spans):
+        raise RuntimeError(
+            f"queries {tuple(queries.shape)} with strides {queries.stride()} are more than "
+            "FlashInfer's MLA kernels address: use a smaller --chunked-prefill-size"
+        )
 
 
 class Sizes(NamedTuple):
