@@ -19,6 +19,7 @@ from attention_oracle import Shape
 from sglang_dcp.config import DcpConfig
 from sglang_dcp.distributed.exchange.base import mask_empty_rows
 from sglang_dcp.distributed.topology import Layout
+from sglang_dcp.layers.latent_gather import Gathers
 
 FP8 = torch.float8_e4m3fn
 # What slots hold that no one has written: finite, as a used pool's, but far off.
@@ -99,7 +100,7 @@ class Rank:
         first = kvp_rank * self.own_heads
         self.own = slice(first, first + self.own_heads)
         self.pool = make_pool(case, slots)
-        views = LocalViewBuilder(table, case.dcp_size, kvp_rank, case.gathers)
+        views = LocalViewBuilder(table, case.dcp_size, kvp_rank, Gathers(case.gathers))
         runner = LocalRunner(
             make_runner(case, table, self.pool), views.local_table, config
         )

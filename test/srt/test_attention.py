@@ -154,6 +154,7 @@ class Rank:
         from sglang_dcp.distributed.exchange import create_exchange
         from sglang_dcp.layers.adaptors.torch_native import TorchNativeAdaptor
         from sglang_dcp.layers.attention import DcpAttentionBackend
+        from sglang_dcp.layers.latent_gather import Gathers
         from sglang_dcp.layers.local_view import LocalViewBuilder
 
         self.case, self.dcp = case, layout.tp_size // layout.attn_tp_size
@@ -169,7 +170,7 @@ class Rank:
         slots = LOCAL_PAGES * case.page_size
         self.pool = FakePool(case.shape, width, slots, case.dtype)
         views = LocalViewBuilder(
-            self.served.table, self.dcp, self.kvp_rank, case.gathers
+            self.served.table, self.dcp, self.kvp_rank, Gathers(case.gathers)
         )
         adaptor: Any = TorchNativeAdaptor(views.local_table, self.pool)
         if case.garbage is not None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from attention_oracle import Served
-from sglang_dcp.layers.latent_gather import plan_latents, whole_latents
+from sglang_dcp.layers.latent_gather import Gathers, plan_latents, whole_latents
 from sglang_dcp.layers.layout import refresh_local_table
 from sglang_dcp.layers.local_view import Shard
 
@@ -63,7 +63,9 @@ def gathered(
     """What each rank ends with; new tokens are numbered from `LATER` on."""
     batch = served(prefix, dcp, page)
     forward = forward_batch(batch, prefix, new)
-    plans = [plan_latents(shard_of(batch, r), forward, 10**6) for r in range(dcp)]
+    plans = [
+        plan_latents(shard_of(batch, r), forward, Gathers(10**6)) for r in range(dcp)
+    ]
     pools = [pool_of(batch, rank, dtype) for rank in range(dcp)]
     rows = []
     for plan, pool in zip(plans, pools):
@@ -112,10 +114,25 @@ def test_fp8_latents_become_the_models_dtype() -> None:
 def test_nothing_is_planned_without_a_prefix_or_beyond_the_limit() -> None:
     batch = served([6, 3], 2, 1)
     shard = shard_of(batch, 0)
-    assert plan_latents(shard, forward_batch(batch, [0, 0], [6, 3]), 10**6) is None
+    assert (
+        plan_latents(shard, forward_batch(batch, [0, 0], [6, 3]), Gathers(10**6))
+        is None
+    )
     with_prefix = forward_batch(batch, [6, 3], [1, 2])
-    assert plan_latents(shard, with_prefix, 12) is not None
-    assert plan_latents(shard, with_prefix, 11) is None
+    assert plan_latents(shard, with_prefix, Gathers(12)) is not None
+    assert plan_latents(shard, with_prefix, Gathers(11)) is None
+
+
+def test_a_short_turn_on_a_long_prefix_is_left_in_place() -> None:
+    """As many numbers either way: 16 heads of 576 + 512 a new token, 576 a position."""
+    gathers = Gathers.of_model(16, latent=512, rope=64)
+    moved = 100 * 16 * (576 + 512)
+    fits = moved // 576
+    assert gathers.allow(fits, 100) and not gathers.allow(fits + 1, 100)
+    batch = served([6, 3], 2, 1)
+    shard, forward = shard_of(batch, 0), forward_batch(batch, [6, 3], [1, 2])
+    assert plan_latents(shard, forward, Gathers(10**6, per_token=3.0)) is not None
+    assert plan_latents(shard, forward, Gathers(10**6, per_token=2.9)) is None
 
 
 if __name__ == "__main__":

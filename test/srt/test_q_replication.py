@@ -188,6 +188,16 @@ def check_no_attention(place: Place) -> None:
         QReplicas(nn.Linear(2, 2), place.group)
 
 
+def check_quantized_layer(place: Place) -> None:
+    """Of a model that names no quantization, and so passed the refusals."""
+    from sglang_dcp.layers.q_replication import QReplicas
+
+    attention = Gqa(place.layout, place.rank, bias=False)
+    attention.qkv_proj.quant_method = SimpleNamespace()
+    with pytest.raises(DcpConfigError, match="SimpleNamespace.*drop the flag"):
+        QReplicas(attention, place.group)
+
+
 def check_seams(place: Place) -> None:
     """`load_model` makes the replicas, every weight update refreshes them."""
     from sglang_dcp.layers.q_replication import after_load_model, around_weight_update
@@ -216,6 +226,7 @@ CHECKS = (
     check_mla_lora,
     check_mla_after_an_error,
     check_no_attention,
+    check_quantized_layer,
     check_seams,
 )
 

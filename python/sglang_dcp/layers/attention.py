@@ -16,7 +16,7 @@ from sglang_dcp.distributed.exchange import WorkspaceSpec
 from sglang_dcp.layers.adaptors.base import DcpAdaptor, Partial
 from sglang_dcp.layers.attention_calls import by_head, check_call, whole_rows
 from sglang_dcp.layers.kv_pool import write_kv
-from sglang_dcp.layers.latent_gather import GATHERED_POSITIONS, whole_latents
+from sglang_dcp.layers.latent_gather import NO_GATHERS, Gathers, whole_latents
 from sglang_dcp.layers.layout import own_kv_index
 from sglang_dcp.layers.local_view import LocalView, LocalViewBuilder
 from sglang_dcp.layers.merge import merge_two_states
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
+    from sglang_dcp.config import DcpConfig
     from sglang_dcp.context import DcpContext
     from sglang_dcp.distributed.exchange import Exchange
     from sglang_dcp.layers.q_replication import QReplicas
@@ -83,9 +84,8 @@ class DcpAttentionBackend(AttentionBackend):
 
         context = get_context()
         table = runner.req_to_token_pool.req_to_token
-        gathers = GATHERED_POSITIONS if runner.use_mla_backend else 0
         ranks = context.config.dcp_size, context.kvp_rank
-        views = LocalViewBuilder(table, *ranks, gathers)
+        views = LocalViewBuilder(table, *ranks, _gathers(runner, context.config))
         return cls(
             adaptor.from_runner(LocalRunner(runner, views.local_table, context.config)),
             views,
@@ -244,6 +244,15 @@ class DcpAttentionBackend(AttentionBackend):
         if self._view is None:
             raise RuntimeError("attention ran before init_forward_metadata")
         return self._view
+
+
+def _gathers(runner: Any, config: DcpConfig) -> Gathers:
+    """Which prefixes the `ModelRunner`'s model gathers: MLA's, whose K/V are small."""
+    model = runner.model_config
+    if not is_mla(model):
+        return NO_GATHERS
+    heads = model.num_attention_heads // config.attn_tp_size
+    return Gathers.of_model(heads, model.kv_lora_rank, model.qk_rope_head_dim)
 
 
 def _workspace_spec(runner: Any) -> WorkspaceSpec:

@@ -7,6 +7,7 @@ against `chunk x heads x 1088` for DeepSeek's sizes.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple, Optional
 
 import torch
@@ -22,6 +23,34 @@ if TYPE_CHECKING:
 # Positions of a prefill batch that are gathered: of DeepSeek's latents in 16 bits 0.6 GB,
 # which a layer holds three times. A longer prefix stays where it is.
 GATHERED_POSITIONS = 1 << 19
+
+
+class Gathers(NamedTuple):
+    """Which prefixes are gathered; decided from logical lengths, the same on all ranks.
+
+    Attributes
+    ----------
+    most : int
+        Positions of a batch, prefix and new; 0 where nothing is ever gathered.
+    per_token : float
+        Prefix positions whose latents are as large as what one new token moves where the
+        prefix stays: its queries and partial outputs, of all heads of the shard.
+    """
+
+    most: int
+    per_token: float = math.inf
+
+    @classmethod
+    def of_model(cls, shard_heads: int, latent: int, rope: int) -> Gathers:
+        """For `shard_heads` query heads over latents of `latent + rope` numbers."""
+        key = latent + rope
+        return cls(GATHERED_POSITIONS, shard_heads * (key + latent) / key)
+
+    def allow(self, prefix: int, new: int) -> bool:
+        return prefix + new <= self.most and prefix <= self.per_token * new
+
+
+NO_GATHERS = Gathers(0)
 
 
 class LatentPlan(NamedTuple):
@@ -41,12 +70,14 @@ class LatentPlan(NamedTuple):
     order: torch.Tensor
 
 
-def plan_latents(shard: Shard, batch: ForwardBatch, most: int) -> Optional[LatentPlan]:
-    """Plan of an extend forward, or None where no request of it has a prefix or where it
-    reads more than `most` positions; the same on all ranks. Does not wait for the GPU.
+def plan_latents(
+    shard: Shard, batch: ForwardBatch, gathers: Gathers
+) -> Optional[LatentPlan]:
+    """Plan of an extend forward, or None where no request of it has a prefix or where
+    `gathers` leaves it in place; the same on all ranks. Does not wait for the GPU.
     """
     prefix, new = batch.extend_prefix_lens_cpu, batch.extend_seq_lens_cpu
-    if not any(prefix) or sum(prefix) + sum(new) > most:
+    if not any(prefix) or not gathers.allow(sum(prefix), sum(new)):
         return None
     lens = torch.tensor(prefix)
     # [ranks, requests]

@@ -12,7 +12,12 @@ from typing import TYPE_CHECKING, Callable, NamedTuple, Optional
 
 import torch
 
-from sglang_dcp.layers.latent_gather import LatentPlan, plan_latents
+from sglang_dcp.layers.latent_gather import (
+    NO_GATHERS,
+    Gathers,
+    LatentPlan,
+    plan_latents,
+)
 from sglang_dcp.layers.layout import local_lens
 from sglang_dcp.layers.local_view_ref import localise_ref
 
@@ -73,12 +78,16 @@ class LocalViewBuilder:
     table : Tensor [requests, positions]
         SGLang's `req_to_token`.
     dcp_size, kvp_rank : int
-    gathers : int
-        Most positions of a prefill batch whose latents are gathered; 0 for GQA.
+    gathers : Gathers
+        Which prefill batches gather their latents; none for GQA.
     """
 
     def __init__(
-        self, table: torch.Tensor, dcp_size: int, kvp_rank: int, gathers: int = 0
+        self,
+        table: torch.Tensor,
+        dcp_size: int,
+        kvp_rank: int,
+        gathers: Gathers = NO_GATHERS,
     ) -> None:
         rows, positions = table.shape
         self.local_table = table.new_zeros(rows, -(-positions // dcp_size))

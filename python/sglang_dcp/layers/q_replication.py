@@ -119,9 +119,24 @@ def _renew(old: Optional[torch.Tensor], new: torch.Tensor) -> torch.Tensor:
 
 
 class _WideLinearMethod:
-    """Stands in a linear layer's `quant_method`: the wide weight while switched on."""
+    """Stands in a linear layer's `quant_method`: the wide weight while switched on.
+
+    Raises
+    ------
+    DcpConfigError
+        For a method other than a plain product: a checkpoint or an environment variable
+        may quantize single layers of a model that names no quantization.
+    """
 
     def __init__(self, narrow: Any) -> None:
+        from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+
+        if not isinstance(narrow, UnquantizedLinearMethod):
+            raise DcpConfigError(
+                f"--dcp-replicate-q-proj: a Q projection is computed by "
+                f"{type(narrow).__name__}, and only a plain one can be held at attn_tp "
+                "width; drop the flag"
+            )
         self._narrow = narrow
         self.wide = False
         self.weight: Optional[torch.Tensor] = None
