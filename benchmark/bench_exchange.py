@@ -66,10 +66,10 @@ def run_all(ranks: Sequence[BaseProcess]) -> int:
     for rank in ranks:
         rank.start()
     try:
-        while any(rank.is_alive() for rank in ranks):
-            wait([rank.sentinel for rank in ranks if rank.is_alive()])
-            if any(rank.exitcode for rank in ranks):
-                return 1
+        left = list(ranks)
+        while left and not any(rank.exitcode for rank in ranks):
+            wait([rank.sentinel for rank in left])
+            left = [rank for rank in left if rank.is_alive()]
         return int(any(rank.exitcode for rank in ranks))
     finally:
         for rank in ranks:

@@ -1,92 +1,139 @@
 #!/usr/bin/env bash
-# On a bare GPU machine without network: unpack SGLang, run the GPU tests, measure; the
-# short table comes last. Variables:
-#   STACK  archive of SGLang and what it needs beside torch; unpacked into SITE
-#   CACHE  archive of compiled kernels, unpacked into $HOME; they name SITE by its path
+# On a bare GPU machine without network: unpack SGLang, run GPU tests, measure. One call ends by
+# itself within LIMIT seconds, and what it has by then is in $OUT/logs.tgz, rewritten as logs grow,
+# so that a call that is cut off brings it back too. Variables:
+#   STACK  archive of SGLang and what it needs beside torch, unpacked into SITE
+#   CACHE  archives of compiled kernels, unpacked into $HOME; they name SITE by its path
 #   FA3    archive of FlashAttention-3, unpacked into SITE
-#   OUT    where logs and results go
-#   PARTS  which of: kernels exchange symm adaptors latents server bf16 mla dtypes fused limits bench
-#          decode fill off serving; limits compares what fits into free memory, so by itself
-#   ARGS   options of the last four, as "--contexts 32768 --profile 32768 8"
-#   MIXING which values of NCCL_GRAPH_MIXING_SUPPORT to measure with
+#          each once; they do not fit one call, so the first call carries some, the next the rest
+#   OUT    folder for logs.tgz
+#   PARTS  which of
+#            kernels exchange symm adaptors latents    tests of kernels, beside each other
+#            server bf16 mla dtypes fused limits       live servers, one group after the other
+#            bench decode fill off serving             timed, one after the other
+#          none: only unpack
+#   K      words of cases for pytest -k, in the groups of live servers
+#   DECODE_ARGS SERVING_ARGS BENCH_ARGS   options of the benchmarks
+#   MIXING which values of NCCL_GRAPH_MIXING_SUPPORT `bench` measures with
+#   LIMIT  seconds of the whole call
 set -uo pipefail
 cd "$(dirname "$0")/.."
-: "${STACK:?}" "${SITE:?}" "${OUT:?}"
-PARTS=${PARTS:-kernels exchange adaptors server bench}
+: "${SITE:?}" "${OUT:?}"
+PARTS=${PARTS-kernels exchange symm adaptors}
+LIMIT=${LIMIT:-550}
+SERVING_ARGS=${SERVING_ARGS:---concurrency 8 --input-lens 4096}
 unset PYTHONDONTWRITEBYTECODE
 export PYTHONPATH=$SITE:$PWD/python PYTHONUNBUFFERED=1 OMP_NUM_THREADS=4
 began=$SECONDS
+work=/tmp/gpu-run-$$
+logs=$work/logs
+mkdir -p "$logs"
 
-say() { echo "[$((SECONDS - began)) s] $*"; }
+say() { echo "[$((SECONDS - began)) s] $*" | tee -a "$logs/progress.log"; }
 wanted() { [[ " $PARTS " == *" $1 "* ]]; }
+# Seconds that a part may take: its own limit, or what is left of the call.
+left() {
+  local rest=$((LIMIT - 20 - (SECONDS - began)))
+  echo $(($1 < rest ? $1 : rest > 1 ? rest : 1))
+}
 
-if [[ ! -d $SITE ]]; then
-  mkdir -p "$SITE"
-  tar -C "$SITE" -xf "$STACK"
-  if [[ -n ${CACHE:-} ]]; then tar -C "$HOME" -xf "$CACHE"; fi
-  if [[ -n ${FA3:-} ]]; then tar -C "$SITE" -xf "$FA3"; fi
-  say unpacked
+pack() {
+  (
+    flock 9
+    # What servers and ranks of the tests said, without their models.
+    (cd "$work" && find tests -type f \( -name '*.log' -o -name 'stderr*' -o -name '*.jsonl' \) \
+      2>/dev/null | tar -czf pack.tgz --ignore-failed-read --warning=no-file-changed -T - logs)
+    mv "$work/pack.tgz" "$OUT/logs.tgz"
+  ) 9>"$work/lock"
+}
+keep_packing() { while sleep 20; do pack; done; }
+# Not to the terminal, which would stay open as long as its sleep.
+keep_packing >/dev/null 2>&1 &
+packer=$!
+trap 'kill $packer; pack' EXIT
+
+unpack() {
+  local archive=$1 folder=$2
+  local mark=$SITE/.unpacked-${archive##*/}
+  if [[ -z $archive || -e $mark ]]; then return; fi
+  mkdir -p "$folder" && tar -C "$folder" -xf "$archive" && touch "$mark" && say "unpacked $archive"
+}
+mkdir -p "$SITE"
+unpack "${STACK:-}" "$SITE"
+for archive in ${CACHE:-}; do unpack "$archive" "$HOME"; done
+unpack "${FA3:-}" "$SITE"
+if [[ ! -e $SITE/.compiled && -d $SITE/sglang ]]; then
   # Many processes import SGLang at once: compile it once before.
   python3 -m compileall -q -j 0 "$SITE" >/dev/null 2>&1
+  touch "$SITE/.compiled"
   say compiled
 fi
 
+# INT, so that pytest ends its servers and says what passed until then; a shell's background
+# jobs would ignore it.
 run_tests() {
-  local name=$1 limit=$2
+  local name=$1 limit
+  limit=$(left "$2")
   shift 2
-  timeout "$limit" python3 -m pytest -q -p no:cacheprovider --durations=3 \
-    --basetemp="/tmp/gpu-tests-$name" "$@" >"$OUT/$name.log" 2>&1
+  SGLANG_DCP_TEST_RANKS_S=$((limit > 40 ? limit - 30 : 10)) \
+    timeout -s INT -k 15 "$limit" env --default-signal=INT python3 -m pytest -q -p no:cacheprovider --durations=5 \
+    --basetemp="$work/tests/$name" "$@" >"$logs/$name.log" 2>&1
   say "$name ended with $?"
+  grep -E "ratio [0-9]|max \|d|^(FAILED|ERROR)|passed|failed|error" "$logs/$name.log" |
+    tail -12 | cut -c1-400
 }
 
-# None of these is timed, so they may share the machine.
 tests=test/srt/test_
-wanted kernels && run_tests kernels 200 -n 10 \
-  ${tests}merge_gpu.py ${tests}merge_peers_gpu.py ${tests}local_view_gpu.py &
-wanted exchange && run_tests exchange 240 ${tests}exchange_gpu.py &
-wanted symm && run_tests symm 550 ${tests}symm_a2a_gpu.py ${tests}symm_a2a_ranks_gpu.py &
-wanted adaptors && run_tests adaptors 300 ${tests}adaptors_gpu.py &
-wanted latents && run_tests latents 500 -n 6 ${tests}adaptors_mla_gpu.py &
-wanted server && run_tests server 270 -s ${tests}server_gpu.py &
-wanted bf16 && run_tests bf16 500 -s ${tests}server_gpu_bf16.py &
-wanted mla && run_tests mla 550 -s ${tests}server_gpu_mla.py &
-wanted dtypes && run_tests dtypes 200 -s ${tests}server_gpu_dtypes.py &
-wanted fused && run_tests fused 200 -s ${tests}server_gpu_fused_write.py &
-wanted limits && run_tests limits 550 -s ${tests}server_gpu_limits.py &
-wait
-tar -C /tmp --ignore-failed-read -czf "$OUT/server-logs.tgz" \
-  gpu-tests-server/fleet0 --exclude=*.safetensors 2>/dev/null
+# None of these is timed, so they share the machine.
+mkdir -p "$work/tests"
+kernels() {
+  wanted kernels && run_tests kernels 200 -n 8 \
+    ${tests}merge_gpu.py ${tests}merge_peers_gpu.py ${tests}local_view_gpu.py &
+  wanted exchange && run_tests exchange 240 ${tests}exchange_gpu.py &
+  wanted symm && run_tests symm 300 ${tests}symm_a2a_gpu.py ${tests}symm_a2a_ranks_gpu.py &
+  wanted adaptors && run_tests adaptors 300 ${tests}adaptors_gpu.py &
+  wanted latents && run_tests latents 500 -n 6 ${tests}adaptors_mla_gpu.py &
+  local job
+  for job in $(jobs -p); do if [[ $job != "$packer" ]]; then wait "$job"; fi; done
+}
+kernels
 
-if wanted bench; then
-  for mixing in ${MIXING:-1 0}; do
-    NCCL_GRAPH_MIXING_SUPPORT=$mixing timeout 250 python3 benchmark/bench_exchange.py \
-      "$OUT/exchange-mixing$mixing.csv" >"$OUT/bench$mixing.log" 2>&1
-    say "bench with NCCL_GRAPH_MIXING_SUPPORT=$mixing ended with $?"
-  done
-fi
-# Progress and tables to the terminal, SGLang's log to a file.
+# A start is mostly work of the host: beside compilers or other groups it takes minutes.
+run_servers() {
+  local name=$1 limit=$2 file=$3
+  wanted "$name" && run_tests "$name" "$limit" -s ${K:+-k "$K"} "${tests}${file}.py"
+  pack
+}
+run_servers server 270 server_gpu
+run_servers bf16 530 server_gpu_bf16
+run_servers mla 530 server_gpu_mla
+run_servers dtypes 200 server_gpu_dtypes
+run_servers fused 200 server_gpu_fused_write
+run_servers limits 530 server_gpu_limits
+
+# Progress and tables to the terminal, the rest to a file.
 run_bench() {
   local name=$1
   shift
-  # shellcheck disable=SC2086
-  timeout 570 python3 "$@" ${ARGS:-} 2>"$OUT/$name.err"
-  local status=$?
-  if ((status)); then tail -25 "$OUT/$name.err" | cut -c1-400; fi
+  timeout -s INT -k 10 "$(left 530)" python3 "$@" 2>"$logs/$name.err" | tee "$logs/$name.log"
+  local status=${PIPESTATUS[0]}
+  if ((status)); then tail -25 "$logs/$name.err" | cut -c1-400; fi
   say "$name ended with $status"
+  pack
 }
-wanted decode && run_bench decode benchmark/bench_decode.py "$OUT/decode.csv"
-wanted fill && run_bench fill benchmark/bench_decode.py "$OUT/fill.csv" --check-fill
-wanted off && run_bench off benchmark/bench_decode.py "$OUT/off.csv" --check-off
-wanted serving && run_bench serving benchmark/bench_serving.py "$OUT/serving.jsonl"
-
-for part in kernels exchange symm adaptors latents server bf16 mla dtypes fused limits; do
-  wanted "$part" || continue
-  echo "== $part"
-  grep -E "ratio|max \|d|^(FAILED|ERROR)|passed|failed|error" "$OUT/$part.log" | tail -12 | cut -c1-400
-done
-for log in "$OUT"/bench?.log; do
-  [[ -e $log ]] || continue
-  echo "== $log"
-  tail -20 "$log" | cut -c1-400
-done
+if wanted bench; then
+  for mixing in ${MIXING:-0}; do
+    # shellcheck disable=SC2086
+    NCCL_GRAPH_MIXING_SUPPORT=$mixing run_bench "bench$mixing" benchmark/bench_exchange.py \
+      "$logs/exchange-mixing$mixing.csv" ${BENCH_ARGS:-}
+  done
+fi
+# shellcheck disable=SC2086
+{
+  decode=benchmark/bench_decode.py
+  wanted decode && run_bench decode $decode "$logs/decode.csv" ${DECODE_ARGS:-}
+  wanted fill && run_bench fill $decode "$logs/fill.csv" --check-fill ${DECODE_ARGS:-}
+  wanted off && run_bench off $decode "$logs/off.csv" --check-off ${DECODE_ARGS:-}
+  wanted serving && run_bench serving benchmark/bench_serving.py "$logs/serving.jsonl" $SERVING_ARGS
+}
 say end

@@ -245,6 +245,24 @@ def test_messages_go_through_the_process_of_the_peer() -> None:
     assert list(received(receiver, Layout(), [])) == ["a", "b"] and closed == [True]
 
 
+def test_a_peer_that_no_one_hears_ends_its_ranks() -> None:
+    receiver, sender = mp.Pipe(duplex=False)
+    receiver.close()
+    closed: list[bool] = []
+
+    def messages() -> Iterator[Any]:
+        try:
+            yield "a"
+        finally:
+            closed.append(True)
+
+    every = messages()
+    with pytest.raises(BrokenPipeError):
+        decode_peer.forward(every, sender)  # type: ignore[arg-type]
+    # Now, not when the generator happens to be collected.
+    assert closed == [True] and every is not None
+
+
 def test_a_peer_that_ends_early_is_an_error() -> None:
     receiver, sender = mp.Pipe(duplex=False)
     sender.send("a")

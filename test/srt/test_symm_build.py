@@ -18,32 +18,19 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
 
 import symm_build
 import symm_checks as one_gpu
 import symm_layers
 import symm_sim
 import test_symm_a2a_ranks_gpu as ranks_gpu
+from on_cpu import OnCpu
 from sglang_dcp.distributed.exchange import symm_a2a_kernel as kernels
 from symm_build import Defines, compiled_up_front
 from utils import fault_of
 
 CHUNKS = 4096
 Keys = set[frozenset[tuple[str, int]]]
-
-
-class OnCpu(TorchFunctionMode):
-    """Tensors that ask for a GPU are made on the CPU."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        if kwargs.get("device") == "cuda":
-            kwargs["device"] = "cpu"
-        kwargs.pop("pin_memory", None)
-        return func(*args, **kwargs)
 
 
 class FakeRanks:
