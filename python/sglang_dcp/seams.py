@@ -187,9 +187,20 @@ SEAMS: tuple[Seam, ...] = (
                 f".AttentionBackendRegistry._handlers[{name}]",
                 Kind.ENTRY,
                 f"sglang_dcp.layers.mla_method:mla_forward_method_{name}",
-                "prefill would expand the latent to heads and write it to logical slots",
+                "prefill would choose by a measure that knows nothing of an exchange",
             )
             for name in ("fa3", "flashinfer")
+        ),
+        *(
+            Seam(
+                f"mla-latents-{verb}",
+                f"{_SRT}.models.deepseek_common.attention_forward_methods.forward_mha"
+                f".DeepseekMHAForwardMixin._{verb}_mla_kv_buffer",
+                Kind.AROUND,
+                f"sglang_dcp.layers.mla_method:{verb}_mla_kv_buffer",
+                f"prefill by MHA would {what} logical slots of a rank's pool",
+            )
+            for verb, what in (("set", "write"), ("get", "read"))
         ),
         Seam(
             "q-replication",
@@ -292,6 +303,7 @@ RELIES_ON: tuple[str, ...] = (
     "srt/layers/attention/triton_backend.py",
     "srt/layers/radix_attention.py",
     "srt/mem_cache/memory_pool.py",
+    "srt/model_executor/forward_batch_deepseek_mha_mixin.py",
     "srt/model_executor/forward_batch_info.py",
     "srt/model_executor/runner/decode_cuda_graph_runner.py",
     "srt/model_executor/runner/eager_runner.py",

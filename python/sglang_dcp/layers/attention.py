@@ -7,7 +7,7 @@ own keys and the KVP group exchanges partial outputs (Helix, arXiv 2507.07120, 2
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any, Optional, Union
 
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
@@ -16,17 +16,16 @@ from sglang_dcp.distributed.exchange import WorkspaceSpec
 from sglang_dcp.layers.adaptors.base import DcpAdaptor, Partial
 from sglang_dcp.layers.attention_calls import by_head, check_call, whole_rows
 from sglang_dcp.layers.kv_pool import write_kv
-from sglang_dcp.layers.latent_gather import NO_GATHERS, Gathers, whole_latents
 from sglang_dcp.layers.layout import own_kv_index
 from sglang_dcp.layers.local_view import LocalView, LocalViewBuilder
 from sglang_dcp.layers.merge import merge_two_states
+from sglang_dcp.layers.mla_prefill import MlaPrefill
 from sglang_dcp.model_refusals import is_mla
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
-    from sglang_dcp.config import DcpConfig
     from sglang_dcp.context import DcpContext
     from sglang_dcp.distributed.exchange import Exchange
     from sglang_dcp.layers.q_replication import QReplicas
@@ -72,6 +71,7 @@ class DcpAttentionBackend(AttentionBackend):
         self._dcp_size = context.config.dcp_size
         self._kvp_rank = context.kvp_rank
         self._q_replicas = q_replicas
+        self.prefill = MlaPrefill(adaptor, views.shard, exchange, token_to_kv_pool)
         self._view: Optional[LocalView] = None
 
     @classmethod
@@ -84,8 +84,7 @@ class DcpAttentionBackend(AttentionBackend):
 
         context = get_context()
         table = runner.req_to_token_pool.req_to_token
-        ranks = context.config.dcp_size, context.kvp_rank
-        views = LocalViewBuilder(table, *ranks, _gathers(runner, context.config))
+        views = LocalViewBuilder(table, context.config.dcp_size, context.kvp_rank)
         return cls(
             adaptor.from_runner(LocalRunner(runner, views.local_table, context.config)),
             views,
@@ -103,6 +102,7 @@ class DcpAttentionBackend(AttentionBackend):
         if forward_batch.forward_mode.is_idle():
             return
         self._view = self._views.build(forward_batch)
+        self.prefill.init_forward_metadata()
         self.adaptor.init_forward_metadata(forward_batch, self._view.batch)
         self._select_q_width(wide=forward_batch.forward_mode.is_decode())
 
@@ -192,18 +192,18 @@ class DcpAttentionBackend(AttentionBackend):
         q_rope: Optional[torch.Tensor] = None,
         k_rope: Optional[torch.Tensor] = None,
         **kwargs: Any,
-    ) -> torch.Tensor:
-        """New tokens against themselves and the prefix, gathered or where it lies."""
+    ) -> Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+        """New tokens against themselves and the prefix, where it lies on all ranks.
+
+        In MLA prefill by MHA, one of its calls (`MlaPrefill.attend`).
+        """
         check_call(layer, k, kwargs)
+        if forward_batch.attn_attend_prefix_cache is not None:
+            return self.prefill.attend(q, k, v, layer, forward_batch)
         view = self._current_view()
         q = whole_rows(layer, q, q_rope)
         keys = whole_rows(layer, k, k_rope)
-        if view.latents is None:
-            out = self._extend_in_parts(q, keys, v, layer, view, forward_batch)
-        else:
-            stored = self.token_to_kv_pool.get_key_buffer(layer.layer_id)
-            keys = whole_latents(view.latents, stored, keys, self._exchange)
-            out = self.adaptor.extend_whole(q, keys, layer, forward_batch)
+        out = self._extend_in_parts(q, keys, v, layer, view, forward_batch)
         # Only now: a write with scales divides K and V in place.
         if save_kv_cache:
             self._write(layer, view, k, v, k_rope)
@@ -237,6 +237,12 @@ class DcpAttentionBackend(AttentionBackend):
         out, _ = merge_two_states(*new, *prefix, is_lse_base_on_e=base)
         return out.to(q.dtype)
 
+    def write_latents(
+        self, layer: RadixAttention, latent: torch.Tensor, rope: torch.Tensor
+    ) -> None:
+        """MLA's new tokens, [tokens, 1, dim] each, where the layer does not pass them."""
+        self._write(layer, self._current_view(), latent, latent, rope)
+
     def _write(self, layer: RadixAttention, view: LocalView, *rows: Any) -> None:
         write_kv(self.token_to_kv_pool, layer, view.batch.out_cache_loc, *rows)
 
@@ -244,15 +250,6 @@ class DcpAttentionBackend(AttentionBackend):
         if self._view is None:
             raise RuntimeError("attention ran before init_forward_metadata")
         return self._view
-
-
-def _gathers(runner: Any, config: DcpConfig) -> Gathers:
-    """Which prefixes the `ModelRunner`'s model gathers: MLA's, whose K/V are small."""
-    model = runner.model_config
-    if not is_mla(model):
-        return NO_GATHERS
-    heads = model.num_attention_heads // config.attn_tp_size
-    return Gathers.of_model(heads, model.kv_lora_rank, model.qk_rope_head_dim)
 
 
 def _workspace_spec(runner: Any) -> WorkspaceSpec:

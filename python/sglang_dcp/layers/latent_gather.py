@@ -1,4 +1,4 @@
-"""MLA prefill over the whole prefix: the latents of all ranks, in order, on each of them.
+"""MLA prefill by MHA: the latents of a prefix, from all ranks and in order, on each of them.
 
 Latents are one head for all query heads, so that a prefix is small beside the queries and
 partial outputs of a prefill chunk, which the exchange would carry: `prefix x 576` numbers
@@ -7,63 +7,40 @@ against `chunk x heads x 1088` for DeepSeek's sizes.
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING, NamedTuple, Optional
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from sglang_dcp.layers.layout import DUMMY_SLOT, local_lens
 
 if TYPE_CHECKING:
-    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
-
     from sglang_dcp.distributed.exchange import Exchange
     from sglang_dcp.layers.local_view import Shard
 
-# Positions of a prefill batch that are gathered: of DeepSeek's latents in 16 bits 0.6 GB,
-# which a layer holds three times. A longer prefix stays where it is.
-GATHERED_POSITIONS = 1 << 19
 
+def gathering_moves_less(
+    prefix: int, new: int, *, shard_heads: int, latent: int, rope: int
+) -> bool:
+    """Whether `prefix` positions are fewer numbers than what `new` tokens would exchange.
 
-class Gathers(NamedTuple):
-    """Which prefixes are gathered; decided from logical lengths, the same on all ranks.
-
-    Attributes
-    ----------
-    most : int
-        Positions of a batch, prefix and new; 0 where nothing is ever gathered.
-    per_token : float
-        Prefix positions whose latents are as large as what one new token moves where the
-        prefix stays: its queries and partial outputs, of all heads of the shard.
+    Those are the queries and the partial outputs of all `shard_heads` heads of the
+    attn_tp shard. From logical lengths, so that all ranks agree.
     """
-
-    most: int
-    per_token: float = math.inf
-
-    @classmethod
-    def of_model(cls, shard_heads: int, latent: int, rope: int) -> Gathers:
-        """For `shard_heads` query heads over latents of `latent + rope` numbers."""
-        key = latent + rope
-        return cls(GATHERED_POSITIONS, shard_heads * (key + latent) / key)
-
-    def allow(self, prefix: int, new: int) -> bool:
-        return prefix + new <= self.most and prefix <= self.per_token * new
-
-
-NO_GATHERS = Gathers(0)
+    key = latent + rope
+    return prefix * key <= new * shard_heads * (key + latent)
 
 
 class LatentPlan(NamedTuple):
-    """Of one forward, for all its layers.
+    """Of one piece of a batch's prefixes, for all layers.
 
     Attributes
     ----------
     slots : Tensor [rows] int64
-        This rank's prefix, request after request; as many rows as on the rank with most,
-        padded with the dummy slot.
-    order : Tensor [prefix and new tokens] int64
-        Into the rows of all ranks followed by the new tokens: request after request, each
-        in the order of its positions.
+        This rank's positions, request after request; as many rows as on the rank with
+        most, padded with the dummy slot.
+    order : Tensor [positions] int64
+        Into the rows of all ranks: request after request, each in the order of its
+        positions.
     """
 
     slots: torch.Tensor
@@ -71,51 +48,63 @@ class LatentPlan(NamedTuple):
 
 
 def plan_latents(
-    shard: Shard, batch: ForwardBatch, gathers: Gathers
-) -> Optional[LatentPlan]:
-    """Plan of an extend forward, or None where no request of it has a prefix or where
-    `gathers` leaves it in place; the same on all ranks. Does not wait for the GPU.
+    shard: Shard, rows: torch.Tensor, starts: torch.Tensor, lens: torch.Tensor
+) -> LatentPlan:
+    """Plan for `lens` positions from `starts` on of each request; waits for no GPU.
+
+    Parameters
+    ----------
+    rows : Tensor [requests]
+        Of the local table, which must be fresh.
+    starts, lens : Tensor [requests]
+        On the host; logical, the same on all ranks.
     """
-    prefix, new = batch.extend_prefix_lens_cpu, batch.extend_seq_lens_cpu
-    if not any(prefix) or not gathers.allow(sum(prefix), sum(new)):
-        return None
-    lens = torch.tensor(prefix)
-    # [ranks, requests]
-    held = torch.stack(
-        [local_lens(lens, shard.dcp_size, rank) for rank in range(shard.dcp_size)]
-    )
+    starts, lens = starts.long(), lens.long()
+    # [ranks, requests]: local positions before the piece, and in it.
+    before = _on_each_rank(starts, shard.dcp_size)
+    held = _on_each_rank(starts + lens, shard.dcp_size) - before
     padded = int(held.sum(1).max())
+    own = shard.kvp_rank
     return LatentPlan(
-        _slots(shard, batch.req_pool_indices, held[shard.kvp_rank], padded),
-        _order(shard, held, lens, torch.tensor(new), padded),
+        _slots(shard, rows, before[own], held[own], padded),
+        _order(shard, before, held, starts, lens, padded),
     )
+
+
+def _on_each_rank(lens: torch.Tensor, dcp_size: int) -> torch.Tensor:
+    return torch.stack([local_lens(lens, dcp_size, rank) for rank in range(dcp_size)])
 
 
 def _slots(
-    shard: Shard, rows: torch.Tensor, held: torch.Tensor, padded: int
+    shard: Shard,
+    rows: torch.Tensor,
+    before: torch.Tensor,
+    held: torch.Tensor,
+    padded: int,
 ) -> torch.Tensor:
     device = shard.local_table.device
-    request, position = _ragged(held, device)
-    slots = shard.local_table[rows[request], position].long()
+    request, place = _ragged(held, device)
+    first = before.to(device, non_blocking=True)[request]
+    slots = shard.local_table[rows[request], first + place].long()
     return torch.nn.functional.pad(slots, (0, padded - len(slots)), value=DUMMY_SLOT)
 
 
 def _order(
     shard: Shard,
+    before: torch.Tensor,
     held: torch.Tensor,
-    prefix: torch.Tensor,
-    new: torch.Tensor,
+    starts: torch.Tensor,
+    lens: torch.Tensor,
     padded: int,
 ) -> torch.Tensor:
     device, dcp_size = shard.local_table.device, shard.dcp_size
-    request, position = _ragged(prefix + new, device)
-    firsts = (held.cumsum(1) - held).to(device, non_blocking=True)
-    # Of the new token at position 0, had the request no prefix.
-    origin = dcp_size * padded + new.cumsum(0) - new - prefix
-    starts, ends = torch.stack([origin, prefix]).to(device, non_blocking=True)
+    request, place = _ragged(lens, device)
+    # Of local position 0, had the rank sent it: where the request's rows begin.
+    origins = held.cumsum(1) - held - before
+    origins = origins.to(device, non_blocking=True)
+    position = starts.to(device, non_blocking=True)[request] + place
     owner = position % dcp_size
-    old = owner * padded + firsts[owner, request] + position // dcp_size
-    return torch.where(position < ends[request], old, starts[request] + position)
+    return owner * padded + origins[owner, request] + position // dcp_size
 
 
 def _ragged(
@@ -130,19 +119,11 @@ def _ragged(
     return request, torch.arange(rows, device=device) - firsts[request]
 
 
-def whole_latents(
-    plan: LatentPlan, stored: torch.Tensor, new: torch.Tensor, exchange: Exchange
+def gather_latents(
+    plan: LatentPlan, stored: torch.Tensor, exchange: Exchange
 ) -> torch.Tensor:
-    """Keys of each request, prefix and new tokens: [sum of lengths, 1, qk_dim].
-
-    Parameters
-    ----------
-    stored : Tensor [slots, 1, qk_dim]
-        This rank's pool; fp8 latents come back in `new`'s dtype.
-    new : Tensor [tokens, 1, qk_dim]
-        From the projection.
-    """
+    """[positions, qk_dim] in the cache's dtype; `stored` [slots, 1, qk_dim] is the pool."""
     # In fp8, bytes: not every operator knows the type.
     raw = stored if stored.itemsize > 1 else stored.view(torch.uint8)
-    every = exchange.gather_rows(raw[plan.slots].flatten(1)).view(stored.dtype)
-    return torch.cat([every.to(new.dtype), new.flatten(1)])[plan.order].unsqueeze(1)
+    every = exchange.gather_rows(raw[plan.slots].flatten(1))
+    return every[plan.order].view(stored.dtype)

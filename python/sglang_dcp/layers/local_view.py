@@ -7,17 +7,11 @@ One kernel launch a forward on CUDA (`local_view_triton`), plain torch on CPU
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Callable, NamedTuple, Optional
 
 import torch
 
-from sglang_dcp.layers.latent_gather import (
-    NO_GATHERS,
-    Gathers,
-    LatentPlan,
-    plan_latents,
-)
 from sglang_dcp.layers.layout import local_lens
 from sglang_dcp.layers.local_view_ref import localise_ref
 
@@ -39,14 +33,11 @@ class LocalView:
         Whether any rank reads keys from its pool; the same on all ranks.
     empty_rows : Tensor [tokens] bool
         Queries whose request has no key on this rank.
-    latents : LatentPlan, optional
-        Where a prefill gathers the prefix from all ranks (MLA).
     """
 
     batch: ForwardBatch
     reads_keys: bool
     empty_rows: torch.Tensor
-    latents: Optional[LatentPlan] = None
 
 
 class Shard(NamedTuple):
@@ -78,21 +69,18 @@ class LocalViewBuilder:
     table : Tensor [requests, positions]
         SGLang's `req_to_token`.
     dcp_size, kvp_rank : int
-    gathers : Gathers
-        Which prefill batches gather their latents; none for GQA.
+
+    Attributes
+    ----------
+    shard : Shard
+    local_table : Tensor [requests, ceil(positions / dcp_size)]
+        The shard's; rows that a batch reads are fresh once it is localised.
     """
 
-    def __init__(
-        self,
-        table: torch.Tensor,
-        dcp_size: int,
-        kvp_rank: int,
-        gathers: Gathers = NO_GATHERS,
-    ) -> None:
+    def __init__(self, table: torch.Tensor, dcp_size: int, kvp_rank: int) -> None:
         rows, positions = table.shape
         self.local_table = table.new_zeros(rows, -(-positions // dcp_size))
-        self._shard = Shard(table, self.local_table, dcp_size, kvp_rank)
-        self._gathers = gathers
+        self.shard = Shard(table, self.local_table, dcp_size, kvp_rank)
         self._localise = _localise_on(table.device)
         self._static: Optional[LocalTensors] = None
 
@@ -124,11 +112,7 @@ class LocalViewBuilder:
             out_cache_loc=torch.empty_like(slots),
             empty_rows=torch.empty_like(slots, dtype=torch.bool),
         )
-        view = self._build(batch, lens, lens_cpu, out)
-        if not extend:
-            return view
-        plan = plan_latents(self._shard, batch, self._gathers)
-        return replace(view, latents=plan)
+        return self._build(batch, lens, lens_cpu, out)
 
     def _build(
         self,
@@ -138,7 +122,7 @@ class LocalViewBuilder:
         out: LocalTensors,
     ) -> LocalView:
         longest = int(lens_cpu.max())
-        self._localise(self._shard, batch, lens, longest, out)
+        self._localise(self.shard, batch, lens, longest, out)
         local = self._local_batch(batch, lens_cpu, out)
         return LocalView(local, longest > 0, out.empty_rows)
 
@@ -148,7 +132,7 @@ class LocalViewBuilder:
         local = copy.copy(batch)
         local.seq_lens = out.seq_lens
         local.seq_lens_cpu = local_lens(
-            lens_cpu, self._shard.dcp_size, self._shard.kvp_rank
+            lens_cpu, self.shard.dcp_size, self.shard.kvp_rank
         )
         local.seq_lens_sum = int(local.seq_lens_cpu.sum())
         if batch.forward_mode.is_extend():

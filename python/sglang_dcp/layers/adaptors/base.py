@@ -85,19 +85,21 @@ class DcpAdaptor(ABC):
         `q` [tokens, own heads, qk_dim]; `k`, `v` cut to the heads that serve them.
         """
 
-    def extend_whole(
+    def extend_mha(
         self,
         q: torch.Tensor,
         k: torch.Tensor,
+        v: torch.Tensor,
         layer: RadixAttention,
         batch: ForwardBatch,
-    ) -> torch.Tensor:
-        """MLA's new tokens against prefix and new keys at once, causal, per request.
+        piece: Optional[int],
+    ) -> Partial:
+        """MLA's new tokens with K and V of own heads, [keys, own heads, dim], per request.
 
-        `q` [tokens, own heads, qk_dim]; `k` [sum of `key_lens`, 1, qk_dim].
-        Returns [tokens, own heads, v_dim].
+        `piece` None: among themselves, causal. Else against that many-th piece of the
+        prefixes (`batch.prefix_chunk_seq_lens_cpu`), not causal.
         """
-        raise NotImplementedError(f"{type(self).__name__} is not for latent attention")
+        raise NotImplementedError(f"{type(self).__name__} has no MHA for MLA")
 
     @abstractmethod
     def extend_prefix(
@@ -158,12 +160,6 @@ def local_pages(
     longest = max(int(local.seq_lens_cpu.max()), 1)
     slots = table[local.req_pool_indices, :longest:page_size]
     return (slots // page_size).to(torch.int32)
-
-
-def key_lens(batch: ForwardBatch) -> list[int]:
-    """Prefix and new tokens of each request of an extend forward, from the host."""
-    lens = zip(batch.extend_prefix_lens_cpu, batch.extend_seq_lens_cpu)
-    return [prefix + new for prefix, new in lens]
 
 
 def kv_scales(

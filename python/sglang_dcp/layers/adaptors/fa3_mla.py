@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 
-from sglang_dcp.layers.adaptors.base import Partial, key_lens
-from sglang_dcp.layers.adaptors.fa3 import Fa3Adaptor, as_partial, cumulated
+from sglang_dcp.layers.adaptors.base import Partial
+from sglang_dcp.layers.adaptors.fa3 import Fa3Adaptor, as_partial
 from sglang_dcp.layers.attention_calls import split_latent
 
 if TYPE_CHECKING:
@@ -25,15 +25,6 @@ class Fa3MlaAdaptor(Fa3Adaptor):
     The cache must be in the queries' dtype: FA3 has no kernel for fp8 latents, and
     casting the pool would copy all of it in every layer.
     """
-
-    def __init__(self, inner: Any) -> None:
-        super().__init__(inner)
-        # Ends of the requests' keys, and the most of one; made by the first layer.
-        self._whole: Optional[tuple[torch.Tensor, int]] = None
-
-    def init_forward_metadata(self, batch: ForwardBatch, local: ForwardBatch) -> None:
-        super().init_forward_metadata(batch, local)
-        self._whole = None
 
     def decode_parts(
         self,
@@ -52,45 +43,50 @@ class Fa3MlaAdaptor(Fa3Adaptor):
         layer: RadixAttention,
         batch: ForwardBatch,
     ) -> Partial:
-        plan = self.extend_plan()
-        return self._contiguous(q, k, layer, plan.cu_seqlens_q, plan.max_seqlen_q)
-
-    def extend_whole(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        layer: RadixAttention,
-        batch: ForwardBatch,
-    ) -> torch.Tensor:
-        if self._whole is None:
-            lens = batch.extend_prefix_lens + batch.extend_seq_lens
-            self._whole = cumulated(lens), max(key_lens(batch))
-        return self._contiguous(q, k, layer, *self._whole).out
-
-    def _contiguous(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        layer: RadixAttention,
-        cu_seqlens_k: torch.Tensor,
-        max_seqlen_k: int,
-    ) -> Partial:
-        plan = self.extend_plan()
         q_latent, q_rope = split_latent(q, layer)
         latents, k_rope = split_latent(k, layer)
+        return self._varlen(q_rope, k_rope, latents, layer, batch, None, qv=q_latent)
+
+    def extend_mha(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        batch: ForwardBatch,
+        piece: Optional[int],
+    ) -> Partial:
+        return self._varlen(q, k, v, layer, batch, piece)
+
+    def _varlen(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        batch: ForwardBatch,
+        piece: Optional[int],
+        **more: torch.Tensor,
+    ) -> Partial:
+        """Keys request after request: the new tokens, or a piece of the prefixes."""
+        plan = self.extend_plan()
+        ends, longest = plan.cu_seqlens_q, plan.max_seqlen_q
+        if piece is not None:
+            ends = batch.prefix_chunk_cu_seq_lens[piece]
+            longest = batch.prefix_chunk_max_seq_lens[piece]
         return as_partial(
             self._inner.flash_attn_varlen_func(
-                q=q_rope,
-                k=k_rope,
-                v=latents,
-                qv=q_latent,
+                q=q,
+                k=k,
+                v=v,
                 cu_seqlens_q=plan.cu_seqlens_q,
-                cu_seqlens_k=cu_seqlens_k,
+                cu_seqlens_k=ends,
                 max_seqlen_q=plan.max_seqlen_q,
-                max_seqlen_k=max_seqlen_k,
+                max_seqlen_k=longest,
                 softmax_scale=layer.scaling,
-                causal=True,
+                causal=piece is None,
                 return_softmax_lse=True,
+                **more,
             ),
             q.dtype,
         )

@@ -6,14 +6,15 @@ and plans eager steps from device-side lengths, for which FlashInfer waits for t
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Optional, Sequence
 
 import torch
 
-from sglang_dcp.layers.adaptors.base import DcpAdaptor, Partial, key_lens, local_pages
+from sglang_dcp.layers.adaptors.base import DcpAdaptor, Partial, local_pages
 from sglang_dcp.layers.adaptors.flashinfer_plan import (
     check_reach,
     heads_at_once,
+    plan_mha,
     plan_pages,
     plan_rows,
     sizes_of,
@@ -41,23 +42,34 @@ class FlashInferMlaAdaptor(DcpAdaptor):
     runner : LocalRunner
     wrappers : three `BatchMLAPagedAttentionWrapper`
         Of decode, prefix and new tokens.
+    make_mha : callable
+        Makes a `BatchPrefillWithRaggedKVCacheWrapper`; one for new tokens, and one for
+        each piece of a prefix, as all layers go through the pieces in turn.
     """
 
     is_lse_base_on_e = False
 
-    def __init__(self, runner: Any, wrappers: Sequence[Any]) -> None:
+    def __init__(
+        self, runner: Any, wrappers: Sequence[Any], make_mha: Callable[[], Any]
+    ) -> None:
         self._table = runner.req_to_token_pool.req_to_token
         self._pool = runner.token_to_kv_pool
         self._page_size = runner.page_size
         self._sizes = sizes_of(runner)
         self._decode, self._prefix, self._new_tokens = wrappers
         self._prefix_heads = self._new_heads = 0
+        self._make_mha = make_mha
+        self._mha: dict[Optional[int], Any] = {}
+        self._mha_planned: set[Optional[int]] = set()
         self._graph_pages: Optional[torch.Tensor] = None
         self._plan_copied = torch.cuda.Event()
 
     @classmethod
     def from_runner(cls, runner: Any) -> FlashInferMlaAdaptor:
-        from flashinfer import BatchMLAPagedAttentionWrapper
+        from flashinfer import (
+            BatchMLAPagedAttentionWrapper,
+            BatchPrefillWithRaggedKVCacheWrapper,
+        )
         from sglang.srt.environ import envs
 
         # They run one after the other: one scratch for all.
@@ -69,6 +81,7 @@ class FlashInferMlaAdaptor(DcpAdaptor):
         return cls(
             runner,
             [BatchMLAPagedAttentionWrapper(scratch, backend="auto") for _ in range(3)],
+            lambda: BatchPrefillWithRaggedKVCacheWrapper(scratch, "NHD"),
         )
 
     def init_forward_metadata(self, batch: ForwardBatch, local: ForwardBatch) -> None:
@@ -77,6 +90,7 @@ class FlashInferMlaAdaptor(DcpAdaptor):
             self._plan_decode(local, self._pages(local))
         # Planned by the first layer, which knows what is needed and the own heads.
         self._new_heads = self._prefix_heads = 0
+        self._mha_planned.clear()
         self._plan_copied.record()
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
@@ -127,36 +141,43 @@ class FlashInferMlaAdaptor(DcpAdaptor):
         layer: RadixAttention,
         batch: ForwardBatch,
     ) -> Partial:
-        return self._contiguous(q, k, layer, batch, batch.extend_seq_lens_cpu)
-
-    def extend_whole(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        layer: RadixAttention,
-        batch: ForwardBatch,
-    ) -> torch.Tensor:
-        return self._contiguous(q, k, layer, batch, key_lens(batch)).out
-
-    def _contiguous(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        layer: RadixAttention,
-        batch: ForwardBatch,
-        keys: Sequence[int],
-    ) -> Partial:
-        """New tokens against keys that lie request after request, causal."""
+        """Keys request after request in the model's dtype."""
         if not self._new_heads:
             queries = batch.extend_seq_lens_cpu
             heads = self._new_heads = heads_at_once(queries, q.shape[1])
-            plan_rows(self._new_tokens, self._sizes, heads, queries, keys)
+            plan_rows(self._new_tokens, self._sizes, heads, queries)
             self._plan_copied.record()
         parts = [
             self._run(self._new_tokens, split_latent(some, layer), k, layer)
             for some in q.split(self._new_heads, dim=1)
         ]
         return _side_by_side(parts)
+
+    def extend_mha(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        batch: ForwardBatch,
+        piece: Optional[int],
+    ) -> Partial:
+        if piece not in self._mha:
+            self._mha[piece] = self._make_mha()
+        wrapper = self._mha[piece]
+        if piece not in self._mha_planned:
+            queries = keys = batch.extend_seq_lens_cpu
+            if piece is not None:
+                keys = batch.prefix_chunk_seq_lens_cpu[piece].tolist()
+            sizes = q.shape[1], *q.shape[2:], *v.shape[2:]
+            plan_mha(wrapper, queries, keys, sizes, q.dtype, causal=piece is None)
+            self._mha_planned.add(piece)
+            self._plan_copied.record()
+        return Partial(
+            *wrapper.forward_return_lse(
+                q, k, v, causal=piece is None, sm_scale=layer.scaling
+            )
+        )
 
     def _paged(self, wrapper: Any, q: _Parts, layer: RadixAttention) -> Partial:
         keys = self._pool.get_key_buffer(layer.layer_id)

@@ -81,18 +81,37 @@ def plan_pages(
 
 
 def plan_rows(
+    wrapper: Any, sizes: Sizes, heads: int, queries: Iterable[int]
+) -> None:
+    """Keys in the model's dtype, one a query, as pages of one; causal."""
+    ends = indptr(queries)
+    rows = torch.arange(int(ends[-1]), dtype=torch.int32, device=sizes.device)
+    dims = heads, sizes.latent_dim, sizes.rope_dim, 1
+    where = ends, ends, rows, ends.diff()
+    wrapper.plan(*where, *dims, True, sizes.scaling, sizes.dtype, sizes.dtype)
+
+
+def plan_mha(
     wrapper: Any,
-    sizes: Sizes,
-    heads: int,
     queries: Iterable[int],
     keys: Iterable[int],
+    sizes: tuple[int, int, int],
+    dtype: torch.dtype,
+    *,
+    causal: bool,
 ) -> None:
-    """Keys in the model's dtype, request after request, as pages of one; causal."""
-    ends = indptr(keys)
-    rows = torch.arange(int(ends[-1]), dtype=torch.int32, device=sizes.device)
-    where = indptr(queries), ends, rows, ends.diff()
-    dims = heads, sizes.latent_dim, sizes.rope_dim, 1
-    wrapper.plan(*where, *dims, True, sizes.scaling, sizes.dtype, sizes.dtype)
+    """K and V of every query head; `sizes` is heads, qk_dim and v_dim."""
+    heads, qk_dim, v_dim = sizes
+    wrapper.plan(
+        indptr(queries),
+        indptr(keys),
+        heads,
+        heads,
+        qk_dim,
+        head_dim_vo=v_dim,
+        causal=causal,
+        q_data_type=dtype,
+    )
 
 
 def sizes_of(runner: Any) -> Sizes:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Iterable
 import torch
 
 from sglang_dcp.context import find_context
-from sglang_dcp.layers.adaptors.base import DcpAdaptor, Partial, key_lens
+from sglang_dcp.layers.adaptors.base import DcpAdaptor, Partial
 from sglang_dcp.layers.attention_ref import attention_with_lse_ref
 
 if TYPE_CHECKING:
@@ -77,22 +77,6 @@ class TorchNativeAdaptor(DcpAdaptor):
             attention_with_lse_ref(*qkv, scaling=layer.scaling, causal=True)
             for qkv in zip(q.split(lens), k.split(lens), v.split(lens))
         )
-
-    def extend_whole(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        layer: RadixAttention,
-        batch: ForwardBatch,
-    ) -> torch.Tensor:
-        latents = k[..., : layer.v_head_dim]
-        lens = key_lens(batch)
-        queries = q.split(list(batch.extend_seq_lens_cpu))
-        rows = zip(queries, k.split(lens), latents.split(lens))
-        return _join(
-            attention_with_lse_ref(*qkv, scaling=layer.scaling, causal=True)
-            for qkv in rows
-        ).out
 
     def _paged(
         self,
