@@ -140,24 +140,14 @@ class Group:
             return
         outs = self._extend(q, k, v, batch)
         if any(batch.extend_prefix_lens_cpu):
-            self._share(q.dtype)
+            out, lse = self.merged()
+            for rank in self.ranks:
+                own = out[:, rank.own].to(q.dtype), lse[:, rank.own].float()
+                rank.exchange.merged = own
             outs = self._extend(q, k, v, batch)
         for rank in self.ranks:
-            exchange = rank.exchange
-            exchange.merged = exchange.rows = exchange.all_rows = None
+            rank.exchange.merged = None
         self.check(torch.cat(outs, 1), new, where)
-
-    def _share(self, dtype: torch.dtype) -> None:
-        """What the first pass noted, gathered or merged, is there in the second."""
-        rows = [rank.exchange.rows for rank in self.ranks]
-        if rows[0] is not None:
-            for rank in self.ranks:
-                rank.exchange.all_rows = torch.cat(rows)  # type: ignore[arg-type]
-            return
-        out, lse = self.merged()
-        for rank in self.ranks:
-            own = out[:, rank.own].to(dtype), lse[:, rank.own].float()
-            rank.exchange.merged = own
 
     def _extend(self, q: Tensor, k: Tensor, v: Tensor, batch: Any) -> list[Tensor]:
         found = []

@@ -19,7 +19,6 @@ from attention_oracle import Shape
 from sglang_dcp.config import DcpConfig
 from sglang_dcp.distributed.exchange.base import mask_empty_rows
 from sglang_dcp.distributed.topology import Layout
-from sglang_dcp.layers.latent_gather import Gathers
 
 FP8 = torch.float8_e4m3fn
 # What slots hold that no one has written: finite, as a used pool's, but far off.
@@ -30,7 +29,6 @@ GARBAGE = 300.0
 class Case:
     """One adaptor at work; `scale` is what a checkpoint's fp8 K/V were divided by.
 
-    `gathers` is how many positions of MLA's latents a prefill gathers at most.
     `idle_scale` is one that the layer has and the cache, in the model's dtype, has not.
     """
 
@@ -44,7 +42,6 @@ class Case:
     page_size: int = 1
     device: str = "cuda"
     max_len: int = 1500
-    gathers: int = 0
 
 
 class StashExchange:
@@ -55,17 +52,18 @@ class StashExchange:
         self.all_heads: Optional[Tensor] = None
         self.partial: Optional[tuple[Tensor, Tensor]] = None
         self.merged: Optional[tuple[Tensor, Tensor]] = None
-        self.rows: Optional[Tensor] = None
-        self.all_rows: Optional[Tensor] = None
+        self.rows: list[Tensor] = []
+        self.all_rows: list[Tensor] = []
 
     def gather_heads(self, q: Tensor) -> Tensor:
         assert self.all_heads is not None
         return self.all_heads
 
     def gather_rows(self, rows: Tensor) -> Tensor:
-        self.rows = rows
-        if self.all_rows is not None:
-            return self.all_rows
+        """Of the call with this number: those of all ranks once they are known."""
+        self.rows.append(rows)
+        if self.all_rows:
+            return self.all_rows[len(self.rows) - 1]
         return rows.repeat(self._ranks, *[1] * (rows.dim() - 1))
 
     def reduce(self, out: Tensor, lse: Tensor, **kwargs: Any) -> Any:
@@ -100,7 +98,7 @@ class Rank:
         first = kvp_rank * self.own_heads
         self.own = slice(first, first + self.own_heads)
         self.pool = make_pool(case, slots)
-        views = LocalViewBuilder(table, case.dcp_size, kvp_rank, Gathers(case.gathers))
+        views = LocalViewBuilder(table, case.dcp_size, kvp_rank)
         runner = LocalRunner(
             make_runner(case, table, self.pool), views.local_table, config
         )

@@ -214,6 +214,7 @@ class Served:
             out_cache_loc=torch.tensor(slots),
         )
         if mode != "DECODE":
+            batch.attn_attend_prefix_cache = None
             batch.extend_prefix_lens_cpu = [where.start for where in new.values()]
             batch.extend_seq_lens_cpu = [len(where) for where in new.values()]
             for name in ("extend_prefix_lens", "extend_seq_lens"):
@@ -234,10 +235,6 @@ class SpyExchange:
     def gather_heads(self, q: Tensor) -> Tensor:
         self.calls.append("gather")
         return self._exchange.gather_heads(q)
-
-    def gather_rows(self, rows: Tensor) -> Tensor:
-        self.calls.append("rows")
-        return self._exchange.gather_rows(rows)
 
     def reduce(self, *args: Any, **kwargs: Any) -> Any:
         self.calls.append("reduce+lse" if kwargs.get("return_lse") else "reduce")

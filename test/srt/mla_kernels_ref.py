@@ -82,6 +82,42 @@ class FlashInferMla:
         return torch.cat(outs), torch.cat(lses) / torch.log(torch.tensor(2.0))
 
 
+class FlashInferMha:
+    """`BatchPrefillWithRaggedKVCacheWrapper`: K and V of every head, LSE in base 2."""
+
+    def __init__(self) -> None:
+        self.plans: list[dict[str, Any]] = []
+
+    def plan(
+        self,
+        qo_indptr: Tensor,
+        kv_indptr: Tensor,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim_qk: int,
+        *,
+        head_dim_vo: int,
+        causal: bool,
+        q_data_type: torch.dtype,
+    ) -> None:
+        assert qo_indptr.device.type == kv_indptr.device.type == "cpu"
+        assert num_qo_heads == num_kv_heads
+        self.plans.append({name: value for name, value in locals().items()})
+
+    def forward_return_lse(
+        self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, sm_scale: float
+    ) -> tuple[Tensor, Tensor]:
+        plan = self.plans[-1]
+        assert causal == plan["causal"] and q.dtype == plan["q_data_type"]
+        assert q.shape[1:] == (plan["num_qo_heads"], plan["head_dim_qk"])
+        assert v.shape[1:] == (plan["num_kv_heads"], plan["head_dim_vo"])
+        queries = q.split(plan["qo_indptr"].diff().tolist())
+        lens = plan["kv_indptr"].diff().tolist()
+        rows = zip(queries, k.split(lens), v.split(lens))
+        outs, lses = zip(*(attend(*qkv, sm_scale, causal) for qkv in rows))
+        return torch.cat(outs), torch.cat(lses) / torch.log(torch.tensor(2.0))
+
+
 class Fa3Mla:
     """SGLang's FlashAttention backend, as far as our adaptor uses it; natural log."""
 
@@ -114,7 +150,6 @@ class Fa3Mla:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        qv: Tensor,
         cu_seqlens_q: Tensor,
         cu_seqlens_k: Tensor,
         max_seqlen_q: int,
@@ -122,14 +157,17 @@ class Fa3Mla:
         softmax_scale: float,
         causal: bool,
         return_softmax_lse: bool,
+        qv: Optional[Tensor] = None,
     ) -> tuple[Tensor, Tensor]:
-        assert return_softmax_lse and causal
+        assert return_softmax_lse
         assert max_seqlen_q == int(cu_seqlens_q.diff().max())
         assert max_seqlen_k == int(cu_seqlens_k.diff().max())
         lens = cu_seqlens_k.diff().tolist()
+        if qv is not None:
+            q, k = torch.cat([qv, q], -1), torch.cat([v, k], -1)
         return self._each(
-            torch.cat([qv, q], -1).split(cu_seqlens_q.diff().tolist()),
-            torch.cat([v, k], -1).split(lens),
+            q.split(cu_seqlens_q.diff().tolist()),
+            k.split(lens),
             v.split(lens),
             softmax_scale,
             causal,

@@ -21,7 +21,7 @@ import torch
 from adaptor_groups import serve
 from adaptor_ranks import FP8, Case
 from attention_oracle import Shape, decode, extend, mixed, move
-from mla_kernels_ref import Fa3Mla, FlashInferMla
+from mla_kernels_ref import Fa3Mla, FlashInferMha, FlashInferMla
 from sglang_dcp.layers.adaptors import flashinfer_plan
 from sglang_dcp.layers.adaptors.fa3_mla import Fa3MlaAdaptor
 from sglang_dcp.layers.adaptors.flashinfer_mla import FlashInferMlaAdaptor
@@ -54,10 +54,6 @@ CASES = {
     "heads128": replace(BASE, shape=latent(128), page_size=16),
     "fp16": replace(BASE, dtype=torch.float16),
     "idle-scale": replace(BASE, idle_scale=0.5),
-    "gathered-kvp2-page16": replace(BASE, page_size=16, gathers=10**6),
-    "gathered-kvp3": replace(BASE, shape=latent(12), dcp_size=3, gathers=10**6),
-    # Of the second step, with its 143 positions, no more.
-    "gathered-the-short": replace(BASE, dcp_size=4, gathers=143),
 }
 FP8_CASE = replace(BASE, kv_dtype=FP8)
 
@@ -67,7 +63,8 @@ def fa3(case: Case, runner: Any) -> Any:
 
 
 def flashinfer(case: Case, runner: Any) -> Any:
-    return FlashInferMlaAdaptor(runner, [FlashInferMla() for _ in range(3)])
+    wrappers = [FlashInferMla() for _ in range(3)]
+    return FlashInferMlaAdaptor(runner, wrappers, FlashInferMha)
 
 
 @pytest.fixture(autouse=True)
@@ -85,12 +82,6 @@ def no_event(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.parametrize("name", CASES)
 def test_equals_float64_over_all_keys(name: str, make: Any) -> None:
     serve(CASES[name], STEPS, REPLAYS, make)
-
-
-def test_fp8_latents_are_gathered_as_they_are() -> None:
-    group = serve(replace(FP8_CASE, gathers=10**6), STEPS, REPLAYS, flashinfer)
-    for rank in group.ranks:
-        assert not rank.backend.adaptor._prefix.plans  # type: ignore[attr-defined]
 
 
 def test_flashinfer_reads_fp8_latents_without_a_copy() -> None:

@@ -37,9 +37,6 @@ def cases_of(backend: str) -> dict[str, Case]:
     for dcp, page in ((2, 64), (8, 1)):
         wide = replace(base, shape=latent(128), dcp_size=dcp, page_size=page)
         named[f"heads128-kvp{dcp}-page{page}"] = wide
-    for dcp, page in ((2, 16), (4, 1)):
-        sizes = dict(dcp_size=dcp, page_size=page, gathers=10**6)
-        named[f"gathered-kvp{dcp}-page{page}"] = replace(base, **sizes)
     named["fp16"] = replace(base, dtype=torch.float16)
     named["idle-scale"] = replace(base, idle_scale=0.5)
     return {f"{backend}-{name}": case for name, case in named.items()}
@@ -50,7 +47,6 @@ CASES = {
     **cases_of("fa3"),
     **cases_of("flashinfer"),
     "flashinfer-fp8": FLASHINFER_FP8,
-    "flashinfer-fp8-gathered": replace(FLASHINFER_FP8, gathers=10**6),
     "flashinfer-fp8-page64-kvp4": replace(FLASHINFER_FP8, page_size=64, dcp_size=4),
 }
 

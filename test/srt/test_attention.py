@@ -121,7 +121,6 @@ class Case(NamedTuple):
     dtype: torch.dtype = torch.float32
     replicated_q: bool = False
     garbage: float | None = None
-    gathers: int = 0
 
 
 def cases_of(tp_size: int, attn_tp_size: int) -> dict[str, Case]:
@@ -137,11 +136,6 @@ def cases_of(tp_size: int, attn_tp_size: int) -> dict[str, Case]:
             named[f"{name}-replicated-q-{comm}"] = wide
         for lse in (NAN, 0.0, float("inf")):
             named[f"garbage-lse-{lse}-{comm}"] = Case(plain, LIFE, comm, garbage=lse)
-        for name in ("mla", "mla-in-parts"):
-            case = Case(shapes[name], LIFE, comm, gathers=10**6)
-            named[f"{name}-gathered-{comm}"] = case
-            # LIFE's two prefills with a prefix have 39 and 32 positions.
-            named[f"{name}-some-gathered-{comm}"] = case._replace(gathers=35)
         named[f"bf16-{comm}"] = Case(plain, LIFE, comm, dtype=torch.bfloat16)
     return {f"tp{tp_size}-attn{attn_tp_size}-{k}": v for k, v in named.items()}
 
@@ -154,7 +148,6 @@ class Rank:
         from sglang_dcp.distributed.exchange import create_exchange
         from sglang_dcp.layers.adaptors.torch_native import TorchNativeAdaptor
         from sglang_dcp.layers.attention import DcpAttentionBackend
-        from sglang_dcp.layers.latent_gather import Gathers
         from sglang_dcp.layers.local_view import LocalViewBuilder
 
         self.case, self.dcp = case, layout.tp_size // layout.attn_tp_size
@@ -169,9 +162,7 @@ class Rank:
         self.served = Served(case.page_size, self.dcp)
         slots = LOCAL_PAGES * case.page_size
         self.pool = FakePool(case.shape, width, slots, case.dtype)
-        views = LocalViewBuilder(
-            self.served.table, self.dcp, self.kvp_rank, Gathers(case.gathers)
-        )
+        views = LocalViewBuilder(self.served.table, self.dcp, self.kvp_rank)
         adaptor: Any = TorchNativeAdaptor(views.local_table, self.pool)
         if case.garbage is not None:
             adaptor = GarbageAdaptor(adaptor, case.garbage)
@@ -245,8 +236,6 @@ class Rank:
             each = ["reduce"] if replicated else ["gather", "reduce"]
             return ["wide"] * replicated + each * LAYERS
         reads = any(where.start for where in new.values())
-        if reads and sum(where.stop for where in new.values()) <= self.case.gathers:
-            return ["narrow"] * replicated + ["rows"] * LAYERS
         return ["narrow"] * replicated + ["gather", "reduce+lse"] * reads * LAYERS
 
     def pool_contents(self) -> Iterator[tuple[str, Any, Any]]:

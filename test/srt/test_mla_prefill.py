@@ -1,0 +1,126 @@
+"""DeepSeek's prefill by MHA on a CPU, kernels in torch, all ranks of a KVP group.
+
+Only this file sees, without a GPU, SGLang's own code of it over our pools: latents written
+to local slots, prefixes gathered in pieces, and the merge by what adaptors return.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import mla_mha
+from adaptor_ranks import FP8, Case
+from attention_oracle import extend, mixed, move
+from mla_kernels_ref import Fa3Mla, FlashInferMha, FlashInferMla
+from mla_mha import Prefill, Sizes, cases_of, serve
+from sglang_dcp.layers.adaptors.fa3_mla import Fa3MlaAdaptor
+from sglang_dcp.layers.adaptors.flashinfer_mla import FlashInferMlaAdaptor
+from sglang_dcp.layers.merge import merge_two_states
+
+STEPS = [
+    extend(a=1, b=7, c=30, d=66),
+    mixed(a=5, d=20, b=1, e=40, c=9),
+    mixed(f=1),
+    mixed(f=1, a=1),
+    move("cd"),
+    mixed(d=3, c=2),
+]
+BASE = Prefill("fa3", Sizes(8, 64, 16, 24, 20), device="cpu", max_len=120)
+CASES = {
+    # Of five requests, 10 positions each: d's prefix is 7 pieces, the others' fewer.
+    **cases_of(BASE, capacity=50),
+    "kvp3": replace(BASE, sizes=BASE.sizes._replace(heads=12), dcp_size=3),
+    "fp16": replace(BASE, dtype=torch.float16),
+}
+
+
+def fa3(case: Case, runner: Any) -> Any:
+    return Fa3MlaAdaptor(Fa3Mla(runner))
+
+
+def flashinfer(case: Case, runner: Any) -> Any:
+    wrappers = [FlashInferMla() for _ in range(3)]
+    return FlashInferMlaAdaptor(runner, wrappers, FlashInferMha)
+
+
+def merge_state_v2(*args: Tensor) -> None:
+    """SGLang's kernel, natural logarithm: (out, lse) twice, then where they go."""
+    a, lse_a, b, lse_b, out, lse = args
+    assert lse_a.dtype == lse_b.dtype == torch.float32
+    assert lse_a.is_contiguous() and lse_a.shape == a.shape[:2] == lse_b.shape
+    # As the kernel: 0 x NaN is NaN.
+    assert a.isfinite().all() and b.isfinite().all()
+    merged = merge_two_states(a, lse_a, b, lse_b, is_lse_base_on_e=True)
+    out.copy_(merged[0])
+    lse.copy_(merged[1])
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What SGLang's code takes from CUDA."""
+    from sglang.srt.model_executor import forward_batch_deepseek_mha_mixin as batches
+    from sglang.srt.models.deepseek_common.attention_forward_methods import forward_mha
+
+    def no_indices(batch: Any, device: Any) -> None:
+        batch.prefix_chunk_kv_indices = [None] * batch.num_prefix_chunks
+
+    event = SimpleNamespace(synchronize=lambda: None, record=lambda: None)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    monkeypatch.setattr(forward_mha, "merge_state_v2", merge_state_v2, raising=False)
+    mixin = batches.ForwardBatchDeepSeekMHAMixin
+    monkeypatch.setattr(mixin, "prepare_chunked_kv_indices", no_indices)
+
+
+@pytest.mark.parametrize("make", [fa3, flashinfer], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("name", CASES)
+def test_equals_float64_over_all_keys(name: str, make: Any) -> None:
+    serve(CASES[name], STEPS, make)
+
+
+@pytest.mark.parametrize("capacity", [50, 1 << 17])
+def test_fp8_latents_are_gathered_as_they_are(capacity: int) -> None:
+    serve(replace(BASE, kv_dtype=FP8, capacity=capacity), STEPS, flashinfer)
+
+
+def test_pieces_are_as_many_as_the_longest_prefix_needs() -> None:
+    """3 and 10 positions in pieces of 8 // 2, then 4 in one; all twice, by two passes."""
+    steps = [extend(a=3, b=10), mixed(b=2, a=1), mixed(a=1)]
+    group = serve(replace(BASE, capacity=8), steps, flashinfer)
+    for rank in group.ranks:
+        wrappers: Any = rank.backend.adaptor._mha  # type: ignore[attr-defined]
+        assert {None: 6, 0: 4, 1: 2, 2: 2} == {
+            number: len(wrapper.plans) for number, wrapper in wrappers.items()
+        }
+        keys = [wrappers[i].plans[0]["kv_indptr"].diff().tolist() for i in range(3)]
+        assert keys == [[4, 3], [4, 0], [2, 0]]
+
+
+def test_plans_of_the_forward_before_are_seen_as_wrong() -> None:
+    """The harness is no mirror."""
+
+    class Forgetful(dict):  # type: ignore[type-arg]
+        def clear(self) -> None:
+            pass
+
+    def run(pieces: type) -> None:
+        with mla_mha.surroundings(BASE):
+            group = mla_mha.Group(BASE, fa3)
+            for rank in group.ranks:
+                rank.backend.prefill._pieces = pieces()
+            for step in (extend(a=30), mixed(a=5), mixed(a=5)):
+                group.run(step)
+
+    run(dict)
+    with pytest.raises((AssertionError, RuntimeError)):
+        run(Forgetful)
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__]))
