@@ -41,7 +41,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def half(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with one file of eighteen patched."""
+    """The same with one file of nineteen patched."""
     package = patch_trees.linked_copy(tmp_path_factory.mktemp("half"))
     name = "srt/layers/linear.py"
     (package / name).write_bytes((tree / "sglang" / name).read_bytes())
