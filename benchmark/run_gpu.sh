@@ -92,7 +92,7 @@ kernels() {
   wanted exchange && run_tests exchange 240 ${tests}exchange_gpu.py &
   wanted symm && run_tests symm 300 ${tests}symm_a2a_gpu.py ${tests}symm_a2a_ranks_gpu.py &
   wanted adaptors && run_tests adaptors 300 ${tests}adaptors_gpu.py &
-  wanted latents && run_tests latents 500 -n 6 ${tests}adaptors_mla_gpu.py &
+  wanted latents && run_tests latents 500 -n 6 ${tests}adaptors_mla_gpu.py ${tests}mla_prefill_gpu.py &
   local job
   for job in $(jobs -p); do if [[ $job != "$packer" ]]; then wait "$job"; fi; done
 }

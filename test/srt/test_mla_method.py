@@ -1,7 +1,7 @@
-"""Which way DeepSeek's attention is computed, by registry entry.
+"""Which way DeepSeek's attention is computed, and who writes and reads its latents.
 
-Only this file sees that without DCP the choice is SGLang's own, whatever it is, and that
-with DCP no mode expands latents, also not a prefill without a prefix.
+Only this file sees that without DCP all three are SGLang's own, and the measure by which,
+with DCP, a prefill is MHA.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from sglang_dcp.config import DcpConfig
 from sglang_dcp.context import DcpContext
@@ -21,43 +22,121 @@ ENTRIES = {
     "fa3": mla_method.mla_forward_method_fa3,
     "flashinfer": mla_method.mla_forward_method_flashinfer,
 }
+KVP = 2
+
+
+@pytest.fixture
+def dcp(monkeypatch: pytest.MonkeyPatch) -> None:
+    context = DcpContext(DcpConfig(Layout(KVP, 1)), tp_rank=0)
+    monkeypatch.setattr(mla_method, "find_context", lambda: context)
+
+
+@pytest.fixture
+def off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mla_method, "find_context", lambda: None)
+
+
+def attention(**flags: Any) -> Any:
+    """DeepSeek-V2-Lite's, of one of two ranks."""
+    sizes = dict(num_local_heads=8, kv_lora_rank=512, qk_rope_head_dim=64)
+    known = dict(disable_chunked_prefix_cache=False, flashinfer_mla_disable_ragged=False)
+    return SimpleNamespace(**sizes, **{**known, **flags})
+
+
+def chosen(name: str, module: Any, mode: str, prefix: list[int], new: list[int]) -> str:
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    batch = SimpleNamespace(
+        forward_mode=ForwardMode[mode],
+        extend_prefix_lens_cpu=prefix,
+        extend_seq_lens_cpu=new,
+    )
+    return str(ENTRIES[name](module, batch).name)
 
 
 @pytest.mark.parametrize("name", ENTRIES)
-def test_without_dcp_sglang_chooses(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_dcp_sglang_chooses(
+    name: str, off: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from sglang.srt.models.deepseek_common import attention_backend_handler as handlers
 
-    monkeypatch.setattr(mla_method, "find_context", lambda: None)
-    chosen = object()
-    original = f"handle_attention_{name}"
+    answer = object()
     asked: list[Any] = []
 
-    def choose(attention: Any, batch: Any) -> Any:
-        asked.append((attention, batch))
-        return chosen
+    def choose(*args: Any) -> Any:
+        asked.append(args)
+        return answer
 
-    monkeypatch.setattr(handlers, original, choose)
-    assert ENTRIES[name]("attention", "batch") is chosen
-    assert asked == [("attention", "batch")]
+    monkeypatch.setattr(handlers, f"handle_attention_{name}", choose)
+    module, batch = attention(), object()
+    assert ENTRIES[name](module, batch) is answer
+    assert asked == [(module, batch)]
 
 
-@pytest.mark.parametrize("prefix", [0, 5])
 @pytest.mark.parametrize("name", ENTRIES)
-def test_with_dcp_all_is_absorbed(
-    name: str, prefix: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_decode_is_absorbed(name: str, dcp: None) -> None:
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
-    from sglang.srt.models.deepseek_common.attention_forward_methods import (
-        forward_methods,
-    )
 
-    context = DcpContext(DcpConfig(Layout(2, 1)), tp_rank=0)
-    monkeypatch.setattr(mla_method, "find_context", lambda: context)
-    batch = SimpleNamespace(
-        forward_mode=ForwardMode.EXTEND, extend_prefix_lens_cpu=[prefix]
+    batch = SimpleNamespace(forward_mode=ForwardMode.DECODE)
+    assert ENTRIES[name](attention(), batch).name == "MLA"
+
+
+@pytest.mark.parametrize("mode", ["EXTEND", "MIXED"])
+@pytest.mark.parametrize("name", ENTRIES)
+def test_prefill_is_mha_unless_its_prefix_stays_in_place(
+    name: str, mode: str, dcp: None
+) -> None:
+    """30 positions of prefix a new token, by 16 heads: 16 x 1088 / 576 = 30.2."""
+    module = attention()
+    assert chosen(name, module, mode, [0, 0], [5, 1]) == "MHA_CHUNKED_KV"
+    assert chosen(name, module, mode, [200, 120], [10, 0]) == "MLA"
+    assert chosen(name, module, mode, [200, 102], [9, 1]) == "MHA_CHUNKED_KV"
+    assert chosen(name, module, mode, [0, 303], [9, 1]) == "MLA"
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_flags_that_forbid_expanding(name: str, dcp: None) -> None:
+    without_pieces = attention(disable_chunked_prefix_cache=True)
+    assert chosen(name, without_pieces, "EXTEND", [0], [5]) == "MHA_CHUNKED_KV"
+    assert chosen(name, without_pieces, "EXTEND", [5], [5]) == "MLA"
+    absorbed = attention(flashinfer_mla_disable_ragged=True)
+    mine = {"fa3": "MHA_CHUNKED_KV", "flashinfer": "MLA"}[name]
+    assert chosen(name, absorbed, "EXTEND", [0], [5]) == mine
+
+
+def test_latents_without_dcp_are_sglangs_own(off: None) -> None:
+    called: list[Any] = []
+    args = "module", "latents", "latent", "rope", "batch"
+    mla_method.set_mla_kv_buffer(lambda *got: called.append(got), *args)  # type: ignore
+    assert called == [args]
+    asked = "module", "slots", torch.bfloat16, "batch"
+    found = mla_method.get_mla_kv_buffer(lambda *got: got, *asked)  # type: ignore
+    assert found == asked
+
+
+def test_latents_with_dcp_go_to_the_backend(
+    dcp: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[Any] = []
+    backend = SimpleNamespace(
+        write_latents=lambda layer, latent, rope: called.append(
+            (layer, tuple(latent.shape), rope)
+        ),
+        prefill=SimpleNamespace(prefix=lambda *got: got),
     )
-    found = ENTRIES[name](SimpleNamespace(), batch)
-    assert found == forward_methods.AttnForwardMethod.MLA
+    monkeypatch.setattr(mla_method, "_backend", lambda: backend)
+
+    def never(*args: Any) -> None:
+        raise AssertionError("by logical slots")
+
+    module: Any = SimpleNamespace(attn_mha="layer")
+    latent: Any = torch.zeros(3, 5)
+    mla_method.set_mla_kv_buffer(never, module, None, latent, "rope", None)  # type: ignore
+    assert called == [("layer", (3, 1, 5), "rope")]
+    found = mla_method.get_mla_kv_buffer(
+        never, module, latent, torch.float16, "batch"
+    )
+    assert found == ("layer", torch.float16, "batch")
 
 
 def test_the_entries_are_those_that_sglang_registers() -> None:

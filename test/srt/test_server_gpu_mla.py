@@ -1,8 +1,8 @@
 """Live DeepSeek servers on GPUs in bf16: MLA backends x comm backends x Q widths.
 
 Only here do the MLA kernels, their graphs, DeepSeek's own code around them (absorbed Q,
-experts, low-rank Q) and NCCL meet in one server. The plain servers absorb in prefill too
-(`--flashinfer-mla-disable-ragged`), so that what is compared differs by DCP alone.
+experts, low-rank Q), its prefill by MHA and NCCL meet in one server. The plain servers
+prefill as SGLang does by default, by MHA too.
 """
 
 from __future__ import annotations
@@ -35,11 +35,14 @@ pytestmark = [pytest.mark.server, needs_gpus(2)]
 # Without and with a low-rank Q projection; both with experts.
 KINDS = ("mla-moe-d512", "mla-v3-d512")
 BACKENDS = ("fa3", "flashinfer")
+# Their prefill leaves every prefix in place, or is absorbed altogether.
+IN_PLACE = "--disable-chunked-prefix-cache"
 ABSORBED = "--flashinfer-mla-disable-ragged"
-BF16 = Numbers("bf16", f"--dtype bfloat16 {ABSORBED}", "flashinfer")
-FP16 = Numbers("fp16", f"--dtype float16 {ABSORBED}", "flashinfer")
+BF16 = Numbers("bf16", "--dtype bfloat16")
+FP16 = Numbers("fp16", "--dtype float16")
+# New tokens of an absorbed prefill would come back from the pool, rounded.
 FP8_KV = Numbers(
-    "fp8kv", f"--dtype bfloat16 --kv-cache-dtype fp8_e4m3 {ABSORBED}", "flashinfer"
+    "fp8kv", "--dtype bfloat16 --kv-cache-dtype fp8_e4m3", backend="flashinfer"
 )
 # All but the eager one decode in CUDA graphs.
 SHAPES = (
@@ -75,12 +78,14 @@ def matrix(kind: str) -> Iterator[Case]:
 
 
 def others(kind: str) -> Iterator[Case]:
-    """Number formats, experts over groups, and the backend that no flag names."""
+    """Number formats, experts over groups, other ways of prefill, no backend named."""
     for backend, numbers, more in (
         ("fa3", FP16, "--page-size 16"),
         ("flashinfer", FP16, "--page-size 16"),
         ("flashinfer", FP8_KV, "--page-size 64"),
         ("fa3", BF16, "--ep-size 2"),
+        ("fa3", BF16, IN_PLACE),
+        ("flashinfer", BF16, ABSORBED),
     ):
         yield Case(
             kind,

@@ -23,6 +23,8 @@ DTYPES = {
 # No position encoding, window, soft cap or fp16 reduction.
 PLAIN = (0, False, False)
 LATENT, ROPE = 512, 64
+# K and V of a head in a prefill by MHA.
+EXPANDED = 192, 128
 
 
 def heads_of(dim: int, q: torch.dtype, kv: torch.dtype) -> dict[str, Any]:
@@ -42,17 +44,24 @@ def heads_of(dim: int, q: torch.dtype, kv: torch.dtype) -> dict[str, Any]:
 
 
 def latents(q: torch.dtype, kv: torch.dtype) -> dict[str, Any]:
-    """FlashInfer's MLA kernel of this GPU, over the cache and over new tokens."""
-    from flashinfer.jit.attention import gen_batch_mla_module
+    """FlashInfer's MLA kernel of this GPU, over the cache and over new tokens, and MHA."""
+    from flashinfer.jit.attention import (
+        gen_batch_mla_module,
+        gen_batch_prefill_module,
+    )
     from flashinfer.utils import determine_mla_backend
 
     backend = determine_mla_backend(torch.device("cuda"))
-    return {
+    absorbed = {
         f"mla {q} {cached}": gen_batch_mla_module(
             backend, q, cached, q, torch.int32, LATENT, ROPE, False
         )
         for cached in (kv, q)
     }
+    mha = gen_batch_prefill_module(
+        "fa3", q, q, q, torch.int32, *EXPANDED, *PLAIN, False
+    )
+    return {**absorbed, f"mha {q}": mha}
 
 
 def build_latent_write(kv: torch.dtype) -> None:
