@@ -55,8 +55,9 @@ def merge_state_v2(*args: Tensor) -> None:
     a, lse_a, b, lse_b, out, lse = args
     assert lse_a.dtype == lse_b.dtype == torch.float32
     assert lse_a.is_contiguous() and lse_a.shape == a.shape[:2] == lse_b.shape
-    # As the kernel: 0 x NaN is NaN.
+    # As the kernel, which knows no key by -inf and lets every NaN through.
     assert a.isfinite().all() and b.isfinite().all()
+    assert not lse_a.isnan().any() and not lse_b.isnan().any()
     merged = merge_two_states(a, lse_a, b, lse_b, is_lse_base_on_e=True)
     out.copy_(merged[0])
     lse.copy_(merged[1])
