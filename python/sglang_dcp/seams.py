@@ -187,7 +187,7 @@ SEAMS: tuple[Seam, ...] = (
                 f".AttentionBackendRegistry._handlers[{name}]",
                 Kind.ENTRY,
                 f"sglang_dcp.layers.mla_method:mla_forward_method_{name}",
-                "prefill would choose by a measure that knows nothing of an exchange",
+                "prefill would read a prefix in one shot, by logical slots",
             )
             for name in ("fa3", "flashinfer")
         ),
@@ -301,6 +301,7 @@ RELIES_ON: tuple[str, ...] = (
     "srt/layers/attention/flashattention_backend.py",
     "srt/layers/attention/flashinfer_backend.py",
     "srt/layers/attention/triton_backend.py",
+    "srt/layers/dcp/comm.py",
     "srt/layers/radix_attention.py",
     "srt/mem_cache/memory_pool.py",
     "srt/model_executor/forward_batch_deepseek_mha_mixin.py",

@@ -1,7 +1,7 @@
 """DeepSeek's prefill by MHA, in SGLang's own code, over our backend: all ranks of a group.
 
-What `test_mla_prefill*.py` share. SGLang's `DeepseekMHAForwardMixin` expands latents, cuts
-a long prefix into pieces and merges; pools, gathering and kernels are ours. The ranks run
+What `test_mla_prefill*.py` share. SGLang's `DeepseekMHAForwardMixin` expands latents and merges the
+pieces of a prefix; pools, pieces, gathering and kernels are ours. The ranks run
 one after the other: a first pass notes what each sends, a second gives it what all sent.
 """
 
@@ -199,8 +199,6 @@ class Group:
             Rank(case, rank, self.table, slots, make_adaptor)
             for rank in range(case.dcp_size)
         ]
-        for rank in self.ranks:
-            rank.backend.req_to_token_pool = SimpleNamespace(req_to_token=self.table)
         self.modules = [deepseek(rank, prefill, self.truth) for rank in self.ranks]
 
     def run(self, step: Step) -> None:
@@ -267,6 +265,9 @@ class Group:
         k_pe = torch.cat([latent, rope], -1)[:, None, sizes.latent :]
         with forward_context(ForwardContext(rank.backend)):
             rank.backend.init_forward_metadata(batch)
+            # As the choice of the forward method does.
+            if any(batch.extend_prefix_lens_cpu):
+                rank.backend.prefill.cut(batch)
             module._set_mla_kv_buffer(None, latent, k_pe, batch)
             kv = module.kv_b_proj(latent)[0].view(len(latent), rank.own_heads, -1)
             k_nope, v = kv.split([sizes.nope, sizes.v], dim=-1)

@@ -17,6 +17,7 @@ import torch
 
 from attention_oracle import Served
 from sglang_dcp.layers.latent_gather import (
+    cut_prefixes,
     gather_latents,
     gathering_moves_less,
     plan_latents,
@@ -115,6 +116,27 @@ def test_fp8_latents_stay_as_they_are() -> None:
     for got in gathered(piece, 2, 1, torch.float8_e4m3fn):
         assert got.dtype == torch.float8_e4m3fn
         assert torch.equal(got.float(), wanted(piece))
+
+
+def test_pieces_are_few_and_hold_each_position_once() -> None:
+    draw = random.Random(3)
+    cases = [([10, 3], 8), ([1], 1), ([0, 0, 5], 2), ([4, 4], 4), ([7, 0, 1], 100)]
+    for _ in range(50):
+        prefix = [draw.choice([0, draw.randint(1, 60)]) for _ in range(5)]
+        prefix[draw.randrange(5)] = draw.randint(1, 60)
+        cases.append((prefix, draw.randint(1, 80)))
+    for prefix, most in cases:
+        starts, lens = cut_prefixes(prefix, most)
+        assert starts.dtype == lens.dtype == torch.int32
+        assert len(lens) == -(-sum(prefix) // most)
+        assert lens.sum(1).tolist()[:-1] == [most] * (len(lens) - 1)
+        for request, length in enumerate(prefix):
+            found = [
+                position
+                for start, held in zip(starts[:, request], lens[:, request])
+                for position in range(int(start), int(start + held))
+            ]
+            assert found == list(range(length)), (prefix, most)
 
 
 def test_a_short_turn_on_a_long_prefix_is_left_in_place() -> None:

@@ -26,9 +26,14 @@ KVP = 2
 
 
 @pytest.fixture
-def dcp(monkeypatch: pytest.MonkeyPatch) -> None:
+def dcp(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """DCP on; the batches whose prefixes were cut."""
     context = DcpContext(DcpConfig(Layout(KVP, 1)), tp_rank=0)
     monkeypatch.setattr(mla_method, "find_context", lambda: context)
+    cut: list[Any] = []
+    backend = SimpleNamespace(prefill=SimpleNamespace(cut=cut.append))
+    monkeypatch.setattr(mla_method, "_backend", lambda: backend)
+    return cut
 
 
 @pytest.fixture
@@ -39,7 +44,12 @@ def off(monkeypatch: pytest.MonkeyPatch) -> None:
 def attention(**flags: Any) -> Any:
     """DeepSeek-V2-Lite's, of one of two ranks."""
     sizes = dict(num_local_heads=8, kv_lora_rank=512, qk_rope_head_dim=64)
-    known = dict(disable_chunked_prefix_cache=False, flashinfer_mla_disable_ragged=False)
+    known = dict(
+        disable_chunked_prefix_cache=False,
+        flashinfer_mla_disable_ragged=False,
+        qk_head_dim=192,
+        v_head_dim=128,
+    )
     return SimpleNamespace(**sizes, **{**known, **flags})
 
 
@@ -74,7 +84,7 @@ def test_without_dcp_sglang_chooses(
 
 
 @pytest.mark.parametrize("name", ENTRIES)
-def test_decode_is_absorbed(name: str, dcp: None) -> None:
+def test_decode_is_absorbed(name: str, dcp: list[Any]) -> None:
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
     batch = SimpleNamespace(forward_mode=ForwardMode.DECODE)
@@ -84,18 +94,29 @@ def test_decode_is_absorbed(name: str, dcp: None) -> None:
 @pytest.mark.parametrize("mode", ["EXTEND", "MIXED"])
 @pytest.mark.parametrize("name", ENTRIES)
 def test_prefill_is_mha_unless_its_prefix_stays_in_place(
-    name: str, mode: str, dcp: None
+    name: str, mode: str, dcp: list[Any]
 ) -> None:
     """30 positions of prefix a new token, by 16 heads: 16 x 1088 / 576 = 30.2."""
     module = attention()
     assert chosen(name, module, mode, [0, 0], [5, 1]) == "MHA_CHUNKED_KV"
     assert chosen(name, module, mode, [200, 120], [10, 0]) == "MLA"
+    assert not dcp
     assert chosen(name, module, mode, [200, 102], [9, 1]) == "MHA_CHUNKED_KV"
+    assert [batch.extend_prefix_lens_cpu for batch in dcp] == [[200, 102]]
     assert chosen(name, module, mode, [0, 303], [9, 1]) == "MLA"
 
 
 @pytest.mark.parametrize("name", ENTRIES)
-def test_flags_that_forbid_expanding(name: str, dcp: None) -> None:
+@pytest.mark.parametrize("dims", [(192, 192), (256, 128), (96, 64)])
+def test_heads_that_kernels_were_not_checked_for_stay_absorbed(
+    dims: tuple[int, int], name: str, dcp: list[Any]
+) -> None:
+    module = attention(qk_head_dim=dims[0], v_head_dim=dims[1])
+    assert chosen(name, module, "EXTEND", [0], [5]) == "MLA"
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_flags_that_forbid_expanding(name: str, dcp: list[Any]) -> None:
     without_pieces = attention(disable_chunked_prefix_cache=True)
     assert chosen(name, without_pieces, "EXTEND", [0], [5]) == "MHA_CHUNKED_KV"
     assert chosen(name, without_pieces, "EXTEND", [5], [5]) == "MLA"
@@ -115,7 +136,7 @@ def test_latents_without_dcp_are_sglangs_own(off: None) -> None:
 
 
 def test_latents_with_dcp_go_to_the_backend(
-    dcp: None, monkeypatch: pytest.MonkeyPatch
+    dcp: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     called: list[Any] = []
     backend = SimpleNamespace(
@@ -137,6 +158,16 @@ def test_latents_with_dcp_go_to_the_backend(
         never, module, latent, torch.float16, "batch"
     )
     assert found == ("layer", torch.float16, "batch")
+
+
+@pytest.mark.parametrize("verb", ["set", "get"])
+def test_deepseek_has_the_methods_from_where_they_are_hooked(verb: str) -> None:
+    from sglang.srt.models.deepseek_common.attention_forward_methods import forward_mha
+    from sglang.srt.models.deepseek_v2 import DeepseekV2AttentionMLA
+
+    name = f"_{verb}_mla_kv_buffer"
+    own = getattr(DeepseekV2AttentionMLA, name)
+    assert own is getattr(forward_mha.DeepseekMHAForwardMixin, name)
 
 
 def test_the_entries_are_those_that_sglang_registers() -> None:

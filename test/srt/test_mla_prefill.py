@@ -34,8 +34,8 @@ STEPS = [
 ]
 BASE = Prefill("fa3", Sizes(8, 64, 16, 24, 20), device="cpu", max_len=120)
 CASES = {
-    # Of five requests, 10 positions each: d's prefix is 7 pieces, the others' fewer.
-    **cases_of(BASE, capacity=50),
+    # 104 positions of prefix in pieces of 25, cut amid d's 66.
+    **cases_of(BASE, capacity=25),
     "kvp3": replace(BASE, sizes=BASE.sizes._replace(heads=12), dcp_size=3),
     "fp16": replace(BASE, dtype=torch.float16),
 }
@@ -66,17 +66,11 @@ def merge_state_v2(*args: Tensor) -> None:
 @pytest.fixture(autouse=True)
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """What SGLang's code takes from CUDA."""
-    from sglang.srt.model_executor import forward_batch_deepseek_mha_mixin as batches
     from sglang.srt.models.deepseek_common.attention_forward_methods import forward_mha
-
-    def no_indices(batch: Any, device: Any) -> None:
-        batch.prefix_chunk_kv_indices = [None] * batch.num_prefix_chunks
 
     event = SimpleNamespace(synchronize=lambda: None, record=lambda: None)
     monkeypatch.setattr(torch.cuda, "Event", lambda: event)
     monkeypatch.setattr(forward_mha, "merge_state_v2", merge_state_v2, raising=False)
-    mixin = batches.ForwardBatchDeepSeekMHAMixin
-    monkeypatch.setattr(mixin, "prepare_chunked_kv_indices", no_indices)
 
 
 @pytest.mark.parametrize("make", [fa3, flashinfer], ids=lambda make: make.__name__)
@@ -85,22 +79,35 @@ def test_equals_float64_over_all_keys(name: str, make: Any) -> None:
     serve(CASES[name], STEPS, make)
 
 
-@pytest.mark.parametrize("capacity", [50, 1 << 17])
+@pytest.mark.parametrize("capacity", [25, 1 << 17])
 def test_fp8_latents_are_gathered_as_they_are(capacity: int) -> None:
     serve(replace(BASE, kv_dtype=FP8, capacity=capacity), STEPS, flashinfer)
 
 
-def test_pieces_are_as_many_as_the_longest_prefix_needs() -> None:
-    """3 and 10 positions in pieces of 8 // 2, then 4 in one; all twice, by two passes."""
+def test_each_piece_has_a_plan_beside_that_of_new_tokens() -> None:
+    """10 and 3 positions in pieces of 8, then 4 in one; all twice, by two passes."""
     steps = [extend(a=3, b=10), mixed(b=2, a=1), mixed(a=1)]
     group = serve(replace(BASE, capacity=8), steps, flashinfer)
     for rank in group.ranks:
         wrappers: Any = rank.backend.adaptor._mha  # type: ignore[attr-defined]
-        assert {None: 6, 0: 4, 1: 2, 2: 2} == {
+        assert {None: 6, 0: 4, 1: 2} == {
             number: len(wrapper.plans) for number, wrapper in wrappers.items()
         }
-        keys = [wrappers[i].plans[0]["kv_indptr"].diff().tolist() for i in range(3)]
-        assert keys == [[4, 3], [4, 0], [2, 0]]
+        keys = [wrappers[i].plans[0]["kv_indptr"].diff().tolist() for i in range(2)]
+        assert keys == [[8, 0], [2, 3]]
+
+
+def test_one_shot_is_refused() -> None:
+    """It asks for new tokens too, which are not known by the number of a piece."""
+    with mla_mha.surroundings(BASE):
+        prefill = mla_mha.Group(BASE, fa3).ranks[0].backend.prefill
+        for batch in (
+            SimpleNamespace(mha_one_shot=True, attn_attend_prefix_cache=True),
+            SimpleNamespace(mha_one_shot=None, attn_attend_prefix_cache=False),
+        ):
+            layer: Any = SimpleNamespace(layer_id=0)
+            with pytest.raises(RuntimeError, match="not in one shot"):
+                prefill.prefix(layer, torch.bfloat16, batch)  # type: ignore[arg-type]
 
 
 def test_plans_of_the_forward_before_are_seen_as_wrong() -> None:

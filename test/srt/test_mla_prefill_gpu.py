@@ -11,6 +11,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 
 from adaptor_ranks import FP8
 from gpu import needs_gpus
@@ -22,13 +23,15 @@ FA3, FLASHINFER = Prefill("fa3"), Prefill("flashinfer")
 CASES = {
     f"{base.backend}-{name}": case
     for base in (FA3, FLASHINFER)
-    # Of five requests, 100 positions each: d's prefix is 11 pieces, the others' fewer.
-    for name, case in cases_of(base, capacity=500).items()
+    # 1163 positions of prefix in pieces of 400, cut amid d's 1025.
+    for name, case in cases_of(base, capacity=400).items()
 } | {
     "fa3-heads128": replace(FA3, sizes=DEEPSEEK._replace(heads=128), dcp_size=8),
     "flashinfer-heads128": replace(FLASHINFER, sizes=DEEPSEEK._replace(heads=128)),
+    "fa3-fp16": replace(FA3, dtype=torch.float16),
+    "flashinfer-fp16": replace(FLASHINFER, dtype=torch.float16),
     "flashinfer-fp8": replace(FLASHINFER, kv_dtype=FP8),
-    "flashinfer-fp8-pieces": replace(FLASHINFER, kv_dtype=FP8, capacity=500),
+    "flashinfer-fp8-pieces": replace(FLASHINFER, kv_dtype=FP8, capacity=400),
 }
 
 

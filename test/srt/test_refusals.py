@@ -388,7 +388,7 @@ def test_every_adaptor_is_a_seam_and_loads_by_name() -> None:
             assert module in (name, f"{name}_mla" if mla else name)
 
 
-def test_every_mla_backend_has_a_seam_that_keeps_to_absorbed_attention() -> None:
+def test_every_mla_backend_has_a_seam_that_chooses_the_forward_method() -> None:
     from sglang_dcp.seams import SEAMS
 
     seams = {seam.target.rpartition(".")[2] for seam in SEAMS}

@@ -2,7 +2,7 @@
 
 Only here do the MLA kernels, their graphs, DeepSeek's own code around them (absorbed Q,
 experts, low-rank Q), its prefill by MHA and NCCL meet in one server. The plain servers
-prefill as SGLang does by default, by MHA too.
+prefill as SGLang does by default: by MHA where a batch has no prefix or 8192 positions of it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ IN_PLACE = "--disable-chunked-prefix-cache"
 ABSORBED = "--flashinfer-mla-disable-ragged"
 BF16 = Numbers("bf16", "--dtype bfloat16")
 FP16 = Numbers("fp16", "--dtype float16")
-# New tokens of an absorbed prefill would come back from the pool, rounded.
+# With a prefix, plain servers read new tokens back from the pool, rounded; DCP does not.
 FP8_KV = Numbers(
     "fp8kv", "--dtype bfloat16 --kv-cache-dtype fp8_e4m3", backend="flashinfer"
 )
@@ -110,6 +110,9 @@ fleet = fleet_fixture(forced.build_waves)
 @pytest.mark.parametrize("case", params(cases()))
 def test_within_the_spread_of_tp(case: Case, fleet: Fleet) -> None:
     assert_within_spread(case, fleet)
+    expands = not {IN_PLACE, ABSORBED} & set(case.flags.split())
+    log = fleet.run(case.spec).log
+    assert ("DCP prefill by MHA gathers" in log) == expands
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ against `chunk x heads x 1088` for DeepSeek's sizes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -24,10 +25,25 @@ def gathering_moves_less(
     """Whether `prefix` positions are fewer numbers than what `new` tokens would exchange.
 
     Those are the queries and the partial outputs of all `shard_heads` heads of the
-    attn_tp shard. From logical lengths, so that all ranks agree.
+    attn_tp shard. From logical lengths, so that all ranks agree. Numbers, not bytes: fp8
+    latents would pay up to twice as long a prefix.
     """
     key = latent + rope
     return prefix * key <= new * shard_heads * (key + latent)
+
+
+def cut_prefixes(prefix: Sequence[int], most: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Starts and lengths of each request in pieces of at most `most` positions in all.
+
+    Returns two tensors [pieces, requests] int32 on the host. The prefixes are laid end to
+    end and cut: as few pieces as can be, and each request's part of one is contiguous.
+    """
+    lens = torch.tensor(prefix)
+    ends = lens.cumsum(0)
+    cuts = torch.arange(0, int(ends[-1]), most)[:, None]
+    starts = (cuts - (ends - lens)).clamp(min=0).minimum(lens)
+    stops = (cuts + most - (ends - lens)).clamp(min=0).minimum(lens)
+    return starts.int(), (stops - starts).int()
 
 
 class LatentPlan(NamedTuple):

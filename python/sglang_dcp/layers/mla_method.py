@@ -1,8 +1,9 @@
 """How DeepSeek's attention is computed on the GPU backends, and on whose slots.
 
 Decode is absorbed: queries and latents reach the attention backend, which writes and
-reads them by local slots. So is a prefill whose prefix stays in place. In any other,
-SGLang expands latents to heads itself, and two of its methods meet the pool.
+reads them by local slots. So is a prefill whose prefix stays in place, or which a flag
+forbids to expand. In any other, SGLang expands latents to heads itself, and two of its
+methods meet the pool. `torch_native` is absorbed throughout (its adaptor's file).
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     import torch
 
     from sglang_dcp.layers.attention import DcpAttentionBackend
+
+# Of Q and K, and of V: what the kernels of both backends are made for, and checked.
+MHA_HEAD_DIMS = (192, 128)
 
 
 def mla_forward_method_fa3(attention: Any, batch: Any) -> Any:
@@ -51,6 +55,8 @@ def _forward_method(
         return original(attention, batch)
     if absorbed or not _expands(attention, batch, context.config.dcp_size):
         return AttnForwardMethod.MLA
+    if any(batch.extend_prefix_lens_cpu):
+        _backend().prefill.cut(batch)
     # Without a prefix, the same as AttnForwardMethod.MHA.
     return AttnForwardMethod.MHA_CHUNKED_KV
 
@@ -61,6 +67,8 @@ def _expands(attention: Any, batch: Any, dcp_size: int) -> bool:
     SGLang's measure, 8192 positions of prefix, knows nothing of what an exchange carries.
     """
     if not batch.forward_mode.is_extend_without_speculative():
+        return False
+    if (attention.qk_head_dim, attention.v_head_dim) != MHA_HEAD_DIMS:
         return False
     prefix = sum(batch.extend_prefix_lens_cpu)
     if not prefix:

@@ -2,18 +2,24 @@
 
 Keys and values are expanded to the rank's own heads: a third of the multiplications of
 absorbed attention (320 instead of 1088 a query and key for DeepSeek). SGLang expands, and
-merges the pieces of a long prefix; what it asks of pool and attention is here, by local
-slots, with the latents of a piece gathered from all ranks.
+merges the pieces of a long prefix; the pieces, and what it asks of pool and attention, are
+here: by local slots, with the latents of a piece gathered from all ranks.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
 
 import torch
 
-from sglang_dcp.layers.latent_gather import LatentPlan, gather_latents, plan_latents
+from sglang_dcp.layers.latent_gather import (
+    LatentPlan,
+    cut_prefixes,
+    gather_latents,
+    plan_latents,
+)
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -22,6 +28,8 @@ if TYPE_CHECKING:
     from sglang_dcp.distributed.exchange import Exchange
     from sglang_dcp.layers.adaptors.base import DcpAdaptor
     from sglang_dcp.layers.local_view import Shard
+
+logger = logging.getLogger(__name__)
 
 
 class Piece(NamedTuple):
@@ -57,10 +65,35 @@ class MlaPrefill:
         self._pool = kv_pool
         # By number; made by the first layer.
         self._pieces: dict[int, Piece] = {}
+        self._told = False
 
     def init_forward_metadata(self) -> None:
         """Forget the pieces of the forward before."""
         self._pieces.clear()
+
+    def cut(self, batch: ForwardBatch) -> None:
+        """Cut the prefixes of an extend forward, once, in SGLang's stead.
+
+        SGLang gives every request the same share of a piece, so that 64 requests with one
+        long prefix among them come in many pieces that are nearly empty.
+        """
+        if batch.num_prefix_chunks is not None:
+            return
+        prefix = batch.extend_prefix_lens_cpu
+        starts, lens = cut_prefixes(prefix, batch.get_max_chunk_capacity())
+        if not self._told and self._shard.kvp_rank == 0:
+            told = sum(prefix), len(lens)
+            logger.info("DCP prefill by MHA gathers %d positions, pieces: %d", *told)
+            self._told = True
+        device = self._shard.local_table.device
+        ends = torch.nn.functional.pad(lens.cumsum(1, dtype=torch.int32), (1, 0))
+        batch.num_prefix_chunks = len(lens)
+        batch.prefix_chunk_starts_cpu, batch.prefix_chunk_seq_lens_cpu = starts, lens
+        batch.prefix_chunk_seq_lens = lens.to(device, non_blocking=True)
+        batch.prefix_chunk_cu_seq_lens = ends.to(device, non_blocking=True)
+        batch.prefix_chunk_max_seq_lens = lens.amax(1).tolist()
+        # Logical slots, which nobody reads.
+        batch.prefix_chunk_kv_indices = [None] * len(lens)
 
     def attend(
         self,
@@ -92,7 +125,15 @@ class MlaPrefill:
     def prefix(
         self, layer: RadixAttention, dtype: torch.dtype, batch: ForwardBatch
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Latents of the piece at hand, [positions, latent] and [positions, 1, rope]."""
+        """Latents of the piece at hand, [positions, latent] and [positions, 1, rope].
+
+        Raises
+        ------
+        RuntimeError
+            Outside of a prefill that `cut` prepared (SGLang's one-shot form).
+        """
+        if batch.mha_one_shot or not batch.attn_attend_prefix_cache:
+            raise RuntimeError("DCP gathers latents in pieces only, not in one shot")
         number = batch.prefix_chunk_idx
         if number not in self._pieces:
             self._pieces[number] = self._plan(number, batch)

@@ -1,6 +1,6 @@
-"""Adaptor for `--attention-backend fa3` with latent attention (absorbed MLA).
+"""Adaptor for `--attention-backend fa3` with latent attention.
 
-Scores are the sum of two products: rotary queries with rotary keys, which FA3 takes as
+Absorbed, scores are the sum of two products: rotary queries with rotary keys, which FA3 takes as
 Q and K, and latent queries with the latents, which it takes as QV and V.
 """
 

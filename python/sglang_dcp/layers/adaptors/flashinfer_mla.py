@@ -1,4 +1,4 @@
-"""Adaptor for `--attention-backend flashinfer` with latent attention (absorbed MLA).
+"""Adaptor for `--attention-backend flashinfer` with latent attention.
 
 Not built on SGLang's backend: that lists every slot of a request as a page of its own
 and plans eager steps from device-side lengths, for which FlashInfer waits for the GPU.
@@ -169,7 +169,7 @@ class FlashInferMlaAdaptor(DcpAdaptor):
             queries = keys = batch.extend_seq_lens_cpu
             if piece is not None:
                 keys = batch.prefix_chunk_seq_lens_cpu[piece].tolist()
-            sizes = q.shape[1], *q.shape[2:], *v.shape[2:]
+            sizes = q.shape[1], q.shape[2], v.shape[2]
             plan_mha(wrapper, queries, keys, sizes, q.dtype, causal=piece is None)
             self._mha_planned.add(piece)
             self._plan_copied.record()

@@ -1,4 +1,4 @@
-"""Plans of FlashInfer's MLA kernels, all from host lengths, and how much one holds."""
+"""Plans of FlashInfer's kernels for latents, all from host lengths, and how much one holds."""
 
 from __future__ import annotations
 
