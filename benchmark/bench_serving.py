@@ -2,7 +2,7 @@
 
     python benchmark/bench_serving.py results.jsonl
 
-One server after the other: plain tensor parallelism, then each of `--layouts` (as in
+One server after the other: plain tensor parallelism (unless `--without-plain`), then each of `--layouts` (as in
 `bench_decode.py`), with dummy weights and a tokenizer made here, so that no network is
 needed. Against each, SGLang's own load generator for every concurrency and input length;
 its JSON lines go into one file. A failed request, or fewer output tokens than asked for,
@@ -179,6 +179,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--input-lens", type=int, nargs="+", default=[4096, 32768])
     add("--output-len", type=int, default=128)
     add("--rounds", type=int, default=2, help="requests for each of those at once")
+    add("--without-plain", action="store_true", help="servers with DCP alone")
     add("--ready-s", type=float, default=200.0, help="for a server to start")
     options = parser.parse_args(argv)
     options.jsonl = options.jsonl.absolute()
@@ -204,7 +205,8 @@ def main() -> int:
         # Beside a config.json its model type would choose the tokenizer's class.
         (Path(folder) / TOKENIZER).mkdir()
         write_tokenizer(Path(folder) / TOKENIZER, vocab_size(options.model))
-        for layout in (options.plain, *options.layouts):
+        plain = [] if options.without_plain else [options.plain]
+        for layout in (*plain, *options.layouts):
             try:
                 results += serve(options, layout, model)
             except (ServerFailed, RuntimeError) as error:
