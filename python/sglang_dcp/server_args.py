@@ -17,9 +17,10 @@ import torch
 from sglang.srt.arg_groups.arg_utils import Arg
 from sglang.srt.server_args import ServerArgs
 
+from sglang_dcp.backend_choice import default_backend, need_of
 from sglang_dcp.config import DcpConfig, DcpConfigError, resolve_config
 from sglang_dcp.distributed.exchange import EXCHANGES
-from sglang_dcp.layers.adaptors.registry import FP8, Need, adaptor_names, unmet
+from sglang_dcp.layers.adaptors.registry import Need
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +157,7 @@ def around_get_default_attn_backend(
     preferred = original(use_mla_backend, model_config)
     if args.dcp is None:
         return preferred
-    return default_backend(preferred, _need(args, model_config, use_mla_backend))
+    return default_backend(preferred, need_of(args, model_config, use_mla_backend))
 
 
 def around_setstate(
@@ -177,7 +178,7 @@ def _cli_error(error: DcpConfigError) -> int:
 
 def prepare(args: Any) -> None:
     """Seam: before SGLang resolves `args` (whose `dcp` is set)."""
-    from sglang_dcp.refusals import check_server_args
+    from sglang_dcp.server_refusals import check_server_args
     from sglang_dcp.verify import verify_seams
 
     verify_seams()
@@ -195,46 +196,14 @@ def prepare(args: Any) -> None:
         args.attention_backend = default_backend(None, Need("cpu"))
 
 
-def default_backend(preferred: Optional[str], need: Need) -> str:
-    """The attention backend where the user names none: SGLang's choice if it can serve.
-
-    With no other that can serve, SGLang's choice all the same: refused by `finish`.
-    """
-    names = adaptor_names(need)
-    # Without its own kernels here (no Hopper), FA3 is not what SGLang prefers.
-    others = [name for name in names if name != "fa3"]
-    if preferred in names or not others:
-        chosen = preferred or "torch_native"
-        logger.info("DCP: no attention backend named, using %s", chosen)
-        return chosen
-    problem = unmet(preferred, need) if preferred else None
-    why = f" and not {preferred}: {problem.reason}" if problem else ""
-    logger.info("DCP: no attention backend named, using %s%s", others[0], why)
-    return others[0]
-
-
-def _need(args: Any, model: Any, mla: bool) -> Need:
-    """What `model`, SGLang's `ModelConfig`, asks of an attention backend."""
-    # `auto` may still turn out to be fp8, when the weights are read: `build_kv_pool`.
-    kv_dtypes = {"fp8_e4m3": FP8, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}
-    return Need(
-        args.device,
-        mla,
-        model.dtype,
-        (model.kv_lora_rank, model.qk_rope_head_dim) if mla else model.head_dim,
-        kv_dtypes.get(args.kv_cache_dtype),
-        model.hf_text_config.num_attention_heads // args.dcp.tp_size,
-    )
-
-
 def finish(args: Any) -> None:
     """Seam: after SGLang resolved `args`; pages and tokens become logical."""
-    from sglang_dcp.refusals import check_server_args
+    from sglang_dcp.server_refusals import check_server_args
 
     if args.model_path.lower() in ("none", "dummy"):
         return
     model = args.get_model_config()
-    check_server_args(args, _need(args, model, args.use_mla_backend()))
+    check_server_args(args, need_of(args, model, args.use_mla_backend()))
     _turn_off_prefill_graph(args)
     page_size = args.page_size or 1
     config = dataclasses.replace(args.dcp, page_size=page_size)

@@ -223,9 +223,7 @@ class Group:
         for rank in self.ranks:
             rank.exchange.rows, rank.exchange.all_rows = [], []
         wanted = torch.cat([self.truth.attention(*request) for request in new.items()])
-        torch.testing.assert_close(
-            out.double(), wanted, rtol=TOLERANCE, atol=TOLERANCE
-        )
+        torch.testing.assert_close(out.double(), wanted, rtol=TOLERANCE, atol=TOLERANCE)
         self._check_pools()
 
     def _batch(self, served: SimpleNamespace) -> Any:
@@ -236,9 +234,11 @@ class Group:
         kind = type("Batch", (ForwardBatchDeepSeekMHAMixin, SimpleNamespace), {})
         device = self.prefill.device
         fields = {
-            name: value.to(device)
-            if isinstance(value, Tensor) and not name.endswith("_cpu")
-            else value
+            name: (
+                value.to(device)
+                if isinstance(value, Tensor) and not name.endswith("_cpu")
+                else value
+            )
             for name, value in vars(served).items()
         }
         return kind(encoder_lens=None, spec_info=None, **fields)
@@ -252,7 +252,13 @@ class Group:
         return torch.cat(outs, 1)
 
     def _forward(
-        self, rank: Rank, module: Any, q: Tensor, latent: Tensor, rope: Tensor, batch: Any
+        self,
+        rank: Rank,
+        module: Any,
+        q: Tensor,
+        latent: Tensor,
+        rope: Tensor,
+        batch: Any,
     ) -> Tensor:
         """From behind the projections of `forward_normal_prepare` on."""
         from sglang.srt.model_executor.forward_context import (

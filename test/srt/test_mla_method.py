@@ -154,9 +154,7 @@ def test_latents_with_dcp_go_to_the_backend(
     latent: Any = torch.zeros(3, 5)
     mla_method.set_mla_kv_buffer(never, module, None, latent, "rope", None)  # type: ignore
     assert called == [("layer", (3, 1, 5), "rope")]
-    found = mla_method.get_mla_kv_buffer(
-        never, module, latent, torch.float16, "batch"
-    )
+    found = mla_method.get_mla_kv_buffer(never, module, latent, torch.float16, "batch")
     assert found == ("layer", torch.float16, "batch")
 
 

@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 import torch
 
+from sglang_dcp.backend_choice import default_backend
+from sglang_dcp.backend_refusals import check_backend
 from sglang_dcp.config import DcpConfig, DcpConfigError
 from sglang_dcp.distributed.topology import Layout
 from sglang_dcp.layers.adaptors.registry import FP8, Need, adaptor_names, adaptors
@@ -26,12 +28,8 @@ from sglang_dcp.model_refusals import (
     MODEL_REFUSALS,
     check_model,
 )
-from sglang_dcp.refusals import (
-    SERVER_REFUSALS,
-    Refusal,
-    check_backend,
-    check_server_args,
-)
+from sglang_dcp.refusals import Refusal
+from sglang_dcp.server_refusals import SERVER_REFUSALS, check_server_args
 
 FINE_SERVER = dict(
     device="cpu",
@@ -368,8 +366,6 @@ def test_default_backend_says_why(
     why: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    from sglang_dcp.server_args import default_backend
-
     caplog.set_level(logging.INFO, "sglang_dcp")
     assert default_backend(preferred, need) == chosen
     [line] = caplog.messages

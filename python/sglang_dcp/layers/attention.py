@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Optional, Union
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
-from sglang_dcp.distributed.exchange import WorkspaceSpec
 from sglang_dcp.layers.adaptors.base import DcpAdaptor, Partial
 from sglang_dcp.layers.attention_calls import by_head, check_call, whole_rows
 from sglang_dcp.layers.kv_pool import write_kv
@@ -20,7 +19,7 @@ from sglang_dcp.layers.layout import own_kv_index
 from sglang_dcp.layers.local_view import LocalView, LocalViewBuilder
 from sglang_dcp.layers.merge import merge_two_states
 from sglang_dcp.layers.mla_prefill import MlaPrefill
-from sglang_dcp.model_refusals import is_mla
+from sglang_dcp.layers.workspace import workspace_spec
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -89,7 +88,7 @@ class DcpAttentionBackend(AttentionBackend):
             adaptor.from_runner(LocalRunner(runner, views.local_table, context.config)),
             views,
             create_exchange(
-                context.config.comm_backend, get_kvp_group(), _workspace_spec(runner)
+                context.config.comm_backend, get_kvp_group(), workspace_spec(runner)
             ),
             context,
             runner.req_to_token_pool,
@@ -250,19 +249,3 @@ class DcpAttentionBackend(AttentionBackend):
         if self._view is None:
             raise RuntimeError("attention ran before init_forward_metadata")
         return self._view
-
-
-def _workspace_spec(runner: Any) -> WorkspaceSpec:
-    """The largest decode step of SGLang's `ModelRunner`, as an exchange sees it."""
-    model = runner.model_config
-    if is_mla(model):
-        dim = model.kv_lora_rank + model.qk_rope_head_dim
-    else:
-        dim = max(model.head_dim, model.v_head_dim)
-    return WorkspaceSpec(
-        tokens=runner.req_to_token_pool.size,
-        heads=model.num_attention_heads // runner.server_args.tp_size,
-        row_bytes=dim * runner.dtype.itemsize,
-        # Before SGLang's watchdog, which could not name the ranks.
-        timeout_s=0.8 * runner.server_args.watchdog_timeout,
-    )

@@ -80,9 +80,7 @@ def plan_pages(
     wrapper.plan(*where, *dims, False, sizes.scaling, sizes.dtype, sizes.kv_dtype)
 
 
-def plan_rows(
-    wrapper: Any, sizes: Sizes, heads: int, queries: Iterable[int]
-) -> None:
+def plan_rows(wrapper: Any, sizes: Sizes, heads: int, queries: Iterable[int]) -> None:
     """Keys in the model's dtype, one a query, as pages of one; causal."""
     ends = indptr(queries)
     rows = torch.arange(int(ends[-1]), dtype=torch.int32, device=sizes.device)

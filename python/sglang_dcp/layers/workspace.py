@@ -1,0 +1,24 @@
+"""How large an exchange's workspace must be, from SGLang's `ModelRunner`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang_dcp.distributed.exchange import WorkspaceSpec
+from sglang_dcp.model_refusals import is_mla
+
+
+def workspace_spec(runner: Any) -> WorkspaceSpec:
+    """The largest decode step of SGLang's `ModelRunner`, as an exchange sees it."""
+    model = runner.model_config
+    if is_mla(model):
+        dim = model.kv_lora_rank + model.qk_rope_head_dim
+    else:
+        dim = max(model.head_dim, model.v_head_dim)
+    return WorkspaceSpec(
+        tokens=runner.req_to_token_pool.size,
+        heads=model.num_attention_heads // runner.server_args.tp_size,
+        row_bytes=dim * runner.dtype.itemsize,
+        # Before SGLang's watchdog, which could not name the ranks.
+        timeout_s=0.8 * runner.server_args.watchdog_timeout,
+    )
