@@ -3,10 +3,10 @@
     python benchmark/bench_serving.py results.jsonl
 
 One server after the other: plain tensor parallelism (unless `--without-plain`), then each
-of `--layouts` (as in `bench_decode.py`), with dummy weights and a tokenizer made here, so that no network is
-needed. Against each, SGLang's own load generator for every concurrency and input length;
-its JSON lines go into one file. A failed request, or fewer output tokens than asked for,
-makes the exit status 1.
+of `--layouts` (as in `bench_decode.py`), with dummy weights and a tokenizer made here, so
+that no network is needed. Against each, SGLang's own load generator for every concurrency
+and input length; its JSON lines go into one file. A failed request, or fewer output tokens
+than asked for, makes the exit status 1.
 
 Prompts differ in every token and every request generates exactly its length. Not
 measured: real weights, sampling, prefix hits, arrivals other than at fixed concurrency.
