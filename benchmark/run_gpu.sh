@@ -5,12 +5,15 @@
 #   STACK  archive of SGLang and what it needs beside torch, unpacked into SITE
 #   CACHE  archives of compiled kernels, unpacked into $HOME; they name SITE by its path
 #   FA3    archive of FlashAttention-3, unpacked into SITE
+#   AOT    archive of aot/NAME/NAME.so, FlashInfer's kernels compiled elsewhere (DESIGN.md)
 #          each once; they do not fit one call, so the first call carries some, the next the rest
 #   OUT    folder for logs.tgz
 #   PARTS  which of
 #            kernels exchange symm adaptors latents    tests of kernels, beside each other
 #            server bf16 mla dtypes fused limits       live servers, one group after the other
 #            bench decode fill off serving             timed, one after the other
+#            caches                                    what was compiled on the way, into
+#                                                      $OUT/caches.tar.xz: a next CACHE
 #          none: only unpack
 #   K      words of cases for pytest -k, in the groups of live servers
 #   DECODE_ARGS SERVING_ARGS BENCH_ARGS   options of the benchmarks
@@ -62,6 +65,7 @@ mkdir -p "$SITE"
 unpack "${STACK:-}" "$SITE"
 for archive in ${CACHE:-}; do unpack "$archive" "$HOME"; done
 unpack "${FA3:-}" "$SITE"
+unpack "${AOT:-}" "$SITE/flashinfer/data"
 if [[ ! -e $SITE/.compiled && -d $SITE/sglang ]]; then
   # Many processes import SGLang at once: compile it once before.
   python3 -m compileall -q -j 0 "$SITE" >/dev/null 2>&1
@@ -136,4 +140,10 @@ fi
   wanted off && run_bench off $decode "$logs/off.csv" --check-off ${DECODE_ARGS:-}
   wanted serving && run_bench serving benchmark/bench_serving.py "$logs/serving.jsonl" $SERVING_ARGS
 }
+if wanted caches; then
+  # With an empty Triton cache, a first group of nine servers took 75 s to start.
+  tar -C "$HOME" -cJf "$OUT/caches.tar.xz" --exclude='*.o' --ignore-failed-read \
+    .triton/cache .cache/tvm-ffi .cache/flashinfer 2>/dev/null
+  say "caches: $(du -h "$OUT/caches.tar.xz" | cut -f1)"
+fi
 say end
