@@ -41,7 +41,7 @@ def _stamp(options: argparse.Namespace) -> dict[str, Any]:
 
 
 class Outcome(NamedTuple):
-    """What a run leaves beside its CSV: profiles, names of layouts of which a rank failed."""
+    """What a run leaves beside its CSV: profiles, names of layouts that failed or were refused."""
 
     profiles: list[Profile]
     failed: list[str]
@@ -75,6 +75,7 @@ def record(options: argparse.Namespace, file: Path) -> Outcome:
                 if not isinstance(error, DcpConfigError):
                     raise
                 say(f"{layout.name}: refused: {error}")
+                outcome.failed.append(layout.name)
             except RuntimeError as error:
                 # The other layouts are worth their time all the same.
                 say(f"{layout.name}: FAILED: {error}")

@@ -32,6 +32,8 @@ work=/tmp/gpu-run-$$
 logs=$work/logs
 mkdir -p "$logs"
 
+# What ended badly decides the exit status: kept in a file, since tests run in subshells.
+failed() { echo "$1" >>"$work/failed"; }
 say() { echo "[$((SECONDS - began)) s] $*" | tee -a "$logs/progress.log"; }
 wanted() { [[ " $PARTS " == *" $1 "* ]]; }
 # Seconds that a part may take: its own limit, or what is left of the call.
@@ -82,7 +84,9 @@ run_tests() {
   SGLANG_DCP_TEST_RANKS_S=$((limit > 40 ? limit - 30 : 10)) \
     timeout -s INT -k 15 "$limit" env --default-signal=INT python3 -m pytest -q -p no:cacheprovider --durations=5 \
     --basetemp="$work/tests/$name" "$@" >"$logs/$name.log" 2>&1
-  say "$name ended with $?"
+  local status=$?
+  if ((status)); then failed "$name"; fi
+  say "$name ended with $status"
   grep -E "ratio [0-9]|max \|d|^(FAILED|ERROR)|passed|failed|error" "$logs/$name.log" |
     tail -12 | cut -c1-400
 }
@@ -121,7 +125,7 @@ run_bench() {
   shift
   timeout -s INT -k 10 "$(left 530)" python3 "$@" 2>"$logs/$name.err" | tee "$logs/$name.log"
   local status=${PIPESTATUS[0]}
-  if ((status)); then tail -25 "$logs/$name.err" | cut -c1-400; fi
+  if ((status)); then failed "$name" && tail -25 "$logs/$name.err" | cut -c1-400; fi
   say "$name ended with $status"
   pack
 }
@@ -147,3 +151,7 @@ if wanted caches; then
   say "caches: $(du -h "$OUT/caches.tar.xz" | cut -f1)"
 fi
 say end
+if [[ -e $work/failed ]]; then
+  say "failed: $(tr '\n' ' ' <"$work/failed")"
+  exit 1
+fi

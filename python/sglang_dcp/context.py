@@ -56,7 +56,7 @@ def get_context() -> DcpContext:
 
 
 def find_context() -> Optional[DcpContext]:
-    """The process's context, or None where DCP is off."""
+    """The process's context, or None where DCP is off or no scheduler runs."""
     return _CONTEXT
 
 

@@ -1,6 +1,6 @@
 """Set-up for machines without a GPU, where SGLang's CPU path expects its AMX engine.
 
-Active only where torch sees no CUDA device. Each seam takes effect where SGLang would
+Active only where torch sees no accelerator. Each seam takes effect where SGLang would
 stop, and changes nothing that runs without it.
 """
 

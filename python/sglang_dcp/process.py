@@ -40,15 +40,10 @@ def _stop_nccl_graph_mixing(server_args: Any) -> None:
     NCCL reads the variable once, when it makes its first communicator. It asks that no
     communicator then runs an eager call, or a second graph in parallel, while a graph
     of it is outstanding. SGLang keeps one communicator for captured calls (PyNccl's)
-    and one for eager calls (torch.distributed's), with two exceptions: symmetric memory,
-    where PyNccl takes eager calls as well, and MoE groups that are not the whole
-    tensor-parallel group, which have no PyNccl. A value of the user's stays.
+    and one for eager calls (torch.distributed's), except for MoE groups that are not the
+    whole tensor-parallel group, which have no PyNccl. A value of the user's stays.
     """
-    own_moe_groups = (
-        server_args.ep_size not in (1, server_args.tp_size)
-        or server_args.moe_dp_size > 1
-    )
-    if not (server_args.enable_symm_mem or own_moe_groups):
+    if server_args.ep_size in (1, server_args.tp_size):
         os.environ.setdefault("NCCL_GRAPH_MIXING_SUPPORT", "0")
 
 

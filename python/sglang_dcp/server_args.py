@@ -177,7 +177,7 @@ def _cli_error(error: DcpConfigError) -> int:
 
 
 def prepare(args: Any) -> None:
-    """Seam: before SGLang resolves `args` (whose `dcp` is set)."""
+    """Before SGLang resolves `args` (whose `dcp` is set)."""
     from sglang_dcp.server_refusals import check_server_args
     from sglang_dcp.verify import verify_seams
 
@@ -194,10 +194,15 @@ def prepare(args: Any) -> None:
     )
     if on_cpu and all(name is None for name in named):
         args.attention_backend = default_backend(None, Need("cpu"))
+    if not on_cpu and not args.disable_prefill_cuda_graph:
+        # Before SGLang sets memory aside for them. `finish` sees to those that another
+        # flag asks for.
+        logger.info("DCP: prefill CUDA graphs turned off")
+        args.disable_prefill_cuda_graph = True
 
 
 def finish(args: Any) -> None:
-    """Seam: after SGLang resolved `args`; pages and tokens become logical."""
+    """After SGLang resolved `args`; pages and tokens become logical."""
     from sglang_dcp.server_refusals import check_server_args
 
     if args.model_path.lower() in ("none", "dummy"):

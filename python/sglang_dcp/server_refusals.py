@@ -47,6 +47,30 @@ def _packed_kv(args: Any) -> Optional[str]:
     return None if args.kv_cache_dtype in _KV_DTYPES else args.kv_cache_dtype
 
 
+# They copy or send whole parameters of a rank, whatever shape is here.
+_LOADS_OF_SHARDS = ("sharded_state", "remote", "remote_instance")
+
+
+def _shards(args: Any) -> Optional[str]:
+    # SGLang's is an enumeration of strings.
+    name = getattr(args.load_format, "value", args.load_format)
+    return name if name in _LOADS_OF_SHARDS else None
+
+
+def _device(args: Any) -> Optional[str]:
+    """None too where SGLang has not chosen it yet."""
+    import torch
+
+    if args.device == "cuda":
+        return "cuda (ROCm)" if torch.version.hip else None
+    return None if args.device in (None, "cpu") else args.device
+
+
+def _decode_graph(args: Any) -> Optional[str]:
+    name = args.cuda_graph_backend_decode
+    return None if name in (None, "full", "disabled") else name
+
+
 def _moe_a2a(args: Any) -> Optional[str]:
     return None if args.moe_a2a_backend == "none" else args.moe_a2a_backend
 
@@ -70,6 +94,30 @@ def _flag(name: str, reason: str, way_out: str = _DROP) -> Refusal:
 
 
 SERVER_REFUSALS: tuple[Refusal, ...] = (
+    Refusal(
+        "--device",
+        _device,
+        "kernels and exchanges were made for NVIDIA GPUs and CPUs",
+        "run without --dcp-size / --attn-tp-size",
+    ),
+    Refusal(
+        "--load-format",
+        _shards,
+        "its shards were cut by the K/V heads of plain tensor parallelism",
+        "use --load-format auto and the whole checkpoint",
+    ),
+    _flag(
+        "quantization_param_path",
+        "its scales reach the write of K/V and not every read",
+    ),
+    _flag("enable_symm_mem", "not tested"),
+    _flag("debug_cuda_graph", "not tested"),
+    Refusal(
+        "--cuda-graph-backend-decode",
+        _decode_graph,
+        "not tested",
+        "use --cuda-graph-backend-decode full",
+    ),
     Refusal(
         "--dcp-comm-backend",
         _symm_a2a_on_cpu,

@@ -169,7 +169,7 @@ def _reaches(seam: Seam, ours: Any) -> bool:
 
 
 def look_up(seam: Seam) -> Any:
-    """What an assigned seam's target holds now, or None."""
+    """What a seam's target holds now, or None."""
     path, _, key = seam.target.rstrip("]").partition("[")
     try:
         found = pkgutil.resolve_name(path)

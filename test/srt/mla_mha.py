@@ -174,7 +174,13 @@ def deepseek(rank: Rank, prefill: Prefill, truth: Truth) -> Any:
     )
     weight = truth.weight.view(sizes.heads, -1, sizes.latent)[rank.own]
     own = weight.flatten(0, 1).to(prefill.dtype)
-    module.kv_b_proj = lambda latent: (latent @ own.T, None)
+
+    def kv_b_proj(latent: Tensor) -> tuple[Tensor, None]:
+        # Kernels of quantized weights ask for it.
+        assert latent.is_contiguous()
+        return latent @ own.T, None
+
+    module.kv_b_proj = kv_b_proj
     module.o_proj = lambda out: (out, None)
     return module
 

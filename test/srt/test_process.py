@@ -23,7 +23,6 @@ pytestmark = pytest.mark.usefixtures("plugins")
         pytest.param({}, None, None, id="dcp-off"),
         pytest.param(DCP, None, "0", id="dcp-on"),
         pytest.param(DCP, "1", "1", id="user-value"),
-        pytest.param({**DCP, "enable_symm_mem": True}, None, None, id="symm-mem"),
         pytest.param({**WIDE, "ep_size": 4}, None, "0", id="ep-is-tp"),
         pytest.param({**WIDE, "ep_size": 2}, None, None, id="ep-within-tp"),
     ],

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from sglang.srt.configs.load_config import LoadFormat
 
 from sglang_dcp.backend_choice import default_backend
 from sglang_dcp.backend_refusals import check_backend
@@ -33,6 +34,11 @@ from sglang_dcp.server_refusals import SERVER_REFUSALS, check_server_args
 
 FINE_SERVER = dict(
     device="cpu",
+    load_format="auto",
+    quantization_param_path=None,
+    enable_symm_mem=False,
+    debug_cuda_graph=False,
+    cuda_graph_backend_decode=None,
     enable_flexkv=False,
     radix_cache_backend=None,
     enable_torch_compile=False,
@@ -75,6 +81,15 @@ FINE_SERVER = dict(
 
 # Flag, the changed server argument, and what the message shows after the flag.
 SERVER_CASES: dict[str, tuple[dict[str, Any], str]] = {
+    "--device": ({"device": "xpu"}, " xpu"),
+    "--load-format": ({"load_format": LoadFormat.SHARDED_STATE}, " sharded_state"),
+    "--quantization-param-path": ({"quantization_param_path": "kv.json"}, " kv.json"),
+    "--enable-symm-mem": ({"enable_symm_mem": True}, ""),
+    "--debug-cuda-graph": ({"debug_cuda_graph": True}, ""),
+    "--cuda-graph-backend-decode": (
+        {"cuda_graph_backend_decode": "breakable"},
+        " breakable",
+    ),
     "--enable-flexkv": ({"enable_flexkv": True}, ""),
     "--radix-cache-backend": ({"radix_cache_backend": "mine"}, " mine"),
     "--enable-torch-compile": ({"enable_torch_compile": True}, ""),
@@ -165,6 +180,42 @@ def server_subject(flag: str, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespac
 
 def test_each_server_entry_has_a_case() -> None:
     assert sorted(entry.flag for entry in SERVER_REFUSALS) == sorted(SERVER_CASES)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"load_format": "remote"},
+        {"load_format": "remote_instance"},
+        {"device": "npu"},
+        {"cuda_graph_backend_decode": "tc_piecewise"},
+    ],
+    ids=str,
+)
+def test_other_values_that_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(DcpConfigError, match=next(iter(changes.values()))):
+        check_server_args(SimpleNamespace(**{**FINE_SERVER, **changes}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"load_format": LoadFormat.DUMMY},
+        {"cuda_graph_backend_decode": "full"},
+        {"cuda_graph_backend_decode": "disabled"},
+    ],
+    ids=str,
+)
+def test_values_beside_refused_ones(changes: dict[str, Any]) -> None:
+    check_server_args(SimpleNamespace(**{**FINE_SERVER, **changes}))
+
+
+def test_rocm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    fine = {**FINE_SERVER, "attention_backend": "triton"}
+    check_server_args(SimpleNamespace(**{**FINE_SERVER, "device": "cpu"}))
+    with pytest.raises(DcpConfigError, match=r"--device cuda \(ROCm\)"):
+        check_server_args(SimpleNamespace(**{**fine, "device": "cuda"}))
 
 
 @pytest.mark.parametrize("flag", SERVER_CASES)

@@ -8,7 +8,7 @@ methods meet the pool. `torch_native` is absorbed throughout (its adaptor's file
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Callable
+from typing import TYPE_CHECKING, Any, Callable, Optional
 
 from sglang_dcp.context import find_context
 from sglang_dcp.layers.latent_gather import gathering_moves_less
@@ -100,13 +100,13 @@ def set_mla_kv_buffer(
 def get_mla_kv_buffer(
     original: Callable[..., Any],
     attention: Any,
-    kv_indices: torch.Tensor,
+    kv_indices: Optional[torch.Tensor],
     dst_dtype: torch.dtype,
     forward_batch: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Seam: `DeepseekMHAForwardMixin._get_mla_kv_buffer`, a piece of all ranks' prefix.
 
-    `kv_indices` are its logical slots; the piece is known by its number.
+    With DCP the piece is known by its number, and `kv_indices`, logical slots, is None.
     """
     if find_context() is None:
         return original(attention, kv_indices, dst_dtype, forward_batch)

@@ -71,6 +71,7 @@ class QReplicas:
                 f"--dcp-replicate-q-proj: {type(model).__name__} has no attention "
                 "module whose Q projection can be replicated; drop the flag"
             )
+        self._wide = False
         self.refresh()
 
     @torch.no_grad()
@@ -80,7 +81,10 @@ class QReplicas:
             attention.refresh()
 
     def select(self, *, wide: bool) -> None:
-        """Choose the width of the next forward: wide in decode."""
+        """Choose the width of the next forward: wide in decode. Free where it stays."""
+        if wide == self._wide:
+            return
+        self._wide = wide
         for attention in self._attentions:
             attention.select(wide)
 

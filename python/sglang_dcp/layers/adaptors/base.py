@@ -96,6 +96,8 @@ class DcpAdaptor(ABC):
     ) -> Partial:
         """MLA's new tokens with K and V of own heads, [keys, own heads, dim], per request.
 
+        `k` and `v` may be views of wider rows.
+
         `piece` None: among themselves, causal. Else against that many-th piece of the
         prefixes (`batch.prefix_chunk_seq_lens_cpu`), not causal.
         """
