@@ -61,7 +61,8 @@ unpack() {
   local archive=$1 folder=$2
   local mark=$SITE/.unpacked-${archive##*/}
   if [[ -z $archive || -e $mark ]]; then return; fi
-  mkdir -p "$folder" && tar -C "$folder" -xf "$archive" && touch "$mark" && say "unpacked $archive"
+  mkdir -p "$folder" && tar -C "$folder" -xf "$archive" && touch "$mark" &&
+    say "unpacked $archive" || failed "unpacking $archive"
 }
 mkdir -p "$SITE"
 unpack "${STACK:-}" "$SITE"
@@ -125,7 +126,10 @@ run_bench() {
   shift
   timeout -s INT -k 10 "$(left 530)" python3 "$@" 2>"$logs/$name.err" | tee "$logs/$name.log"
   local status=${PIPESTATUS[0]}
-  if ((status)); then failed "$name" && tail -25 "$logs/$name.err" | cut -c1-400; fi
+  if ((status)); then
+    failed "$name"
+    tail -25 "$logs/$name.err" | cut -c1-400
+  fi
   say "$name ended with $status"
   pack
 }
@@ -146,8 +150,8 @@ fi
 }
 if wanted caches; then
   # With an empty Triton cache, a first group of nine servers took 75 s to start.
-  tar -C "$HOME" -cJf "$OUT/caches.tar.xz" --exclude='*.o' --ignore-failed-read \
-    .triton/cache .cache/tvm-ffi .cache/flashinfer 2>/dev/null
+  mapfile -t caches < <(cd "$HOME" && ls -d .triton/cache .cache/tvm-ffi .cache/flashinfer)
+  tar -C "$HOME" -cJf "$OUT/caches.tar.xz" --exclude='*.o' "${caches[@]}" || failed caches
   say "caches: $(du -h "$OUT/caches.tar.xz" | cut -f1)"
 fi
 say end

@@ -210,6 +210,20 @@ def test_values_beside_refused_ones(changes: dict[str, Any]) -> None:
     check_server_args(SimpleNamespace(**{**FINE_SERVER, **changes}))
 
 
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_prefill_graphs_go_before_memory_is_set_aside_for_them(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU there are none, and nothing is said."""
+    from sglang_dcp import server_args, verify
+
+    monkeypatch.setattr(verify, "verify_seams", lambda: None)
+    changes = dict(device=device, disable_prefill_cuda_graph=False)
+    args = SimpleNamespace(**{**FINE_SERVER, **changes, "attention_backend": None})
+    server_args.prepare(args)
+    assert args.disable_prefill_cuda_graph == (device == "cuda")
+
+
 def test_rocm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", "6.4")
     fine = {**FINE_SERVER, "attention_backend": "triton"}

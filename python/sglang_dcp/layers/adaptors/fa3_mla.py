@@ -1,7 +1,7 @@
 """Adaptor for `--attention-backend fa3` with latent attention.
 
-Absorbed, scores are the sum of two products: rotary queries with rotary keys, which FA3 takes as
-Q and K, and latent queries with the latents, which it takes as QV and V.
+Absorbed, scores are the sum of two products: rotary queries with rotary keys, which FA3
+takes as Q and K, and latent queries with the latents, which it takes as QV and V.
 """
 
 from __future__ import annotations
