@@ -173,6 +173,17 @@ __device__ void collect(const Workspace& ws, const Place& at, int chunk, u32 use
   }
 }
 
+// Use counters of the chunks of a block. The first one is read once: a second read, after the
+// stores to the peers, would wait for memory just before the wait for what came.
+struct Uses {
+  const Workspace& ws;
+  const u32 first;
+
+  __device__ explicit Uses(const Workspace& ws) : ws(ws), first(ws.uses[blockIdx.x]) {}
+
+  __device__ u32 of(int chunk) const { return chunk == blockIdx.x ? first : ws.uses[chunk]; }
+};
+
 #ifdef ELEMENT
 
 constexpr int LANES = ELEMENT == 2 ? 4 : 8;  // elements of a vector
@@ -301,14 +312,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                  uint4* out, float* merged_lse, int rows) {
   __shared__ float shared_lses[WORLD][MAX_ROWS];
   const int chunks = (rows + ROWS - 1) / ROWS;
+  const Uses uses(ws);
   for (int chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
     Place at = place_of(chunk, rows);
-    if (at.active) send_partial(ws, partial, at, chunk, ws.uses[chunk]);
+    if (at.active) send_partial(ws, partial, at, chunk, uses.of(chunk));
   }
   for (int chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
     Place at = place_of(chunk, rows);
     uint4 own, got[PEERS];
-    u32 lses[PEERS], use = ws.uses[chunk];
+    u32 lses[PEERS], use = uses.of(chunk);
     if (at.active) {
       own = *partial.vector(at.row, RANK, at.vec);
       if (at.vec == 0) shared_lses[RANK][at.row_in] = partial.lse_at(at.row, RANK);
@@ -334,30 +346,33 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     gather_heads(const __grid_constant__ Workspace ws, const char* own, i64 own_token, i64 own_head, uint4* out,
                  int heads, int rows) {
   const int chunks = (rows + ROWS - 1) / ROWS;
-  auto target = [&](const Place& at, int of_rank) {
-    i64 token = at.row / heads, head = of_rank * heads + at.row % heads;
+  const Uses uses(ws);
+  // Of rank 0; the same row of rank r is r * heads rows behind it.
+  auto target_of = [&](const Place& at) {
+    i64 token = at.row / heads, head = at.row % heads;
     return out + (token * WORLD * heads + head) * VECTORS + at.vec;
   };
+  const int step = heads * VECTORS;
   for (int chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
     Place at = place_of(chunk, rows);
     if (!at.active) continue;
-    u32 use = ws.uses[chunk];
+    u32 use = uses.of(chunk);
     const char* row = own + at.row / heads * own_token + at.row % heads * own_head;
     uint4 vector = ((const uint4*)row)[at.vec];
 #pragma unroll
     for (int turn = 0; turn < PEERS; ++turn)
       post(payload_of(chunk_of(ws, peer_of(turn), RANK, chunk, use)),
            guarded(vector));
-    *target(at, RANK) = vector;
+    target_of(at)[RANK * step] = vector;
   }
   for (int chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
     Place at = place_of(chunk, rows);
-    uint4 got[PEERS];
-    u32 none[PEERS], use = ws.uses[chunk];
+    uint4 got[PEERS], *to = target_of(at);
+    u32 none[PEERS], use = uses.of(chunk);
     if (at.active) {
       collect<false>(ws, at, chunk, use, got, none);
 #pragma unroll
-      for (int turn = 0; turn < PEERS; ++turn) *target(at, peer_of(turn)) = got[turn];
+      for (int turn = 0; turn < PEERS; ++turn) to[peer_of(turn) * step] = got[turn];
     }
     __syncthreads();
     if (threadIdx.x == 0) ws.uses[chunk] = use + 1;
