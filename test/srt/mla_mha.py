@@ -128,13 +128,13 @@ class Truth:
         """As they come back from the pool."""
         return values.to(self._prefill.kv_dtype or self._prefill.dtype).double()
 
-    def attention(self, request: str, new: range) -> Tensor:
-        """[new tokens, heads, v_dim]; the prefix as stored, new tokens as projected."""
+    def attention(self, request: str, new: range, *, prefixes: bool) -> Tensor:
+        """[new tokens, heads, v_dim]; new tokens as projected, or as stored, like SGLang.
+
+        `prefixes` is whether any request of the batch has one.
+        """
         q, *parts = (part[: new.stop] for part in self.of(request))
-        latent, rope = (
-            torch.cat([self.stored(part[: new.start]), part[new.start :]])
-            for part in parts
-        )
+        latent, rope = (self.stored(part) if prefixes else part for part in parts)
         sizes = self._prefill.sizes
         expanded = (latent @ self.weight.T).view(len(latent), sizes.heads, -1)
         k_nope, values = expanded.split([sizes.nope, sizes.v], dim=-1)
@@ -228,7 +228,10 @@ class Group:
         out = self._pass(inputs, batch)
         for rank in self.ranks:
             rank.exchange.rows, rank.exchange.all_rows = [], []
-        wanted = torch.cat([self.truth.attention(*request) for request in new.items()])
+        prefixes = any(at.start for at in new.values())
+        wanted = torch.cat(
+            [self.truth.attention(*r, prefixes=prefixes) for r in new.items()]
+        )
         torch.testing.assert_close(out.double(), wanted, rtol=TOLERANCE, atol=TOLERANCE)
         self._check_pools()
 
@@ -273,6 +276,7 @@ class Group:
         )
 
         sizes = self.prefill.sizes
+        latent = latent.clone()
         # As in SGLang, views of wider rows.
         k_pe = torch.cat([latent, rope], -1)[:, None, sizes.latent :]
         with forward_context(ForwardContext(rank.backend)):

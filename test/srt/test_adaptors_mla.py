@@ -23,6 +23,7 @@ from adaptor_ranks import FP8, Case
 from attention_oracle import Shape, decode, extend, mixed, move
 from mla_kernels_ref import Fa3Mla, FlashInferMha, FlashInferMla
 from sglang_dcp.layers.adaptors import flashinfer_plan
+from sglang_dcp.layers.adaptors.base import Partial
 from sglang_dcp.layers.adaptors.fa3_mla import Fa3MlaAdaptor
 from sglang_dcp.layers.adaptors.flashinfer_mla import FlashInferMlaAdaptor
 from sglang_dcp.layers.adaptors.flashinfer_plan import check_reach, heads_at_once
@@ -91,6 +92,29 @@ def test_flashinfer_reads_fp8_latents_without_a_copy() -> None:
         wrappers = adaptor._decode, adaptor._prefix, adaptor._new_tokens
         stored = [wrapper.plans[-1]["kv_data_type"] for wrapper in wrappers]
         assert stored == [FP8, FP8, torch.bfloat16]
+
+
+def test_new_tokens_absorbed_are_rounded_as_fp8_stores_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As plain SGLang reads them from its pool."""
+    seen: list[torch.Tensor] = []
+
+    def run(adaptor: Any, wrapper: Any, q: Any, keys: Any, *more: Any) -> Partial:
+        seen.append(keys)
+        return Partial(*q)
+
+    monkeypatch.setattr(FlashInferMlaAdaptor, "_run", run)
+    k = torch.linspace(-2, 2, 160).view(2, 1, 80).bfloat16()
+    rounded = k.to(FP8).bfloat16()
+    assert not torch.equal(rounded, k)
+    for case, wanted in ((FP8_CASE, rounded), (BASE, k)):
+        pool = SimpleNamespace(dtype=case.kv_dtype or case.dtype)
+        adaptor: Any = object.__new__(FlashInferMlaAdaptor)
+        adaptor._pool, adaptor._new_heads, adaptor._new_tokens = pool, 1, None
+        layer: Any = SimpleNamespace(v_head_dim=64)
+        adaptor.extend_new(k, k, k, layer, None)
+        assert torch.equal(seen.pop(), wanted)
 
 
 def test_captured_steps_read_one_page_table() -> None:

@@ -143,7 +143,10 @@ def test_latents_with_dcp_go_to_the_backend(
         write_latents=lambda layer, latent, rope: called.append(
             (layer, tuple(latent.shape), rope)
         ),
-        prefill=SimpleNamespace(prefix=lambda *got: got),
+        prefill=SimpleNamespace(
+            prefix=lambda *got: got,
+            round_as_stored=lambda *rows: called.append(("rounded", *rows)),
+        ),
     )
     monkeypatch.setattr(mla_method, "_backend", lambda: backend)
 
@@ -152,8 +155,13 @@ def test_latents_with_dcp_go_to_the_backend(
 
     module: Any = SimpleNamespace(attn_mha="layer")
     latent: Any = torch.zeros(3, 5)
-    mla_method.set_mla_kv_buffer(never, module, None, latent, "rope", None)  # type: ignore
-    assert called == [("layer", (3, 1, 5), "rope")]
+    rows = never, module, None, latent, "rope"
+    written, rounded = ("layer", (3, 1, 5), "rope"), ("rounded", latent, "rope")
+    mla_method.set_mla_kv_buffer(*rows, SimpleNamespace(extend_prefix_lens_cpu=[0, 0]))
+    assert called == [written]
+    # Written first: rounding is in place.
+    mla_method.set_mla_kv_buffer(*rows, SimpleNamespace(extend_prefix_lens_cpu=[0, 4]))
+    assert called == [written, written, rounded]
     found = mla_method.get_mla_kv_buffer(never, module, latent, torch.float16, "batch")
     assert found == ("layer", torch.float16, "batch")
 

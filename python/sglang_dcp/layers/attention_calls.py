@@ -58,6 +58,13 @@ def by_head(
     return latent.view(tokens, -1, layer.v_head_dim), rope.view(tokens, -1, rope_dim)
 
 
+def as_stored(rows: torch.Tensor, stored: torch.dtype) -> torch.Tensor:
+    """What a pool of dtype `stored` keeps of `rows`, in their own dtype."""
+    if stored.itemsize >= rows.itemsize:
+        return rows
+    return rows.to(stored).to(rows.dtype)
+
+
 def split_latent(
     rows: torch.Tensor, layer: RadixAttention
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -94,7 +94,10 @@ def set_mla_kv_buffer(
     if find_context() is None:
         original(attention, latent_cache, kv_a, k_pe, forward_batch)
         return
-    _backend().write_latents(attention.attn_mha, kv_a.unsqueeze(1), k_pe)
+    backend = _backend()
+    backend.write_latents(attention.attn_mha, kv_a.unsqueeze(1), k_pe)
+    if any(forward_batch.extend_prefix_lens_cpu):
+        backend.prefill.round_as_stored(kv_a, k_pe)
 
 
 def get_mla_kv_buffer(

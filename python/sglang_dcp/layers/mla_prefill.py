@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
 
 import torch
 
+from sglang_dcp.layers.attention_calls import as_stored
 from sglang_dcp.layers.latent_gather import (
     LatentPlan,
     cut_prefixes,
@@ -94,6 +95,15 @@ class MlaPrefill:
         batch.prefix_chunk_max_seq_lens = lens.amax(1).tolist()
         # Logical slots, which nobody reads.
         batch.prefix_chunk_kv_indices = [None] * len(lens)
+
+    def round_as_stored(self, *rows: torch.Tensor) -> None:
+        """Latents and rotary keys of new tokens, in place, if the pool is in fp8.
+
+        With a prefix, SGLang reads new tokens back from the pool (`mha_one_shot`, and
+        absorbed): unrounded, they would be nearer to the truth and further from it.
+        """
+        for some in rows:
+            some.copy_(as_stored(some, self._pool.dtype))
 
     def attend(
         self,

@@ -62,22 +62,8 @@ class Fa3Adaptor(PlannedAdaptor):
         scaled = _descales(layer, dtype, len(plan.cache_seqlens), k.shape[1])
         if scaled:
             k, v = k / layer.k_scale, v / layer.v_scale
-        return as_partial(
-            self._inner.flash_attn_varlen_func(
-                q=q.to(dtype).contiguous(),
-                k=k.to(dtype).contiguous(),
-                v=v.to(dtype).contiguous(),
-                cu_seqlens_q=plan.cu_seqlens_q,
-                cu_seqlens_k=plan.cu_seqlens_q,
-                max_seqlen_q=plan.max_seqlen_q,
-                max_seqlen_k=plan.max_seqlen_q,
-                softmax_scale=layer.scaling,
-                causal=True,
-                return_softmax_lse=True,
-                **scaled,
-            ),
-            q.dtype,
-        )
+        rows = (each.to(dtype).contiguous() for each in (q, k, v))
+        return as_partial(self._varlen(*rows, layer, **scaled), q.dtype)
 
     def extend_prefix(
         self, q: torch.Tensor, layer: RadixAttention, local: ForwardBatch
@@ -91,6 +77,38 @@ class Fa3Adaptor(PlannedAdaptor):
             cu_seqlens_q=plan.cu_seqlens_q,
             max_seqlen_q=plan.max_seqlen_q,
             causal=False,
+        )
+
+    def _varlen(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        *,
+        causal: bool = True,
+        keys: Optional[tuple[torch.Tensor, int]] = None,
+        **more: Any,
+    ) -> Any:
+        """Of rows request after request, what the kernel returned.
+
+        `keys` is where the requests' keys end and how many the longest has, where these
+        are not the new tokens.
+        """
+        plan = self.extend_plan()
+        ends, longest = keys or (plan.cu_seqlens_q, plan.max_seqlen_q)
+        return self._inner.flash_attn_varlen_func(
+            q=q,
+            k=k,
+            v=v,
+            cu_seqlens_q=plan.cu_seqlens_q,
+            cu_seqlens_k=ends,
+            max_seqlen_q=plan.max_seqlen_q,
+            max_seqlen_k=longest,
+            softmax_scale=layer.scaling,
+            causal=causal,
+            return_softmax_lse=True,
+            **more,
         )
 
     def _paged(self, q: torch.Tensor, layer: RadixAttention, **plan: Any) -> Partial:

@@ -45,7 +45,8 @@ class Fa3MlaAdaptor(Fa3Adaptor):
     ) -> Partial:
         q_latent, q_rope = split_latent(q, layer)
         latents, k_rope = split_latent(k, layer)
-        return self._varlen(q_rope, k_rope, latents, layer, batch, None, qv=q_latent)
+        parts = q_rope, k_rope, latents
+        return as_partial(self._varlen(*parts, layer, qv=q_latent), q.dtype)
 
     def extend_mha(
         self,
@@ -56,40 +57,12 @@ class Fa3MlaAdaptor(Fa3Adaptor):
         batch: ForwardBatch,
         piece: Optional[int],
     ) -> Partial:
-        return self._varlen(q, k, v, layer, batch, piece)
-
-    def _varlen(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        layer: RadixAttention,
-        batch: ForwardBatch,
-        piece: Optional[int],
-        **more: torch.Tensor,
-    ) -> Partial:
-        """Keys request after request: the new tokens, or a piece of the prefixes."""
-        plan = self.extend_plan()
-        ends, longest = plan.cu_seqlens_q, plan.max_seqlen_q
+        keys = None
         if piece is not None:
             ends = batch.prefix_chunk_cu_seq_lens[piece]
-            longest = batch.prefix_chunk_max_seq_lens[piece]
-        return as_partial(
-            self._inner.flash_attn_varlen_func(
-                q=q,
-                k=k,
-                v=v,
-                cu_seqlens_q=plan.cu_seqlens_q,
-                cu_seqlens_k=ends,
-                max_seqlen_q=plan.max_seqlen_q,
-                max_seqlen_k=longest,
-                softmax_scale=layer.scaling,
-                causal=piece is None,
-                return_softmax_lse=True,
-                **more,
-            ),
-            q.dtype,
-        )
+            keys = ends, batch.prefix_chunk_max_seq_lens[piece]
+        returned = self._varlen(q, k, v, layer, causal=keys is None, keys=keys)
+        return as_partial(returned, q.dtype)
 
     def _paged(self, q: torch.Tensor, layer: RadixAttention, **plan: Any) -> Partial:
         return self._attend(*split_latent(q, layer), layer, **plan)

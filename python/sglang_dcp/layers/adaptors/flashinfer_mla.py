@@ -19,7 +19,7 @@ from sglang_dcp.layers.adaptors.flashinfer_plan import (
     plan_rows,
     sizes_of,
 )
-from sglang_dcp.layers.attention_calls import split_latent
+from sglang_dcp.layers.attention_calls import as_stored, split_latent
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -141,7 +141,11 @@ class FlashInferMlaAdaptor(DcpAdaptor):
         layer: RadixAttention,
         batch: ForwardBatch,
     ) -> Partial:
-        """Keys request after request in the model's dtype."""
+        """Keys request after request in the model's dtype, rounded as they are stored.
+
+        SGLang reads them back from the pool: unrounded, they would be further from it.
+        """
+        k = as_stored(k, self._pool.dtype)
         if not self._new_heads:
             queries = batch.extend_seq_lens_cpu
             heads = self._new_heads = heads_at_once(queries, q.shape[1])
