@@ -62,8 +62,15 @@ class Fa3Adaptor(PlannedAdaptor):
         scaled = _descales(layer, dtype, len(plan.cache_seqlens), k.shape[1])
         if scaled:
             k, v = k / layer.k_scale, v / layer.v_scale
-        rows = (each.to(dtype).contiguous() for each in (q, k, v))
-        return as_partial(self._varlen(*rows, layer, **scaled), q.dtype)
+        returned = self._varlen(
+            q.to(dtype).contiguous(),
+            k.to(dtype).contiguous(),
+            v.to(dtype).contiguous(),
+            layer,
+            None,
+            **scaled,
+        )
+        return as_partial(returned, q.dtype)
 
     def extend_prefix(
         self, q: torch.Tensor, layer: RadixAttention, local: ForwardBatch
@@ -85,15 +92,14 @@ class Fa3Adaptor(PlannedAdaptor):
         k: torch.Tensor,
         v: torch.Tensor,
         layer: RadixAttention,
-        *,
-        causal: bool = True,
-        keys: Optional[tuple[torch.Tensor, int]] = None,
-        **more: Any,
+        keys: Optional[tuple[torch.Tensor, int]],
+        /,
+        **more: torch.Tensor,
     ) -> Any:
         """Of rows request after request, what the kernel returned.
 
-        `keys` is where the requests' keys end and how many the longest has, where these
-        are not the new tokens.
+        `keys` is None if they are the new tokens, causally seen; else where each request's
+        end and how many the longest has.
         """
         plan = self.extend_plan()
         ends, longest = keys or (plan.cu_seqlens_q, plan.max_seqlen_q)
@@ -106,7 +112,7 @@ class Fa3Adaptor(PlannedAdaptor):
             max_seqlen_q=plan.max_seqlen_q,
             max_seqlen_k=longest,
             softmax_scale=layer.scaling,
-            causal=causal,
+            causal=keys is None,
             return_softmax_lse=True,
             **more,
         )

@@ -46,7 +46,7 @@ class Fa3MlaAdaptor(Fa3Adaptor):
         q_latent, q_rope = split_latent(q, layer)
         latents, k_rope = split_latent(k, layer)
         parts = q_rope, k_rope, latents
-        return as_partial(self._varlen(*parts, layer, qv=q_latent), q.dtype)
+        return as_partial(self._varlen(*parts, layer, None, qv=q_latent), q.dtype)
 
     def extend_mha(
         self,
@@ -61,7 +61,7 @@ class Fa3MlaAdaptor(Fa3Adaptor):
         if piece is not None:
             ends = batch.prefix_chunk_cu_seq_lens[piece]
             keys = ends, batch.prefix_chunk_max_seq_lens[piece]
-        returned = self._varlen(q, k, v, layer, causal=keys is None, keys=keys)
+        returned = self._varlen(q, k, v, layer, keys)
         return as_partial(returned, q.dtype)
 
     def _paged(self, q: torch.Tensor, layer: RadixAttention, **plan: Any) -> Partial:
