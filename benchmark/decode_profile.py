@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 LISTED = 25
 CATEGORIES: tuple[tuple[str, str], ...] = (
-    ("send/recv", r"ncclDevKernel_SendRecv|AllToAll|alltoall"),
-    ("all-gather", r"all_?gather"),
+    ("exchange", r"ncclDevKernel_SendRecv|AllToAll|alltoall|^reduce_heads$"),
+    ("all-gather", r"all_?gather|^gather_heads$"),
     ("reduce", r"reduce_?scatter|all_?reduce|cross_device_reduce|multimem"),
     (
         "pack, merge",

@@ -28,15 +28,17 @@ TAIL_MARGIN = 3.0
 
 @dataclass(frozen=True)
 class Numbers:
-    """A number format, and the attention backend of the plain servers that measure it."""
+    """A number format, and what the plain servers that measure it have besides."""
 
     name: str
     flags: str
     backend: str = "fa3"
+    plain_flags: str = ""
 
     def plain(self, kind: str, tp_size: int) -> Spec:
         """SGLang without DCP."""
         flags = f"{self.flags} --tp {tp_size} --attention-backend {self.backend}"
+        flags = f"{flags} {self.plain_flags}".rstrip()
         return Spec(f"{kind}-plain-tp{tp_size}-{self.name}", kind, flags)
 
 

@@ -173,17 +173,6 @@ __device__ void collect(const Workspace& ws, const Place& at, int chunk, u32 use
   }
 }
 
-// Use counters of the chunks of a block. The first one is read once: a second read, after the
-// stores to the peers, would wait for memory just before the wait for what came.
-struct Uses {
-  const Workspace& ws;
-  const u32 first;
-
-  __device__ explicit Uses(const Workspace& ws) : ws(ws), first(ws.uses[blockIdx.x]) {}
-
-  __device__ u32 of(int chunk) const { return chunk == blockIdx.x ? first : ws.uses[chunk]; }
-};
-
 #ifdef ELEMENT
 
 constexpr int LANES = ELEMENT == 2 ? 4 : 8;  // elements of a vector
@@ -312,15 +301,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                  uint4* out, float* merged_lse, int rows) {
   __shared__ float shared_lses[WORLD][MAX_ROWS];
   const int chunks = (rows + ROWS - 1) / ROWS;
-  const Uses uses(ws);
   for (int chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
     Place at = place_of(chunk, rows);
-    if (at.active) send_partial(ws, partial, at, chunk, uses.of(chunk));
+    if (at.active) send_partial(ws, partial, at, chunk, ws.uses[chunk]);
   }
   for (int chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
     Place at = place_of(chunk, rows);
     uint4 own, got[PEERS];
-    u32 lses[PEERS], use = uses.of(chunk);
+    // Read again: a first look at once comes too early, and costs a second (tuning log).
+    u32 lses[PEERS], use = ws.uses[chunk];
     if (at.active) {
       own = *partial.vector(at.row, RANK, at.vec);
       if (at.vec == 0) shared_lses[RANK][at.row_in] = partial.lse_at(at.row, RANK);
@@ -346,7 +335,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     gather_heads(const __grid_constant__ Workspace ws, const char* own, i64 own_token, i64 own_head, uint4* out,
                  int heads, int rows) {
   const int chunks = (rows + ROWS - 1) / ROWS;
-  const Uses uses(ws);
+  // Most blocks have one chunk, and need not read its count again before they wait.
+  const u32 first = ws.uses[blockIdx.x];
+  auto use_of = [&](int chunk) { return chunk == blockIdx.x ? first : ws.uses[chunk]; };
   // Of rank 0; the same row of rank r is r * heads rows behind it.
   auto target_of = [&](const Place& at) {
     i64 token = at.row / heads, head = at.row % heads;
@@ -356,7 +347,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   for (int chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
     Place at = place_of(chunk, rows);
     if (!at.active) continue;
-    u32 use = uses.of(chunk);
+    u32 use = use_of(chunk);
     const char* row = own + at.row / heads * own_token + at.row % heads * own_head;
     uint4 vector = ((const uint4*)row)[at.vec];
 #pragma unroll
@@ -368,7 +359,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   for (int chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
     Place at = place_of(chunk, rows);
     uint4 got[PEERS], *to = target_of(at);
-    u32 none[PEERS], use = uses.of(chunk);
+    u32 none[PEERS], use = use_of(chunk);
     if (at.active) {
       collect<false>(ws, at, chunk, use, got, none);
 #pragma unroll
