@@ -166,6 +166,26 @@ def test_export_from_another_base_is_refused(
     assert read_files(copied) == before
 
 
+def test_what_does_not_load_leaves_the_series_as_it_is(
+    checkout: Path,
+    copied: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def refuse(folder: Path) -> None:
+        assert (folder / NAMES[0]).exists()
+        raise PatchError("does not load")
+
+    monkeypatch.setattr("sglang_dcp.patch.export.load_series", refuse)
+    git(checkout, "am", "-q", str(FOLDER / NAMES[0]))
+    wheel = _wheel(tmp_path / WHEEL, patch_trees.pristine())
+    before = read_files(copied)
+    assert cli.main(["export", "--target", str(checkout), "--wheel", str(wheel)]) == 2
+    assert "does not load" in capsys.readouterr().err
+    assert read_files(copied) == before
+
+
 def test_export_of_nothing_is_refused(
     checkout: Path, copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any, Optional
@@ -82,9 +83,28 @@ def export_series(target: Path, base: str, wheel: Path) -> int:
     patches = dict(_patches(target, base))
     files = _hashes(target, base, wheel)
     folder = folder_of(version)
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.iterdir():
-        old.unlink()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Beside it first: what does not load leaves the last series as it is.
+    with tempfile.TemporaryDirectory(dir=folder.parent) as beside:
+        new = Path(beside) / version
+        _write_series(new, version, wheel, patches, files)
+        load_series(new)
+        if folder.exists():
+            shutil.rmtree(folder)
+        new.rename(folder)
+    folder_of("README.md").write_text(render_readme())
+    print(f"{folder}: {len(patches)} patches, {len(files)} files")
+    return 0
+
+
+def _write_series(
+    folder: Path,
+    version: str,
+    wheel: Path,
+    patches: dict[str, bytes],
+    files: dict[str, Any],
+) -> None:
+    folder.mkdir()
     for name, patch in patches.items():
         (folder / name).write_bytes(patch)
     (folder / "series").write_text("".join(f"{name}\n" for name in patches))
@@ -95,10 +115,6 @@ def export_series(target: Path, base: str, wheel: Path) -> int:
         "files": files,
     }
     (folder / NAME).write_text(json.dumps(manifest, indent=2) + "\n")
-    load_series(folder)
-    folder_of("README.md").write_text(render_readme())
-    print(f"{folder}: {len(patches)} patches, {len(files)} files")
-    return 0
 
 
 def _patches(target: Path, base: str) -> list[tuple[str, bytes]]:
