@@ -128,13 +128,17 @@ class Truth:
         """As they come back from the pool."""
         return values.to(self._prefill.kv_dtype or self._prefill.dtype).double()
 
-    def attention(self, request: str, new: range, *, prefixes: bool) -> Tensor:
-        """[new tokens, heads, v_dim]; new tokens as projected, or as stored, like SGLang.
-
-        `prefixes` is whether any request of the batch has one.
-        """
+    def attention(self, request: str, new: range, *, read_back: bool) -> Tensor:
+        """[new tokens, heads, v_dim]; new tokens as projected, or `read_back`."""
         q, *parts = (part[: new.stop] for part in self.of(request))
-        latent, rope = (self.stored(part) if prefixes else part for part in parts)
+        latent, rope = (
+            (
+                self.stored(part)
+                if read_back
+                else torch.cat([self.stored(part[: new.start]), part[new.start :]])
+            )
+            for part in parts
+        )
         sizes = self._prefill.sizes
         expanded = (latent @ self.weight.T).view(len(latent), sizes.heads, -1)
         k_nope, values = expanded.split([sizes.nope, sizes.v], dim=-1)
@@ -166,6 +170,7 @@ def deepseek(rank: Rank, prefill: Prefill, truth: Truth) -> Any:
     module.num_local_heads, module.kv_lora_rank = heads, sizes.latent
     module.qk_nope_head_dim, module.qk_rope_head_dim = sizes.nope, sizes.rope
     module.qk_head_dim, module.v_head_dim = sizes.nope + sizes.rope, sizes.v
+    module.chunked_prefix_cache_threshold = 1
     module.current_attention_backend = prefill.backend
     module.kv_cache_dtype = "auto" if prefill.kv_dtype is None else "fp8_e4m3"
     dim = module.qk_head_dim
@@ -228,9 +233,12 @@ class Group:
         out = self._pass(inputs, batch)
         for rank in self.ranks:
             rank.exchange.rows, rank.exchange.all_rows = [], []
+        # In one shot, as SGLang would here, unless the batch is too large for one.
+        total = sum(at.stop for at in new.values())
         prefixes = any(at.start for at in new.values())
+        read_back = prefixes and total <= self.prefill.capacity
         wanted = torch.cat(
-            [self.truth.attention(*r, prefixes=prefixes) for r in new.items()]
+            [self.truth.attention(*r, read_back=read_back) for r in new.items()]
         )
         torch.testing.assert_close(out.double(), wanted, rtol=TOLERANCE, atol=TOLERANCE)
         self._check_pools()

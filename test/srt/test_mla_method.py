@@ -153,15 +153,27 @@ def test_latents_with_dcp_go_to_the_backend(
     def never(*args: Any) -> None:
         raise AssertionError("by logical slots")
 
-    module: Any = SimpleNamespace(attn_mha="layer")
+    module: Any = SimpleNamespace(attn_mha="layer", chunked_prefix_cache_threshold=8192)
     latent: Any = torch.zeros(3, 5)
     rows = never, module, None, latent, "rope"
     written, rounded = ("layer", (3, 1, 5), "rope"), ("rounded", latent, "rope")
-    mla_method.set_mla_kv_buffer(*rows, SimpleNamespace(extend_prefix_lens_cpu=[0, 0]))
-    assert called == [written]
     # Written first: rounding is in place.
-    mla_method.set_mla_kv_buffer(*rows, SimpleNamespace(extend_prefix_lens_cpu=[0, 4]))
-    assert called == [written, written, rounded]
+    for prefix, total, back in (
+        (0, 9, False),
+        (0, 200_000, False),
+        (1, 9, True),
+        (8191, 200_000, True),
+        (8192, 131_072, True),
+        (8192, 131_073, False),
+    ):
+        batch = SimpleNamespace(
+            extend_prefix_lens_cpu=[0, prefix],
+            seq_lens_cpu=torch.tensor([total - prefix, prefix]),
+            get_max_chunk_capacity=lambda: 131_072,
+        )
+        called.clear()
+        mla_method.set_mla_kv_buffer(*rows, batch)
+        assert called == [written, rounded][: 1 + back]
     found = mla_method.get_mla_kv_buffer(never, module, latent, torch.float16, "batch")
     assert found == ("layer", torch.float16, "batch")
 

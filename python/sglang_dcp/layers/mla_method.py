@@ -96,8 +96,21 @@ def set_mla_kv_buffer(
         return
     backend = _backend()
     backend.write_latents(attention.attn_mha, kv_a.unsqueeze(1), k_pe)
-    if any(forward_batch.extend_prefix_lens_cpu):
+    if _reads_back(attention, forward_batch):
         backend.prefill.round_as_stored(kv_a, k_pe)
+
+
+def _reads_back(attention: Any, batch: Any) -> bool:
+    """Whether SGLang takes new tokens from the pool: absorbed, and by MHA in one shot.
+
+    By MHA without a prefix or with one in pieces, it takes them as projected.
+    """
+    prefix = sum(batch.extend_prefix_lens_cpu)
+    if not prefix:
+        return False
+    if prefix < attention.chunked_prefix_cache_threshold:
+        return True
+    return int(batch.seq_lens_cpu.sum()) <= int(batch.get_max_chunk_capacity())
 
 
 def get_mla_kv_buffer(

@@ -99,8 +99,8 @@ class MlaPrefill:
     def round_as_stored(self, *rows: torch.Tensor) -> None:
         """Latents and rotary keys of new tokens, in place, if the pool is in fp8.
 
-        With a prefix, SGLang reads new tokens back from the pool (`mha_one_shot`, and
-        absorbed): unrounded, they would be nearer to the truth and further from it.
+        Where SGLang reads new tokens back from the pool: unrounded, they would be nearer
+        to the truth and further from it.
         """
         for some in rows:
             some.copy_(as_stored(some, self._pool.dtype))

@@ -90,7 +90,7 @@ def export_series(target: Path, base: str, wheel: Path) -> int:
         _write_series(new, version, wheel, patches, files)
         load_series(new)
         if folder.exists():
-            shutil.rmtree(folder)
+            folder.rename(Path(beside) / "last")
         new.rename(folder)
     folder_of("README.md").write_text(render_readme())
     print(f"{folder}: {len(patches)} patches, {len(files)} files")

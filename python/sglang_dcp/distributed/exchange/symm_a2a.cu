@@ -308,7 +308,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
   for (int chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
     Place at = place_of(chunk, rows);
     uint4 own, got[PEERS];
-    // Read again: a first look at once comes too early, and costs a second (tuning log).
+    // Read again: without that the first look comes too early and costs another (tuning log).
     u32 lses[PEERS], use = ws.uses[chunk];
     if (at.active) {
       own = *partial.vector(at.row, RANK, at.vec);
@@ -332,8 +332,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 
 // Own heads [rows of tokens x heads] in, heads of all ranks [tokens, WORLD x heads] out.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    gather_heads(const __grid_constant__ Workspace ws, const char* own, i64 own_token, i64 own_head, uint4* out,
-                 int heads, int rows) {
+    gather_heads(const __grid_constant__ Workspace ws, const char* own, i64 own_token,
+                 i64 own_head, uint4* out, int heads, int rows) {
   const int chunks = (rows + ROWS - 1) / ROWS;
   // Most blocks have one chunk, and need not read its count again before they wait.
   const u32 first = ws.uses[blockIdx.x];
