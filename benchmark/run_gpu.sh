@@ -2,23 +2,24 @@
 # On a bare GPU machine without network: unpack SGLang, run GPU tests, measure. One call ends by
 # itself within LIMIT seconds, and what it has by then is in $OUT/logs.tgz, rewritten as logs grow,
 # so that a call that is cut off brings it back too. Variables:
+#   SITE   folder for what is unpacked (required), first on PYTHONPATH
 #   STACK  archive of SGLang and what it needs beside torch, unpacked into SITE
 #   CACHE  archives of compiled kernels, unpacked into $HOME; they name SITE by its path
 #   FA3    archive of FlashAttention-3, unpacked into SITE
 #   AOT    archive of aot/NAME/NAME.so, FlashInfer's kernels compiled elsewhere (DESIGN.md)
 #          each once; they do not fit one call, so the first call carries some, the next the rest
-#   OUT    folder for logs.tgz
+#   OUT    folder for logs.tgz (required)
 #   PARTS  which of
 #            kernels exchange symm adaptors latents    tests of kernels, beside each other
 #            server bf16 mla dtypes fused limits       live servers, one group after the other
 #            bench decode fill off serving             timed, one after the other
 #            caches                                    what was compiled on the way, into
 #                                                      $OUT/caches.tar.xz: a next CACHE
-#          none: only unpack
+#          none: only unpack; default: the first four
 #   K      words of cases for pytest -k, in the groups of live servers
 #   DECODE_ARGS SERVING_ARGS BENCH_ARGS   options of the benchmarks
 #   MIXING which values of NCCL_GRAPH_MIXING_SUPPORT `bench` measures with
-#   LIMIT  seconds of the whole call
+#   LIMIT  seconds of the whole call (550)
 set -uo pipefail
 cd "$(dirname "$0")/.."
 : "${SITE:?}" "${OUT:?}"

@@ -41,7 +41,7 @@ def status() -> int:
 
 
 def write_manifest() -> int:
-    """Record the installed, unmodified SGLang's files (when moving to a new release)."""
+    """Record the installed SGLang's files: a new release's wheel, or a fork's own."""
     from sglang_dcp import verify
     from sglang_dcp.seams import CPU_SEAMS, RELIES_ON, SEAMS
 

@@ -202,7 +202,7 @@ def prepare(args: Any) -> None:
 
 
 def finish(args: Any) -> None:
-    """After SGLang resolved `args`; pages and tokens become logical."""
+    """After SGLang resolved `args`; pages become logical."""
     from sglang_dcp.server_refusals import check_server_args
 
     if args.model_path.lower() in ("none", "dummy"):

@@ -1,7 +1,7 @@
 """Server arguments that do not work with DCP yet.
 
-The checks read a resolved `ServerArgs` and know nothing of processes, so that a test
-can hand them any object with the right attributes.
+The checks read a `ServerArgs`, before and after SGLang resolves it, and know nothing of
+processes, so that a test can hand them any object with the right attributes.
 """
 
 from __future__ import annotations

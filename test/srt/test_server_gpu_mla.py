@@ -40,8 +40,8 @@ IN_PLACE = "--disable-chunked-prefix-cache"
 ABSORBED = "--flashinfer-mla-disable-ragged"
 BF16 = Numbers("bf16", "--dtype bfloat16")
 FP16 = Numbers("fp16", "--dtype float16")
-# New tokens are read back from the pool, rounded, where any request of a batch has a prefix,
-# be it of one token: so all servers must find the same prefixes, in pages of 2 x 64.
+# Where any request of a batch has a prefix, be it of one token, new tokens are read back
+# from the pool, rounded: so all servers must find the same prefixes, in pages of 2 x 64.
 FP8_KV = Numbers(
     "fp8kv",
     "--dtype bfloat16 --kv-cache-dtype fp8_e4m3",

@@ -166,8 +166,8 @@ def graph_capture_with_dcp(
     """SGLang's ``graph_capture`` with the DCP groups taking part.
 
     Body of an AROUND hook on ``parallel_state.graph_capture``. Each group enters its
-    own capture on the stream that ``original`` chose, which enables PyNccl there:
-    outside capture SGLang keeps it off.
+    own capture on the stream that ``original`` chose, which enables PyNccl on
+    KVP there: outside capture SGLang keeps it off.
 
     Parameters
     ----------

@@ -14,12 +14,13 @@ _FIELD = re.compile(rf"^({'|'.join(FIELDS)}): ", re.MULTILINE)
 
 
 def read_header(name: str, patch: bytes) -> dict[str, str]:
-    """Subject, author's From and Date, and each of `FIELDS`, unwrapped.
+    """Subject and each of `FIELDS`, unwrapped.
 
     Raises
     ------
     PatchError
-        For a field that is absent, empty, double or out of order.
+        For a Subject that is not the file's; for a field that is absent, empty, double or
+        out of order; for a Last-Update that is no date.
     """
     mail = email.message_from_bytes(patch, policy=email.policy.compat32)
     subject = " ".join(str(mail["Subject"] or "").split())

@@ -16,8 +16,9 @@ from sglang_dcp.layers.merge_peers import empty_state
 
 logger = logging.getLogger(__name__)
 
-# What one rank sends one peer in a call: 2 x KVP of it is the memory of an inbox at most,
-# and partial outputs of 8 MiB, which decode seldom exceeds, fit at KVP 2.
+# What one rank sends one peer in a call: 2 x KVP of it, and a sixteenth more for LSEs, is
+# the memory of an inbox at most; partial outputs of 8 MiB, which decode seldom exceeds,
+# fit at KVP 2.
 MAX_PAYLOAD_BYTES = 8 << 20
 # Where a word that is all ones, and the one sent in its place, are NaNs and nothing else.
 GATHERED_DTYPES = (*kernels.ELEMENTS, torch.float8_e4m3fn, torch.float8_e5m2)

@@ -178,8 +178,8 @@ def gather_heads(workspace: Workspace, own: Tensor, out: Tensor) -> None:
     Parameters
     ----------
     own : [tokens, heads, head_dim], rows contiguous and at multiples of 16 bytes
-    out : [tokens, N * heads, head_dim], contiguous; any floating dtype, of which a NaN
-        may come as another NaN
+    out : [tokens, N * heads, head_dim], contiguous; one of `symm_a2a.GATHERED_DTYPES`, of
+        which a NaN may come as another NaN
     """
     tokens, heads, head_dim = own.shape
     size = own.itemsize
