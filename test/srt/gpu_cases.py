@@ -37,9 +37,9 @@ class Numbers:
 
     def plain(self, kind: str, tp_size: int) -> Spec:
         """SGLang without DCP."""
-        flags = f"{self.flags} --tp {tp_size} --attention-backend {self.backend}"
-        flags = f"{flags} {self.plain_flags}".rstrip()
-        return Spec(f"{kind}-plain-tp{tp_size}-{self.name}", kind, flags)
+        flags = f"--tp {tp_size} --attention-backend {self.backend} {self.plain_flags}"
+        name = f"{kind}-plain-tp{tp_size}-{self.name}"
+        return Spec(name, kind, f"{self.flags} {flags}")
 
 
 BF16 = Numbers("bf16", "--dtype bfloat16")

@@ -131,13 +131,9 @@ class Truth:
     def attention(self, request: str, new: range, *, read_back: bool) -> Tensor:
         """[new tokens, heads, v_dim]; new tokens as projected, or `read_back`."""
         q, *parts = (part[: new.stop] for part in self.of(request))
+        stored = new.stop if read_back else new.start
         latent, rope = (
-            (
-                self.stored(part)
-                if read_back
-                else torch.cat([self.stored(part[: new.start]), part[new.start :]])
-            )
-            for part in parts
+            torch.cat([self.stored(part[:stored]), part[stored:]]) for part in parts
         )
         sizes = self._prefill.sizes
         expanded = (latent @ self.weight.T).view(len(latent), sizes.heads, -1)

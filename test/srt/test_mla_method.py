@@ -144,6 +144,7 @@ def test_latents_with_dcp_go_to_the_backend(
             (layer, tuple(latent.shape), rope)
         ),
         prefill=SimpleNamespace(
+            is_quantized=True,
             prefix=lambda *got: got,
             round_as_stored=lambda *rows: called.append(("rounded", *rows)),
         ),
@@ -174,6 +175,11 @@ def test_latents_with_dcp_go_to_the_backend(
         called.clear()
         mla_method.set_mla_kv_buffer(*rows, batch)
         assert called == [written, rounded][: 1 + back]
+    # Nothing of the batch is asked where the pool keeps everything.
+    backend.prefill.is_quantized = False
+    called.clear()
+    mla_method.set_mla_kv_buffer(*rows, None)
+    assert called == [written]
     found = mla_method.get_mla_kv_buffer(never, module, latent, torch.float16, "batch")
     assert found == ("layer", torch.float16, "batch")
 

@@ -96,7 +96,7 @@ def set_mla_kv_buffer(
         return
     backend = _backend()
     backend.write_latents(attention.attn_mha, kv_a.unsqueeze(1), k_pe)
-    if _reads_back(attention, forward_batch):
+    if backend.prefill.is_quantized and _reads_back(attention, forward_batch):
         backend.prefill.round_as_stored(kv_a, k_pe)
 
 

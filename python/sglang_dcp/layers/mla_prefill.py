@@ -96,8 +96,13 @@ class MlaPrefill:
         # Logical slots, which nobody reads.
         batch.prefix_chunk_kv_indices = [None] * len(lens)
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the pool keeps less than it is given."""
+        return bool(self._pool.dtype.itemsize == 1)
+
     def round_as_stored(self, *rows: torch.Tensor) -> None:
-        """Latents and rotary keys of new tokens, in place, if the pool is in fp8.
+        """Latents and rotary keys of new tokens, in place.
 
         Where SGLang reads new tokens back from the pool: unrounded, they would be nearer
         to the truth and further from it.
