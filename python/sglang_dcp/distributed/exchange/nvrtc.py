@@ -29,14 +29,15 @@ def compile_cubin(source: Path, defines: Mapping[str, int], arch: str) -> bytes:
     [failed] = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)
     if failed:
         [size] = checked(nvrtc.nvrtcGetProgramLogSize(program))
-        log = b" " * size
+        log = bytearray(size)
         checked(nvrtc.nvrtcGetProgramLog(program, log))
         raise RuntimeError(f"{source.name} does not compile:\n{log.decode()}")
     [size] = checked(nvrtc.nvrtcGetCUBINSize(program))
-    cubin = b" " * size
+    # Not `bytes`, which Python shares where they are empty or a single one.
+    cubin = bytearray(size)
     checked(nvrtc.nvrtcGetCUBIN(program, cubin))
     checked(nvrtc.nvrtcDestroyProgram(program))
-    return cubin
+    return bytes(cubin)
 
 
 def checked(returned: Sequence[Any]) -> Sequence[Any]:
