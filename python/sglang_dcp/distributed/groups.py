@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Callable, ContextManager, Iterator, List
 
 if TYPE_CHECKING:
+    import torch
     from sglang.srt.distributed.parallel_state import GroupCoordinator
 
     from sglang_dcp.distributed.topology import Layout
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "dcp_groups_for_capture",
     "destroy_dcp_groups",
+    "gather_at_rest",
     "get_attn_tp_group",
     "get_kvp_group",
     "graph_capture_with_dcp",
@@ -148,6 +150,39 @@ def _require(group: GroupCoordinator | None, name: str) -> GroupCoordinator:
             "init_dcp_groups() has not run with a --dcp-size above 1 in this process."
         )
     return group
+
+
+def gather_at_rest(group: GroupCoordinator, own: torch.Tensor) -> torch.Tensor:
+    """Rows of all ranks, in rank order; at start or between steps, not captured.
+
+    By the communicator that captured steps use, if the group has one. Through
+    torch.distributed, where SGLang sends what is not captured, NCCL would make another
+    one at once, of some hundred MiB, and a KV pool sized after that would be smaller.
+
+    Parameters
+    ----------
+    group
+        KVP group; every rank of it calls this, with the same shape and dtype.
+    own
+        [rows, ...], fp32, fp16 or bf16.
+
+    Returns
+    -------
+    [world_size * rows, ...]
+    """
+    import torch
+
+    own = own.contiguous()
+    pynccl = group.pynccl_comm
+    if pynccl is None:
+        return group.all_gather(own, dim=0)
+    # With NCCL_GRAPH_MIXING_SUPPORT=0 no graph that uses the communicator may be under
+    # way, in whatever stream.
+    torch.cuda.synchronize()
+    with pynccl.change_state(enable=True):
+        gathered = group.all_gather(own, dim=0)
+    torch.cuda.synchronize()
+    return gathered
 
 
 def dcp_groups_for_capture() -> List[GroupCoordinator]:

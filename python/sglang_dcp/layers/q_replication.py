@@ -107,8 +107,9 @@ class _WideAttention(ABC):
         self._group = group
 
     def _gather(self, own: torch.Tensor) -> torch.Tensor:
-        """Rows of all ranks of the group, in rank order."""
-        return self._group.all_gather(own.contiguous(), dim=0)
+        from sglang_dcp.distributed.groups import gather_at_rest
+
+        return gather_at_rest(self._group, own)
 
     @abstractmethod
     def refresh(self) -> None: ...
