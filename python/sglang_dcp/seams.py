@@ -311,6 +311,7 @@ RELIES_ON: tuple[str, ...] = (
     "srt/models/deepseek_common/attention_forward_methods/forward_mla.py",
     "srt/models/deepseek_common/utils.py",
     "srt/models/deepseek_v2.py",
+    "srt/models/glm4_moe_lite.py",
     "srt/models/llama.py",
     "srt/models/qwen2.py",
     "srt/models/qwen3.py",

@@ -93,6 +93,11 @@ CASES = {
         "--chunked-prefill-size 64 --enable-mixed-chunk",
         page_size=4,
     ),
+    "mla-glm-tp2-dcp2-a2a-replicated-chunk64": Case(
+        "mla-glm",
+        "--tp 2 --dcp-size 2 --dcp-comm-backend a2a --dcp-replicate-q-proj "
+        "--chunked-prefill-size 64",
+    ),
     "llama-2kv-tp4-attn-tp2-a2a-replicated": Case(
         "llama-2kv",
         "--tp 4 --attn-tp-size 2 --dcp-comm-backend a2a --dcp-replicate-q-proj",

@@ -85,6 +85,18 @@ def _mla_v3(**more: Any) -> TinyModel:
     return TinyModel("DeepseekV3Config", "DeepseekV3ForCausalLM", sizes, extra)
 
 
+def _mla_glm(q_heads: int, **more: Any) -> TinyModel:
+    """GLM-4.7-Flash: DeepSeek-V3's attention with V wider than what Q has unrotated."""
+    heads = {"num_attention_heads": q_heads, "num_key_value_heads": q_heads}
+    sizes = {
+        **_mla_v3(**{**heads, **more}).sizes,
+        # Its layers' kinds are a list here, and a number in its config.json.
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+    }
+    extra = {"first_k_dense_replace": sizes.pop("first_k_dense_replace")}
+    return TinyModel("Glm4MoeLiteConfig", "Glm4MoeLiteForCausalLM", sizes, extra)
+
+
 # MLA's sizes that GPU kernels take: those of every DeepSeek model.
 _MLA_D512 = {
     "num_attention_heads": 16,
@@ -93,6 +105,15 @@ _MLA_D512 = {
     "qk_rope_head_dim": 64,
     "qk_nope_head_dim": 128,
     "v_head_dim": 128,
+}
+
+
+# GLM's, of a head: 256 of Q and K, 256 of V.
+_MLA_D512_WIDE = {
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 192,
+    "v_head_dim": 256,
 }
 
 
@@ -130,4 +151,6 @@ KINDS: Mapping[str, TinyModel] = {
     "mla-moe-d512": _mla(first_dense=1, q_lora_rank=None, **_MLA_D512),
     "mla-v3": _mla_v3(),
     "mla-v3-d512": _mla_v3(**_MLA_D512),
+    "mla-glm": _mla_glm(12, v_head_dim=48),
+    "mla-glm-d512": _mla_glm(20, **_MLA_D512_WIDE),
 }
