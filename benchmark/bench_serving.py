@@ -8,6 +8,9 @@ that no network is needed. Against each, SGLang's own load generator for every c
 and input length; its JSON lines go into one file. A failed request, or fewer output tokens
 than asked for, makes the exit status 1.
 
+With `--profile STEPS`, also where the GPU time of so many prefill and decode steps of each run
+goes; what is traced is slower, so such a run's other numbers are not for reporting.
+
 Prompts differ in every token and every request generates exactly its length. Not
 measured: real weights, sampling, prefix hits, arrivals other than at fixed concurrency.
 """
@@ -27,7 +30,9 @@ from typing import Any
 from decode_layouts import Layout
 from decode_models import vocab_size, write_model
 from decode_options import add_engine_options, fill_engine_defaults
+from decode_profile import Profile
 from decode_report import markdown
+from serving_profile import generator_flags, read_profiles, tables
 from sglang_dcp.demo.server import ServerFailed, ServerProcess
 
 BEGAN = time.perf_counter()
@@ -81,9 +86,14 @@ def server_flags(options: argparse.Namespace, layout: Layout) -> list[str]:
 
 
 def load(
-    options: argparse.Namespace, url: str, model: Path, log: Path, size: Sequence[int]
+    options: argparse.Namespace,
+    url: str,
+    model: Path,
+    log: Path,
+    traces: Path,
+    size: Sequence[int],
 ) -> Result:
-    """Run SGLang's load generator once and return its line.
+    """Run SGLang's load generator once and return its line; traces only if asked for.
 
     Raises
     ------
@@ -102,6 +112,8 @@ def load(
     command += ["--num-prompts", str(concurrency * options.rounds)]
     command += ["--max-concurrency", str(concurrency), "--flush-cache"]
     command += ["--output-file", str(line), "--disable-tqdm"]
+    if options.profile:
+        command += generator_flags(traces, options.profile, options.device)
     with log.open("a") as output:
         done = subprocess.run(
             command, cwd=log.parent, stdout=output, stderr=subprocess.STDOUT
@@ -112,7 +124,12 @@ def load(
     return dict(json.loads(line.read_text().splitlines()[-1]))
 
 
-def serve(options: argparse.Namespace, layout: Layout, model: Path) -> list[Result]:
+def serve(
+    options: argparse.Namespace,
+    layout: Layout,
+    model: Path,
+    profiles: list[dict[str, Profile]],
+) -> list[Result]:
     """Results of one server, those before a failure included in the file."""
     log = options.jsonl.with_name(f"{options.jsonl.stem}-{layout.name}.log")
     log = log.with_name(log.name.replace(":", "-"))
@@ -132,7 +149,12 @@ def serve(options: argparse.Namespace, layout: Layout, model: Path) -> list[Resu
             for concurrency in options.concurrency:
                 size = (concurrency, tokens)
                 client = model.parent / "client.log"
-                result = load(options, server.base_url, model, client, size)
+                traces = model.parent / "-".join(map(str, (log.stem, *size)))
+                result = load(options, server.base_url, model, client, traces, size)
+                if options.profile:
+                    profiles.append(
+                        read_profiles(traces, options.profile, layout.name, size)
+                    )
                 result = {"layout": layout.name, "model": options.model, **result}
                 # The same long list of arguments in every line.
                 del result["server_info"]
@@ -180,6 +202,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--output-len", type=int, default=128)
     add("--rounds", type=int, default=2, help="requests for each of those at once")
     add("--without-plain", action="store_true", help="servers with DCP alone")
+    add("--profile", type=int, metavar="STEPS", help="trace so many steps of each kind")
     add("--ready-s", type=float, default=200.0, help="for a server to start")
     options = parser.parse_args(argv)
     options.jsonl = options.jsonl.absolute()
@@ -196,6 +219,7 @@ def main() -> int:
     options.jsonl.write_text("")
     results: list[Result] = []
     errors: list[str] = []
+    profiles: list[dict[str, Profile]] = []
     with tempfile.TemporaryDirectory() as folder:
         # SGLang cuts a request that would end at its context length.
         longest = max(options.input_lens) + options.output_len + 16
@@ -208,7 +232,7 @@ def main() -> int:
         plain = [] if options.without_plain else [options.plain]
         for layout in (*plain, *options.layouts):
             try:
-                results += serve(options, layout, model)
+                results += serve(options, layout, model, profiles)
             except (ServerFailed, RuntimeError) as error:
                 # The other servers are worth their time all the same.
                 errors.append(f"{layout.name}: {error}")
@@ -221,6 +245,8 @@ def main() -> int:
             )
     print(f"\n{options.model}, tp {options.tp}, {options.output_len} output tokens\n")
     print(table(results))
+    if profiles:
+        print("\n" + tables(profiles))
     print("\n" + ("\n".join(errors) or "every request was answered in full"))
     return 1 if errors else 0
 
