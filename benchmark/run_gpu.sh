@@ -4,10 +4,13 @@
 # so that a call that is cut off brings it back too. Variables:
 #   SITE   folder for what is unpacked (required), first on PYTHONPATH
 #   STACK  archive of SGLang and what it needs beside torch, unpacked into SITE
+#   DIST   archive of this package's dist-info, with its entry point, unpacked into SITE
 #   CACHE  archives of compiled kernels, unpacked into $HOME; they name SITE by its path
 #   FA3    archive of FlashAttention-3, unpacked into SITE
 #   AOT    archive of aot/NAME/NAME.so, FlashInfer's kernels compiled elsewhere (DESIGN.md)
 #          each once; they do not fit one call, so the first call carries some, the next the rest
+#   WARM   kinds for test/srt/warm_flashinfer.py, compiled once, beside what follows, also beside
+#          the next call; servers and what is timed wait for them
 #   OUT    folder for logs.tgz (required)
 #   PARTS  which of
 #            kernels exchange symm adaptors latents    tests of kernels, beside each other
@@ -69,6 +72,7 @@ unpack() {
 }
 mkdir -p "$SITE"
 unpack "${STACK:-}" "$SITE"
+unpack "${DIST:-}" "$SITE"
 for archive in ${CACHE:-}; do unpack "$archive" "$HOME"; done
 unpack "${FA3:-}" "$SITE"
 unpack "${AOT:-}" "$SITE/flashinfer/data"
@@ -78,6 +82,25 @@ if [[ ! -e $SITE/.compiled && -d $SITE/sglang ]]; then
   touch "$SITE/.compiled"
   say compiled
 fi
+
+if [[ -n ${WARM:-} && ! -e $SITE/.warming ]]; then
+  touch "$SITE/.warming"
+  # A copy, since the next call brings another working tree; and no job of this shell, which
+  # waits for its jobs.
+  cp test/srt/warm_flashinfer.py "$SITE"
+  # shellcheck disable=SC2086
+  (setsid bash -c 'python3 "$0/warm_flashinfer.py" "$@" >"$0/.warm.log" 2>&1
+    echo "status $?, $SECONDS s" >"$0/.warmed"' "$SITE" $WARM </dev/null >/dev/null 2>&1 &)
+fi
+# What WARM names is compiled, or could not be.
+warmed() {
+  [[ -e $SITE/.warming && ! -e $SITE/.warm-told ]] || return 0
+  until [[ -e $SITE/.warmed ]]; do sleep 1; done
+  touch "$SITE/.warm-told"
+  cp "$SITE/.warm.log" "$logs/warm.log"
+  say "kernels compiled: $(cat "$SITE/.warmed")"
+  grep -q '^status 0,' "$SITE/.warmed" || failed warm
+}
 
 # INT, so that pytest ends its servers and says what passed until then; a shell's background
 # jobs would ignore it.
@@ -113,6 +136,7 @@ kernels
 # A start is mostly work of the host: beside compilers or other groups it takes minutes.
 run_servers() {
   local name=$1 limit=$2 file=$3
+  if wanted "$name"; then warmed; fi
   wanted "$name" && run_tests "$name" "$limit" -s ${K:+-k "$K"} "${tests}${file}.py"
   pack
 }
@@ -127,6 +151,7 @@ run_servers limits 530 server_gpu_limits
 run_bench() {
   local name=$1
   shift
+  warmed
   timeout -s INT -k 10 "$(left 530)" python3 "$@" 2>"$logs/$name.err" | tee "$logs/$name.log"
   local status=${PIPESTATUS[0]}
   if ((status)); then

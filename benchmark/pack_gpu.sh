@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Archives for run_gpu.sh, made where there is a package index and no GPU, in three to five minutes:
+#
+#   benchmark/pack_gpu.sh TOOLS OUT
+#
+# TOOLS  folder of make_stack.py, make_fa3.py and jit-cache.tar.xz, which came with the issues
+#        (shared/gpu); they are no part of this repository
+# OUT    folder; it gets stack.tar.xz, cache.tar.xz and dist.tar (the package's entry point) for
+#        the first call, fa3.tar.xz for the second, and work/, which may go
+# KEEP   more kernels of FlashAttention-3 than make_fa3.py keeps, `(head dim, value dim, "type")`
+#        separated by commas; default: prefill of DeepSeek by MHA. A kernel that is left out ends
+#        the process that calls it.
+set -euo pipefail
+tools=$(realpath "$1")
+out=$(realpath -m "$2")
+KEEP=${KEEP:-'(64, 512, "half_t"), (192, 128, "bfloat16_t"), (192, 128, "half_t")'}
+cd "$(dirname "$0")/.."
+work=$out/work
+mkdir -p "$work"
+
+[[ -x $work/venv/bin/uv ]] || {
+  "${PYTHON312:-python3.12}" -m venv "$work/venv"
+  "$work/venv/bin/pip" install -q --disable-pip-version-check uv
+}
+"$work/venv/bin/uv" pip install -q --python "$work/venv/bin/python" sglang==0.5.16
+"$tools/make_stack.py" "$work/venv" "$out/stack.tar.xz"
+
+# The script takes no list, so a copy of it does.
+line='    keep = {(64, 64, "bfloat16_t"), (128, 128, "bfloat16_t"), "aux"}'
+grep -qxF "$line" "$tools/make_fa3.py"
+sed "s/^${line//\"/\\\"}\$/&\n    keep |= {$KEEP}/" "$tools/make_fa3.py" >"$work/make_fa3.py"
+python3 "$work/make_fa3.py" "$work/venv" "$out/fa3.tar.xz" --mla
+
+install -m 644 "$tools/jit-cache.tar.xz" "$out/cache.tar.xz"
+"$work/venv/bin/uv" pip install -q --python "$work/venv/bin/python" --no-deps --target "$work/dist" .
+(cd "$work/dist" && tar -cf "$out/dist.tar" sglang_dcp-*.dist-info)
+ls -l "$out"
