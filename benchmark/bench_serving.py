@@ -8,8 +8,8 @@ that no network is needed. Against each, SGLang's own load generator for every c
 and input length; its JSON lines go into one file. A failed request, or fewer output tokens
 than asked for, makes the exit status 1.
 
-With `--profile STEPS`, also where the GPU time of so many prefill and decode steps of each run
-goes; what is traced is slower, so such a run's other numbers are not for reporting.
+With `--profile STEPS`, also where the GPU time of the first so many steps of each run goes;
+what is traced is slower, so such a run's other numbers are not for reporting.
 
 Prompts differ in every token and every request generates exactly its length. Not
 measured: real weights, sampling, prefix hits, arrivals other than at fixed concurrency.
@@ -32,7 +32,7 @@ from decode_models import vocab_size, write_model
 from decode_options import add_engine_options, fill_engine_defaults
 from decode_profile import Profile
 from decode_report import markdown
-from serving_profile import generator_flags, read_profiles, tables
+from serving_profile import generator_flags, read_profile, tables
 from sglang_dcp.demo.server import ServerFailed, ServerProcess
 
 BEGAN = time.perf_counter()
@@ -128,9 +128,12 @@ def serve(
     options: argparse.Namespace,
     layout: Layout,
     model: Path,
-    profiles: list[dict[str, Profile]],
+    profiles: list[Profile],
 ) -> list[Result]:
-    """Results of one server, those before a failure included in the file."""
+    """Results of one server, those before a failure included in the file.
+
+    With `--profile`, what was traced is appended to `profiles`.
+    """
     log = options.jsonl.with_name(f"{options.jsonl.stem}-{layout.name}.log")
     log = log.with_name(log.name.replace(":", "-"))
     say(f"{layout.name}: starting its server")
@@ -151,10 +154,6 @@ def serve(
                 client = model.parent / "client.log"
                 traces = model.parent / "-".join(map(str, (log.stem, *size)))
                 result = load(options, server.base_url, model, client, traces, size)
-                if options.profile:
-                    profiles.append(
-                        read_profiles(traces, options.profile, layout.name, size)
-                    )
                 result = {"layout": layout.name, "model": options.model, **result}
                 # The same long list of arguments in every line.
                 del result["server_info"]
@@ -171,6 +170,12 @@ def serve(
                     f"{layout.name}: {concurrency} x {tokens} tokens: "
                     f"{result['completed']} of {wanted} in {result['duration']:.1f} s"
                 )
+                if options.profile:
+                    profiles.append(
+                        read_profile(
+                            traces, options.profile, options.device, layout.name, size
+                        )
+                    )
         if server.returncode is not None:
             raise ServerFailed(f"the server ended:\n{server.log_tail()}")
     return results
@@ -202,9 +207,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--output-len", type=int, default=128)
     add("--rounds", type=int, default=2, help="requests for each of those at once")
     add("--without-plain", action="store_true", help="servers with DCP alone")
-    add("--profile", type=int, metavar="STEPS", help="trace so many steps of each kind")
+    add("--profile", type=int, metavar="STEPS", help="trace so many steps of each run")
     add("--ready-s", type=float, default=200.0, help="for a server to start")
     options = parser.parse_args(argv)
+    if options.profile is not None and options.profile < 1:
+        parser.error(f"--profile {options.profile}: 1 step or more")
     options.jsonl = options.jsonl.absolute()
     named = options.layouts is not None
     fill_engine_defaults(parser, options)
@@ -219,7 +226,7 @@ def main() -> int:
     options.jsonl.write_text("")
     results: list[Result] = []
     errors: list[str] = []
-    profiles: list[dict[str, Profile]] = []
+    profiles: list[Profile] = []
     with tempfile.TemporaryDirectory() as folder:
         # SGLang cuts a request that would end at its context length.
         longest = max(options.input_lens) + options.output_len + 16

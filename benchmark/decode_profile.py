@@ -2,7 +2,8 @@
 
 A kernel belongs to the first category whose pattern its name matches. A collective's
 time includes waiting for the other ranks. Kernels may overlap, and the GPU may idle
-between them: `sum` need not be `step`, the median time of a step without profiler.
+between them: `sum` need not be `step`, the median time of a step without profiler
+(`serving_profile.py`: the mean, with it).
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Kernel(NamedTuple):
 
 
 class Profile(NamedTuple):
-    """A layout's kernels, and its median step without the profiler."""
+    """A layout's kernels, and the time of its step."""
 
     layout: str
     context: int

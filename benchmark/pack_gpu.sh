@@ -32,6 +32,9 @@ sed "s/^${line//\"/\\\"}\$/&\n    keep |= {$KEEP}/" "$tools/make_fa3.py" >"$work
 python3 "$work/make_fa3.py" "$work/venv" "$out/fa3.tar.xz" --mla
 
 install -m 644 "$tools/jit-cache.tar.xz" "$out/cache.tar.xz"
-"$work/venv/bin/uv" pip install -q --python "$work/venv/bin/python" --no-deps --target "$work/dist" .
+# Elsewhere: building leaves a folder in the tree.
+mkdir -p "$work/source"
+git archive HEAD | tar -xC "$work/source"
+"$work/venv/bin/uv" pip install -q --python "$work/venv/bin/python" --no-deps --target "$work/dist" "$work/source"
 (cd "$work/dist" && tar -cf "$out/dist.tar" sglang_dcp-*.dist-info)
 ls -l "$out"

@@ -41,7 +41,8 @@ def _stop_nccl_graph_mixing(server_args: Any) -> None:
     communicator then runs an eager call, or a second graph in parallel, while a graph
     of it is outstanding. SGLang keeps one communicator for captured calls (PyNccl's)
     and one for eager calls (torch.distributed's), except for MoE groups that are not the
-    whole tensor-parallel group, which have no PyNccl. A value of the user's stays.
+    whole tensor-parallel group, which have no PyNccl; our one eager call by PyNccl waits
+    for the device (`by_captured_communicator`). A value of the user's stays.
     """
     if server_args.ep_size in (1, server_args.tp_size):
         os.environ.setdefault("NCCL_GRAPH_MIXING_SUPPORT", "0")

@@ -202,22 +202,14 @@ def test_weights_travel_by_the_captured_steps_communicator(
         yield
         log.append("as before")
 
-    def all_gather(own: torch.Tensor, dim: int) -> torch.Tensor:
-        assert own.is_contiguous()
-        log.append("gather")
-        return torch.cat([own, own + 1], dim)
-
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
-    group: Any = SimpleNamespace(
-        pynccl_comm=SimpleNamespace(change_state=change_state), all_gather=all_gather
-    )
-    own = torch.arange(6.0).view(3, 2).T
-    gathered = groups.gather_at_rest(group, own)
-    assert torch.equal(gathered, torch.cat([own, own + 1]))
-    assert log == ["wait", "enabled True", "gather", "as before", "wait"]
-    group.pynccl_comm = None
-    assert torch.equal(groups.gather_at_rest(group, own), gathered)
-    assert log[5:] == ["gather"]
+    pynccl = SimpleNamespace(change_state=change_state)
+    for comm in (pynccl, None):
+        group: Any = SimpleNamespace(pynccl_comm=comm)
+        with groups.by_captured_communicator(group):
+            log.append("gather")
+    wanted = ["wait", "enabled True", "gather", "as before", "wait", "gather"]
+    assert log == wanted
 
 
 if __name__ == "__main__":

@@ -34,7 +34,8 @@ pytestmark = [pytest.mark.server, needs_gpus(2)]
 
 # Without and with a low-rank Q projection; both with experts.
 KINDS = ("mla-moe-d512", "mla-v3-d512")
-# Heads that no kernel of prefill by MHA was made for, and too odd a number for FlashInfer.
+# Heads of other sizes than our prefill by MHA takes, and 10 or 5 a rank, which FlashInfer
+# does not.
 ABSORBED_KIND = "mla-glm-d512"
 BACKENDS = ("fa3", "flashinfer")
 # Their prefill leaves every prefix in place, or is absorbed altogether.
@@ -105,6 +106,7 @@ def others(kind: str) -> Iterator[Case]:
 
 
 def absorbed(kind: str) -> Iterator[Case]:
+    """Each exchange once; prefixes stay in place."""
     for layout, comm, replicated, (shape, flags) in (
         (TP2_DCP2, "symm_a2a", True, SHAPES[0]),
         (TP2_DCP2, "ag_rs", False, SHAPES[2]),

@@ -12,53 +12,80 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmark"))
 
-import serving_profile  # noqa: E402
+from serving_profile import generator_flags, read_profile, tables  # noqa: E402
+from utils import run_python  # noqa: E402
 
 SIZE = (8, 4096)
+Event = dict[str, Any]
 
 
-def kernel(name: str, ts: float, dur: float, cat: str = "kernel") -> dict[str, Any]:
+def event(name: str, ts: float, dur: float, cat: str = "kernel") -> Event:
     return {"ph": "X", "cat": cat, "name": name, "ts": ts, "dur": dur}
 
 
-def write(
-    folder: Path, stage: str, events: list[dict[str, Any]], rank: int = 0
-) -> None:
+def write(folder: Path, events: list[Event], rank: int = 0) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"1700000000.5-TP-{rank}-{stage}.trace.json.gz"
+    file = folder / f"1700000000.5-TP-{rank}.trace.json.gz"
     with gzip.open(file, "wt") as trace:
         json.dump({"traceEvents": events}, trace)
 
 
 def test_a_step_lasts_from_the_first_kernel_to_the_last(tmp_path: Path) -> None:
-    inner = tmp_path / "1700000000.1"
-    prefill = [
-        kernel("cudaLaunchKernel", 0.0, 900.0, "cuda_runtime"),
-        kernel("flash_fwd", 100.0, 40.0),
-        kernel("Memcpy HtoD", 150.0, 10.0, "gpu_memcpy"),
-        kernel("flash_fwd", 460.0, 40.0),
-        {"ph": "M", "name": "process_name"},
-    ]
-    write(inner, "EXTEND", prefill)
-    write(inner, "EXTEND", [kernel("of another rank", 0.0, 9e9)], rank=1)
-    write(inner, "DECODE", [kernel("reduce_heads", 5.0, 3.0)])
-    found = serving_profile.read_profiles(tmp_path, 2, "2:a2a", SIZE)
-    assert found["prefill"].step_us == 200.0
-    assert {(k.name, k.us, k.calls) for k in found["prefill"].kernels} == {
+    write(
+        tmp_path / "1700000000.1",
+        [
+            event("cudaLaunchKernel", 0.0, 900.0, "cuda_runtime"),
+            event("aten::mm", 0.0, 900.0, "cpu_op"),
+            event("flash_fwd", 100.0, 40.0),
+            event("Memcpy HtoD", 150.0, 10.0, "gpu_memcpy"),
+            event("flash_fwd", 460.0, 40.0),
+            {"ph": "M", "name": "process_name"},
+        ],
+    )
+    write(tmp_path / "1700000000.1", [event("of another rank", 0.0, 9e9)], rank=1)
+    found = read_profile(tmp_path, 2, "cuda", "2:a2a", SIZE)
+    assert found.step_us == 200.0
+    assert {(k.name, k.us, k.calls) for k in found.kernels} == {
         ("flash_fwd", 40.0, 1.0),
         ("Memcpy HtoD", 5.0, 0.5),
     }
-    lines = serving_profile.tables([found]).splitlines()
-    assert "prefill, 8 at once x 4096 tokens, GPU time of rank 0" in lines
+    on_cpu = read_profile(tmp_path, 2, "cpu", "tp", SIZE)
+    assert [k.name for k in on_cpu.kernels] == ["aten::mm"]
+    lines = tables([found, on_cpu]).splitlines()
+    assert lines[0] == "first steps of 8 at once x 4096 tokens, GPU time of rank 0"
     cells = [[cell.strip() for cell in line.split("|")] for line in lines]
-    assert ["", "attention", "40 (1)", ""] in cells
-    assert ["", "exchange", "2 (0)", ""] in cells
+    assert ["", "attention", "40 (1)", "0 (0)", ""] in cells
+    assert ["", "step", "200", "450", ""] in cells
 
 
-def test_a_stage_without_a_trace_is_no_silence(tmp_path: Path) -> None:
-    write(tmp_path, "EXTEND", [kernel("flash_fwd", 0.0, 1.0)])
-    with pytest.raises(RuntimeError, match="no trace of 3 decode steps"):
-        serving_profile.read_profiles(tmp_path, 3, "tp", SIZE)
+@pytest.mark.parametrize("events", [None, [event("aten::mm", 0.0, 1.0, "cpu_op")]])
+def test_no_trace_is_no_silence(events: list[Event] | None, tmp_path: Path) -> None:
+    if events is not None:
+        write(tmp_path, events)
+    with pytest.raises(RuntimeError, match="no more than 3 steps ran|no kernel in it"):
+        read_profile(tmp_path, 3, "cuda", "tp", SIZE)
+
+
+# Under its own command line the load generator would look for a server: only parse it.
+PARSE = """
+import argparse, sys
+from sglang.benchmark import serving
+seen = []
+argparse.ArgumentParser.parse_args = lambda self, *a: seen.append(self)
+try:
+    serving.cli_main()
+except (AttributeError, TypeError):
+    pass
+[parser] = seen
+args, unknown = parser.parse_known_args(sys.argv[1:])
+print("got", args.profile, args.profile_num_steps, args.profile_activities, unknown)
+"""
+
+
+def test_the_load_generator_knows_these_flags(tmp_path: Path) -> None:
+    flags = generator_flags(tmp_path, 16, "cuda")
+    done = run_python("-c", PARSE, *flags, timeout_s=120)
+    assert "got True 16 ['GPU'] []" in done.stdout, done.stderr[-2000:]
 
 
 if __name__ == "__main__":

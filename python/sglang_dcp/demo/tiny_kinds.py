@@ -88,12 +88,12 @@ def _mla_v3(**more: Any) -> TinyModel:
 def _mla_glm(q_heads: int, **more: Any) -> TinyModel:
     """GLM-4.7-Flash: DeepSeek-V3's attention with V wider than what Q has unrotated."""
     heads = {"num_attention_heads": q_heads, "num_key_value_heads": q_heads}
-    sizes = {
-        **_mla_v3(**{**heads, **more}).sizes,
-        # Its layers' kinds are a list here, and a number in its config.json.
-        "mlp_layer_types": ["dense", "sparse", "sparse"],
-    }
-    extra = {"first_k_dense_replace": sizes.pop("first_k_dense_replace")}
+    sizes = dict(_mla_v3(**heads, **more).sizes)
+    # To transformers it is a list, to SGLang a number.
+    dense = sizes.pop("first_k_dense_replace")
+    sparse = sizes["num_hidden_layers"] - dense
+    sizes["mlp_layer_types"] = ["dense"] * dense + ["sparse"] * sparse
+    extra = {"first_k_dense_replace": dense}
     return TinyModel("Glm4MoeLiteConfig", "Glm4MoeLiteForCausalLM", sizes, extra)
 
 

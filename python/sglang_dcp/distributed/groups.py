@@ -11,15 +11,14 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Callable, ContextManager, Iterator, List
 
 if TYPE_CHECKING:
-    import torch
     from sglang.srt.distributed.parallel_state import GroupCoordinator
 
     from sglang_dcp.distributed.topology import Layout
 
 __all__ = [
+    "by_captured_communicator",
     "dcp_groups_for_capture",
     "destroy_dcp_groups",
-    "gather_at_rest",
     "get_attn_tp_group",
     "get_kvp_group",
     "graph_capture_with_dcp",
@@ -152,37 +151,26 @@ def _require(group: GroupCoordinator | None, name: str) -> GroupCoordinator:
     return group
 
 
-def gather_at_rest(group: GroupCoordinator, own: torch.Tensor) -> torch.Tensor:
-    """Rows of all ranks, in rank order; at start or between steps, not captured.
+@contextmanager
+def by_captured_communicator(group: GroupCoordinator) -> Iterator[None]:
+    """Within, eager collectives of `group` run by PyNccl, as captured ones do.
 
-    By the communicator that captured steps use, if the group has one. Through
+    For weights, at start and between steps; every rank of the group enters. Through
     torch.distributed, where SGLang sends what is not captured, NCCL would make another
-    one at once, of some hundred MiB, and a KV pool sized after that would be smaller.
-
-    Parameters
-    ----------
-    group
-        KVP group; every rank of it calls this, with the same shape and dtype.
-    own
-        [rows, ...], fp32, fp16 or bf16.
-
-    Returns
-    -------
-    [world_size * rows, ...]
+    communicator at the first call, and a KV pool sized after that would be smaller.
+    With NCCL_GRAPH_MIXING_SUPPORT=0 the communicator serves graphs or eager calls, never
+    both at once, whatever the stream: so this waits for the device, before and after.
     """
-    import torch
-
-    own = own.contiguous()
     pynccl = group.pynccl_comm
     if pynccl is None:
-        return group.all_gather(own, dim=0)
-    # With NCCL_GRAPH_MIXING_SUPPORT=0 no graph that uses the communicator may be under
-    # way, in whatever stream.
+        yield
+        return
+    import torch
+
     torch.cuda.synchronize()
     with pynccl.change_state(enable=True):
-        gathered = group.all_gather(own, dim=0)
+        yield
     torch.cuda.synchronize()
-    return gathered
 
 
 def dcp_groups_for_capture() -> List[GroupCoordinator]:

@@ -61,6 +61,7 @@ class QReplicas:
     """
 
     def __init__(self, model: nn.Module, group: Any) -> None:
+        self._group = group
         self._attentions = [
             wide
             for module in model.modules()
@@ -77,8 +78,11 @@ class QReplicas:
     @torch.no_grad()
     def refresh(self) -> None:
         """Gather the wide weights anew; a collective over the KVP group."""
-        for attention in self._attentions:
-            attention.refresh()
+        from sglang_dcp.distributed.groups import by_captured_communicator
+
+        with by_captured_communicator(self._group):
+            for attention in self._attentions:
+                attention.refresh()
 
     def select(self, *, wide: bool) -> None:
         """Choose the width of the next forward: wide in decode. Free where it stays."""
@@ -107,9 +111,7 @@ class _WideAttention(ABC):
         self._group = group
 
     def _gather(self, own: torch.Tensor) -> torch.Tensor:
-        from sglang_dcp.distributed.groups import gather_at_rest
-
-        return gather_at_rest(self._group, own)
+        return self._group.all_gather(own.contiguous(), dim=0)
 
     @abstractmethod
     def refresh(self) -> None: ...
