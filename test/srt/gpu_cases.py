@@ -100,6 +100,26 @@ def exchange_flags(comm: str, *, replicated: bool) -> str:
     return f"--dcp-comm-backend {comm}" + " --dcp-replicate-q-proj" * replicated
 
 
+def exchange_case(
+    kind: str,
+    layout: Layout,
+    backend: str,
+    exchange: tuple[str, bool],
+    shape: tuple[str, str],
+) -> Case:
+    """One of a matrix: `exchange` is comm backend and replicated Q, `shape` name and flags."""
+    comm, replicated = exchange
+    name, flags = shape
+    width = "replicated" if replicated else "gathered"
+    return Case(
+        kind,
+        layout,
+        f"{backend}-{comm}-{width}-{name}",
+        f"--attention-backend {backend} {flags} "
+        + exchange_flags(comm, replicated=replicated),
+    )
+
+
 def chosen_kinds(known: Iterable[str]) -> list[str]:
     """`known`, or those of them in `SGLANG_DCP_TEST_KIND` (comma-separated)."""
     known = list(known)

@@ -24,6 +24,7 @@ from gpu_cases import (
     Case,
     assert_within_spread,
     chosen_kinds,
+    exchange_case,
     exchange_flags,
     fleet_fixture,
     params,
@@ -52,19 +53,12 @@ def matrix(kind: str) -> Iterator[Case]:
     The shapes rotate, so that each backend and each exchange sees them all.
     """
     for b, backend in enumerate(BACKENDS):
-        for e, (comm, replicated) in enumerate(EXCHANGES):
+        for e, exchange in enumerate(EXCHANGES):
             # On each backend KVP 4 has both comm backends and both Q widths.
             wide = TP4_DCP4 if (e % 3 == 0) == (b % 2 == 0) else TP4_ATTN2
             for layout, turn in ((TP2_DCP2, b + e), (wide, b + e + 2)):
-                shape, flags = SHAPES[turn % len(SHAPES)]
-                width = "replicated" if replicated else "gathered"
-                yield Case(
-                    kind,
-                    layout,
-                    f"{backend}-{comm}-{width}-{shape}",
-                    f"--attention-backend {backend} {flags} "
-                    + exchange_flags(comm, replicated=replicated),
-                )
+                shape = SHAPES[turn % len(SHAPES)]
+                yield exchange_case(kind, layout, backend, exchange, shape)
 
 
 def experts(kind: str) -> Iterator[Case]:

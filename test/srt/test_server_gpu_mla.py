@@ -16,6 +16,7 @@ import pytest
 import forced
 from gpu import needs_gpus
 from gpu_cases import (
+    BF16,
     TP2_DCP2,
     TP4_ATTN2,
     TP4_DCP4,
@@ -23,6 +24,7 @@ from gpu_cases import (
     Numbers,
     assert_within_spread,
     chosen_kinds,
+    exchange_case,
     exchange_flags,
     fleet_fixture,
     params,
@@ -41,7 +43,6 @@ BACKENDS = ("fa3", "flashinfer")
 # Their prefill leaves every prefix in place, or is absorbed altogether.
 IN_PLACE = "--disable-chunked-prefix-cache"
 ABSORBED = "--flashinfer-mla-disable-ragged"
-BF16 = Numbers("bf16", "--dtype bfloat16")
 FP16 = Numbers("fp16", "--dtype float16")
 # Where any request of a batch has a prefix, be it of one token, new tokens are read back
 # from the pool, rounded: so all servers must find the same prefixes, in pages of 2 x 64.
@@ -72,16 +73,8 @@ def matrix(kind: str) -> Iterator[Case]:
             for replicated in (False, True):
                 wide = TP4_DCP4 if replicated else TP4_ATTN2
                 for layout in (TP2_DCP2, wide):
-                    shape, flags = next(shapes)
-                    width = "replicated" if replicated else "gathered"
-                    yield Case(
-                        kind,
-                        layout,
-                        f"{backend}-{comm}-{width}-{shape}",
-                        f"--attention-backend {backend} {flags} "
-                        + exchange_flags(comm, replicated=replicated),
-                        BF16,
-                    )
+                    exchange = comm, replicated
+                    yield exchange_case(kind, layout, backend, exchange, next(shapes))
 
 
 def others(kind: str) -> Iterator[Case]:
@@ -107,20 +100,12 @@ def others(kind: str) -> Iterator[Case]:
 
 def absorbed(kind: str) -> Iterator[Case]:
     """Each exchange once; prefixes stay in place."""
-    for layout, comm, replicated, (shape, flags) in (
-        (TP2_DCP2, "symm_a2a", True, SHAPES[0]),
-        (TP2_DCP2, "ag_rs", False, SHAPES[2]),
-        (TP4_DCP4, "a2a", True, SHAPES[1]),
+    for layout, exchange, shape in (
+        (TP2_DCP2, ("symm_a2a", True), SHAPES[0]),
+        (TP2_DCP2, ("ag_rs", False), SHAPES[2]),
+        (TP4_DCP4, ("a2a", True), SHAPES[1]),
     ):
-        width = "replicated" if replicated else "gathered"
-        yield Case(
-            kind,
-            layout,
-            f"fa3-{comm}-{width}-{shape}",
-            f"--attention-backend fa3 {flags} "
-            + exchange_flags(comm, replicated=replicated),
-            BF16,
-        )
+        yield exchange_case(kind, layout, "fa3", exchange, shape)
 
 
 def cases() -> Iterator[Case]:

@@ -111,6 +111,7 @@ class _WideAttention(ABC):
         self._group = group
 
     def _gather(self, own: torch.Tensor) -> torch.Tensor:
+        """Rows of all ranks of the group, in rank order."""
         return self._group.all_gather(own.contiguous(), dim=0)
 
     @abstractmethod
