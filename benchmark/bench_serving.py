@@ -113,7 +113,9 @@ def load(
     command += ["--max-concurrency", str(concurrency), "--flush-cache"]
     command += ["--output-file", str(line), "--disable-tqdm"]
     if options.profile:
-        command += generator_flags(traces, options.profile, options.device)
+        command += generator_flags(
+            traces, options.profile, options.device, host=options.profile_host
+        )
     with log.open("a") as output:
         done = subprocess.run(
             command, cwd=log.parent, stdout=output, stderr=subprocess.STDOUT
@@ -139,11 +141,15 @@ def serve(
     say(f"{layout.name}: starting its server")
     results = []
     tokenizer = ["--tokenizer-path", str(model.with_name(TOKENIZER))]
+    # By default SGLang traces every Python function, which is most of the time then.
+    env = {"SGLANG_PROFILE_WITH_STACK": "false"}
+    if layout.is_upstream:
+        env["SGLANG_PLUGINS"] = options.off_plugins
     with ServerProcess(
         model,
         server_flags(options, layout) + tokenizer,
         log_path=log,
-        env={"SGLANG_PLUGINS": options.off_plugins} if layout.is_upstream else None,
+        env=env,
         device=options.device,
         grace=5.0,
     ) as server:
@@ -152,7 +158,7 @@ def serve(
             for concurrency in options.concurrency:
                 size = (concurrency, tokens)
                 client = model.parent / "client.log"
-                traces = model.parent / "-".join(map(str, (log.stem, *size)))
+                traces = log.with_name("-".join(map(str, (log.stem, *size, "traces"))))
                 result = load(options, server.base_url, model, client, traces, size)
                 result = {"layout": layout.name, "model": options.model, **result}
                 # The same long list of arguments in every line.
@@ -208,6 +214,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--rounds", type=int, default=2, help="requests for each of those at once")
     add("--without-plain", action="store_true", help="servers with DCP alone")
     add("--profile", type=int, metavar="STEPS", help="trace so many steps of each run")
+    add("--profile-host", action="store_true", help="trace the host too, for a viewer")
     add("--ready-s", type=float, default=200.0, help="for a server to start")
     options = parser.parse_args(argv)
     if options.profile is not None and options.profile < 1:

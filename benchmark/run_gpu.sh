@@ -53,7 +53,8 @@ pack() {
     flock 9
     # What servers and ranks of the tests said, without their models.
     (cd "$work" && find tests -type f \( -name '*.log' -o -name 'stderr*' -o -name '*.jsonl' \) \
-      2>/dev/null | tar -czf pack.tgz --ignore-failed-read --warning=no-file-changed -T - logs)
+      2>/dev/null | tar -czf pack.tgz --ignore-failed-read --warning=no-file-changed \
+      --exclude='*-TP-[1-9]*.trace.json.gz' -T - logs)
     mv "$work/pack.tgz" "$OUT/logs.tgz"
   ) 9>"$work/lock"
 }

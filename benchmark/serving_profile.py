@@ -4,8 +4,8 @@
 read here. While requests come in, SGLang prefills, so these are prefill steps wherever
 enough prompt waits. `step` is the mean time of a step under the profiler, from the first
 kernel's start to the last one's end: well above `sum`, this rank's GPU waits for its host.
-Another rank's slow host shows as time of collectives. The host itself is not traced, which
-would slow it down.
+Another rank's slow host shows as time of collectives. The host itself is traced only with
+`--profile-host`, since that slows it down; for what it did, open the trace.
 """
 
 from __future__ import annotations
@@ -22,17 +22,16 @@ from decode_report import markdown
 KERNELS = {"cuda": ("kernel", "gpu_memcpy", "gpu_memset"), "cpu": ("cpu_op",)}
 
 
-def generator_flags(folder: Path, steps: int, device: str) -> list[str]:
+def generator_flags(
+    folder: Path, steps: int, device: str, *, host: bool = False
+) -> list[str]:
     """For SGLang's load generator: a trace of a run's first `steps` steps into `folder`."""
+    activities = {"GPU"} if device == "cuda" else {"CPU"}
+    if host:
+        activities.add("CPU")
     flags = ["--profile", "--profile-num-steps", str(steps)]
-    activity = "GPU" if device == "cuda" else "CPU"
-    return [
-        *flags,
-        "--profile-activities",
-        activity,
-        "--profile-output-dir",
-        str(folder),
-    ]
+    flags += ["--profile-activities", *sorted(activities)]
+    return [*flags, "--profile-output-dir", str(folder)]
 
 
 def read_profile(

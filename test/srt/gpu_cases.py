@@ -76,6 +76,7 @@ class Case:
     numbers: Numbers = BF16
     plugin: str = forced.PLUGIN
     pool: str = POOL
+    env: tuple[tuple[str, str], ...] = ()
 
     @property
     def name(self) -> str:
@@ -84,7 +85,7 @@ class Case:
     @property
     def spec(self) -> Spec:
         flags = f"{self.numbers.flags} {self.layout.flags} {self.flags}"
-        return Spec(self.name, self.kind, flags, self.plugin, self.pool)
+        return Spec(self.name, self.kind, flags, self.plugin, self.pool, self.env)
 
     @property
     def plain(self) -> tuple[Spec, Spec]:

@@ -59,13 +59,17 @@ def servers_at_once() -> int:
 
 @dataclass(frozen=True)
 class Spec:
-    """One server: model kind, flags beside `COMMON`, pool size, a plugin's source."""
+    """One server: model kind, flags beside `COMMON`, a plugin's source, pool size.
+
+    `env` is more of its environment, by name and value.
+    """
 
     name: str
     kind: str
     flags: str
     plugin: str = forced.PLUGIN
     pool: str = POOL
+    env: tuple[tuple[str, str], ...] = ()
 
     @property
     def gpus(self) -> int:
@@ -102,7 +106,7 @@ def make_server(spec: Spec, folder: Path) -> ServerProcess:
         make_tiny_model(folder / "models" / spec.kind, spec.kind),
         flags.split(),
         log_path=own / "server.log",
-        env={**ENVIRONMENT, "PYTHONPATH": path},
+        env={**ENVIRONMENT, **dict(spec.env), "PYTHONPATH": path},
         grace=0.0,
         device="cuda",
     )

@@ -166,7 +166,6 @@ def deepseek(rank: Rank, prefill: Prefill, truth: Truth) -> Any:
     module.num_local_heads, module.kv_lora_rank = heads, sizes.latent
     module.qk_nope_head_dim, module.qk_rope_head_dim = sizes.nope, sizes.rope
     module.qk_head_dim, module.v_head_dim = sizes.nope + sizes.rope, sizes.v
-    module.chunked_prefix_cache_threshold = 1
     module.current_attention_backend = prefill.backend
     module.kv_cache_dtype = "auto" if prefill.kv_dtype is None else "fp8_e4m3"
     dim = module.qk_head_dim
@@ -188,6 +187,15 @@ def deepseek(rank: Rank, prefill: Prefill, truth: Truth) -> Any:
 
 def _never(*args: Any) -> None:
     raise AssertionError("SGLang's own method, by logical slots")
+
+
+def batch_kind() -> type:
+    """A namespace with what SGLang's batches know of a prefill by MHA."""
+    from sglang.srt.model_executor.forward_batch_deepseek_mha_mixin import (
+        ForwardBatchDeepSeekMHAMixin,
+    )
+
+    return type("Batch", (ForwardBatchDeepSeekMHAMixin, SimpleNamespace), {})
 
 
 class Group:
@@ -229,7 +237,7 @@ class Group:
         out = self._pass(inputs, batch)
         for rank in self.ranks:
             rank.exchange.rows, rank.exchange.all_rows = [], []
-        # In one shot, as SGLang would here, unless the batch is too large for one.
+        # In one shot new tokens come from the pool; in pieces they are as projected.
         total = sum(at.stop for at in new.values())
         prefixes = any(at.start for at in new.values())
         read_back = prefixes and total <= self.prefill.capacity
@@ -240,11 +248,6 @@ class Group:
         self._check_pools()
 
     def _batch(self, served: SimpleNamespace) -> Any:
-        from sglang.srt.model_executor.forward_batch_deepseek_mha_mixin import (
-            ForwardBatchDeepSeekMHAMixin,
-        )
-
-        kind = type("Batch", (ForwardBatchDeepSeekMHAMixin, SimpleNamespace), {})
         device = self.prefill.device
         fields = {
             name: (
@@ -254,7 +257,7 @@ class Group:
             )
             for name, value in vars(served).items()
         }
-        return kind(encoder_lens=None, spec_info=None, **fields)
+        return batch_kind()(encoder_lens=None, spec_info=None, **fields)
 
     def _pass(self, inputs: list[Tensor], batch: Any) -> Tensor:
         """[tokens, heads, v_dim] of all ranks, each with a batch of its own."""
@@ -285,17 +288,22 @@ class Group:
         k_pe = torch.cat([latent, rope], -1)[:, None, sizes.latent :]
         with forward_context(ForwardContext(rank.backend)):
             rank.backend.init_forward_metadata(batch)
-            # As the choice of the forward method does.
-            if any(batch.extend_prefix_lens_cpu):
-                rank.backend.prefill.cut(batch)
+            has_prefix = any(batch.extend_prefix_lens_cpu)
+            # As the choice of the forward method does, and then the method.
+            if has_prefix and rank.backend.prefill.takes_one_shot(batch):
+                batch.mha_one_shot, core = True, module.forward_normal_one_shot_core
+            else:
+                core = module.forward_normal_chunked_kv_core
             module._set_mla_kv_buffer(None, latent, k_pe, batch)
+            if batch.mha_one_shot:
+                latent, k_pe = module._get_mla_kv_buffer(
+                    batch.fetch_mha_one_shot_kv_indices(), q.dtype, batch
+                )
             kv = module.kv_b_proj(latent)[0].view(len(latent), rank.own_heads, -1)
             k_nope, v = kv.split([sizes.nope, sizes.v], dim=-1)
             k = module._concat_and_cast_mha_k(k_nope, k_pe, batch)
-            out = module.forward_normal_chunked_kv_core(
-                q[:, rank.own].contiguous(), k, v, batch
-            )
-        return out.view(len(latent), rank.own_heads, sizes.v)
+            out = core(q[:, rank.own].contiguous(), k, v, batch)
+        return out.view(len(q), rank.own_heads, sizes.v)
 
     def _check_pools(self) -> None:
         """Every position that a rank owns lies at its slot, bit for bit."""

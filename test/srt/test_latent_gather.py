@@ -22,10 +22,9 @@ from sglang_dcp.layers.latent_gather import (
     gathering_moves_less,
     plan_latents,
 )
-from sglang_dcp.layers.layout import refresh_local_table
 from sglang_dcp.layers.local_view import Shard
 
-DIM = 4
+DIM, LATENT = 4, 3
 # Start and length of the piece, by request.
 Piece = list[tuple[int, int]]
 
@@ -48,11 +47,8 @@ def pool_of(batch: Served, rank: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def shard_of(batch: Served, rank: int) -> Shard:
-    lens = torch.tensor(list(batch.lens.values()))
-    rows = torch.tensor([batch.rows[name] for name in batch.lens])
-    local = torch.zeros(len(batch.table), 40, dtype=torch.int32)
-    refresh_local_table(local, batch.table, rows, lens, batch.dcp_size, rank)
-    return Shard(batch.table, local, batch.dcp_size, rank)
+    # A prefill's local table ends before its new tokens: nothing may come from it.
+    return Shard(batch.table, torch.empty(0), batch.dcp_size, rank)
 
 
 def gathered(
@@ -74,7 +70,12 @@ def gathered(
         return torch.cat(sent).view(own.dtype)
 
     exchange: Any = SimpleNamespace(gather_rows=gather_rows)
-    found = [gather_latents(*both, exchange) for both in zip(plans, pools)]
+    parts = [gather_latents(*both, LATENT, exchange) for both in zip(plans, pools)]
+    for latent, rope in parts:
+        # Kernels of quantized weights ask for it.
+        assert latent.is_contiguous() and rope.is_contiguous()
+        assert latent.shape[1] == LATENT
+    found = [torch.cat(own, dim=1) for own in parts]
     for own, rows in zip(asked, sent):
         assert torch.equal(own.float().nan_to_num(-1), rows.float().nan_to_num(-1))
     return found

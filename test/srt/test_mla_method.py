@@ -27,13 +27,18 @@ KVP = 2
 
 @pytest.fixture
 def dcp(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """DCP on; the batches whose prefixes were cut."""
+    """DCP on, in one shot up to 400 positions; the batches that were prepared for it."""
     context = DcpContext(DcpConfig(Layout(KVP, 1)), tp_rank=0)
     monkeypatch.setattr(mla_method, "find_context", lambda: context)
-    cut: list[Any] = []
-    backend = SimpleNamespace(prefill=SimpleNamespace(cut=cut.append))
+    prepared: list[Any] = []
+
+    def takes_one_shot(batch: Any) -> bool:
+        prepared.append(batch)
+        return sum(batch.extend_prefix_lens_cpu) <= 400
+
+    backend = SimpleNamespace(prefill=SimpleNamespace(takes_one_shot=takes_one_shot))
     monkeypatch.setattr(mla_method, "_backend", lambda: backend)
-    return cut
+    return prepared
 
 
 @pytest.fixture
@@ -101,8 +106,10 @@ def test_prefill_is_mha_unless_its_prefix_stays_in_place(
     assert chosen(name, module, mode, [0, 0], [5, 1]) == "MHA_CHUNKED_KV"
     assert chosen(name, module, mode, [200, 120], [10, 0]) == "MLA"
     assert not dcp
-    assert chosen(name, module, mode, [200, 102], [9, 1]) == "MHA_CHUNKED_KV"
-    assert [batch.extend_prefix_lens_cpu for batch in dcp] == [[200, 102]]
+    assert chosen(name, module, mode, [200, 102], [9, 1]) == "MHA_ONE_SHOT"
+    assert chosen(name, module, mode, [200, 202], [19, 1]) == "MHA_CHUNKED_KV"
+    prepared = [batch.extend_prefix_lens_cpu for batch in dcp]
+    assert prepared == [[200, 102], [200, 202]]
     assert chosen(name, module, mode, [0, 303], [9, 1]) == "MLA"
 
 
@@ -143,43 +150,17 @@ def test_latents_with_dcp_go_to_the_backend(
         write_latents=lambda layer, latent, rope: called.append(
             (layer, tuple(latent.shape), rope)
         ),
-        prefill=SimpleNamespace(
-            is_quantized=True,
-            prefix=lambda *got: got,
-            round_as_stored=lambda *rows: called.append(("rounded", *rows)),
-        ),
+        prefill=SimpleNamespace(latents=lambda *got: got),
     )
     monkeypatch.setattr(mla_method, "_backend", lambda: backend)
 
     def never(*args: Any) -> None:
         raise AssertionError("by logical slots")
 
-    module: Any = SimpleNamespace(attn_mha="layer", chunked_prefix_cache_threshold=8192)
+    module: Any = SimpleNamespace(attn_mha="layer")
     latent: Any = torch.zeros(3, 5)
-    rows = never, module, None, latent, "rope"
-    written, rounded = ("layer", (3, 1, 5), "rope"), ("rounded", latent, "rope")
-    # Written first: rounding is in place.
-    for prefix, total, back in (
-        (0, 9, False),
-        (0, 200_000, False),
-        (1, 9, True),
-        (8191, 200_000, True),
-        (8192, 131_072, True),
-        (8192, 131_073, False),
-    ):
-        batch = SimpleNamespace(
-            extend_prefix_lens_cpu=[0, prefix],
-            seq_lens_cpu=torch.tensor([total - prefix, prefix]),
-            get_max_chunk_capacity=lambda: 131_072,
-        )
-        called.clear()
-        mla_method.set_mla_kv_buffer(*rows, batch)
-        assert called == [written, rounded][: 1 + back]
-    # Nothing of the batch is asked where the pool keeps everything.
-    backend.prefill.is_quantized = False
-    called.clear()
-    mla_method.set_mla_kv_buffer(*rows, None)
-    assert called == [written]
+    mla_method.set_mla_kv_buffer(never, module, None, latent, "rope", None)  # type: ignore
+    assert called == [("layer", (3, 1, 5), "rope")]
     found = mla_method.get_mla_kv_buffer(never, module, latent, torch.float16, "batch")
     assert found == ("layer", torch.float16, "batch")
 

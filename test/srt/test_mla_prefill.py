@@ -1,7 +1,8 @@
 """DeepSeek's prefill by MHA on a CPU, kernels in torch, all ranks of a KVP group.
 
 Only this file sees, without a GPU, SGLang's own code of it over our pools: latents written
-to local slots, prefixes gathered in pieces, and the merge by what adaptors return.
+to local slots and gathered, all in one shot or prefixes in pieces, and the merge of these by
+what adaptors return.
 """
 
 from __future__ import annotations
@@ -85,43 +86,57 @@ def test_fp8_latents_are_gathered_as_they_are(capacity: int) -> None:
 
 
 def test_each_piece_has_a_plan_beside_that_of_new_tokens() -> None:
-    """10 and 3 positions in pieces of 8, then 4 in one; all twice, by two passes."""
+    """10 and 3 positions in pieces of 8, then 5 in one shot; all twice, by two passes."""
     steps = [extend(a=3, b=10), mixed(b=2, a=1), mixed(a=1)]
     group = serve(replace(BASE, capacity=8), steps, flashinfer)
     for rank in group.ranks:
         wrappers: Any = rank.backend.adaptor._mha  # type: ignore[attr-defined]
-        assert {None: 6, 0: 4, 1: 2} == {
+        assert {None: 6, 0: 2, 1: 2} == {
             number: len(wrapper.plans) for number, wrapper in wrappers.items()
         }
         keys = [wrappers[i].plans[0]["kv_indptr"].diff().tolist() for i in range(2)]
         assert keys == [[8, 0], [2, 3]]
+        new = [plan["kv_indptr"].diff().tolist() for plan in wrappers[None].plans]
+        assert new == [[3, 10]] * 2 + [[2, 1]] * 2 + [[5]] * 2
 
 
-def test_one_shot_is_refused() -> None:
-    """It asks for new tokens too, which are not known by the number of a piece."""
-    with mla_mha.surroundings(BASE):
-        prefill = mla_mha.Group(BASE, fa3).ranks[0].backend.prefill
-        for batch in (
-            SimpleNamespace(mha_one_shot=True, attn_attend_prefix_cache=True),
-            SimpleNamespace(mha_one_shot=None, attn_attend_prefix_cache=False),
-        ):
-            layer: Any = SimpleNamespace(layer_id=0)
-            with pytest.raises(RuntimeError, match="not in one shot"):
-                prefill.prefix(layer, torch.bfloat16, batch)  # type: ignore[arg-type]
+@pytest.mark.parametrize("capacity, pieces", [(14, 0), (13, 1), (7, 2)])
+def test_pieces_where_prefix_and_new_tokens_are_more_than_the_capacity(
+    capacity: int, pieces: int
+) -> None:
+    """10 and 1 positions of prefix, 2 and 1 new ones."""
+    with mla_mha.surroundings(replace(BASE, capacity=capacity)):
+        group = mla_mha.Group(replace(BASE, capacity=capacity), fa3)
+        batch: Any = mla_mha.batch_kind()(
+            extend_prefix_lens_cpu=[10, 1],
+            extend_seq_lens_cpu=[2, 1],
+            req_pool_indices=torch.arange(2),
+        )
+        prefill = group.ranks[0].backend.prefill
+        # Each layer asks.
+        for _ in range(2):
+            assert prefill.takes_one_shot(batch) == (not pieces)
+        assert batch.num_prefix_chunks == (pieces or None)
 
 
-def test_plans_of_the_forward_before_are_seen_as_wrong() -> None:
+@pytest.mark.parametrize("capacity", [1 << 17, 16])
+@pytest.mark.parametrize("plans", ["_plans", "_keys"])
+def test_plans_of_the_forward_before_are_seen_as_wrong(
+    plans: str, capacity: int
+) -> None:
     """The harness is no mirror."""
 
     class Forgetful(dict):  # type: ignore[type-arg]
         def clear(self) -> None:
             pass
 
-    def run(pieces: type) -> None:
-        with mla_mha.surroundings(BASE):
-            group = mla_mha.Group(BASE, fa3)
+    prefill = replace(BASE, capacity=capacity)
+
+    def run(kind: type) -> None:
+        with mla_mha.surroundings(prefill):
+            group = mla_mha.Group(prefill, fa3)
             for rank in group.ranks:
-                rank.backend.prefill._pieces = pieces()
+                setattr(rank.backend.prefill, plans, kind())
             for step in (extend(a=30), mixed(a=5), mixed(a=5)):
                 group.run(step)
 

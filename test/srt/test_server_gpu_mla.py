@@ -7,6 +7,7 @@ prefill as SGLang does by default: by MHA where a batch has no prefix or 8192 po
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from itertools import cycle
@@ -43,6 +44,8 @@ BACKENDS = ("fa3", "flashinfer")
 # Their prefill leaves every prefix in place, or is absorbed altogether.
 IN_PLACE = "--disable-chunked-prefix-cache"
 ABSORBED = "--flashinfer-mla-disable-ragged"
+# A prefill of more positions takes its prefixes in pieces of so many.
+CAPACITY = ("SGLANG_MAX_KV_CHUNK_CAPACITY", "700")
 FP16 = Numbers("fp16", "--dtype float16")
 # Where any request of a batch has a prefix, be it of one token, new tokens are read back
 # from the pool, rounded: so all servers must find the same prefixes, in pages of 2 x 64.
@@ -95,6 +98,11 @@ def others(kind: str) -> Iterator[Case]:
             + exchange_flags("a2a", replicated=True),
             numbers,
         )
+    for backend in BACKENDS:
+        flags = (
+            f"--attention-backend {backend} {exchange_flags('a2a', replicated=False)}"
+        )
+        yield Case(kind, TP2_DCP2, f"{backend}-pieces", flags, env=(CAPACITY,))
     yield Case(kind, TP2_DCP2, "default-backend", "--page-size 64", BF16)
 
 
@@ -126,7 +134,13 @@ def test_within_the_spread_of_tp(case: Case, fleet: Fleet) -> None:
     stays = {IN_PLACE, ABSORBED} & set(case.flags.split())
     expands = case.kind != ABSORBED_KIND and not stays
     log = fleet.run(case.spec).log
-    assert ("DCP prefill by MHA gathers" in log) == expands
+    told = re.findall(
+        r"DCP prefill by MHA gathers \d+ positions, (in one shot|pieces)", log
+    )
+    # The first of them: in pieces it is one shot, too, where positions are few.
+    assert bool(told) == expands
+    if case.env:
+        assert told == ["pieces"]
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def cut_prefixes(prefix: Sequence[int], most: int) -> tuple[torch.Tensor, torch.
 
 
 class LatentPlan(NamedTuple):
-    """Of one piece of a batch's prefixes, for all layers.
+    """Of a batch's requests, or of one piece of their prefixes, for all layers.
 
     Attributes
     ----------
@@ -71,7 +71,7 @@ def plan_latents(
     Parameters
     ----------
     rows : Tensor [requests]
-        Of the local table, which must be fresh.
+        Of SGLang's slot table.
     starts, lens : Tensor [requests]
         On the host; logical, the same on all ranks.
     """
@@ -98,10 +98,12 @@ def _slots(
     held: torch.Tensor,
     padded: int,
 ) -> torch.Tensor:
-    device = shard.local_table.device
+    device = shard.table.device
     request, place = _ragged(held, device)
-    first = before.to(device, non_blocking=True)[request]
-    slots = shard.local_table[rows[request], first + place].long()
+    local = before.to(device, non_blocking=True)[request] + place
+    # The local table of a prefill ends with the prefix, before new tokens.
+    position = local * shard.dcp_size + shard.kvp_rank
+    slots = shard.table[rows[request], position].long() // shard.dcp_size
     return torch.nn.functional.pad(slots, (0, padded - len(slots)), value=DUMMY_SLOT)
 
 
@@ -113,7 +115,7 @@ def _order(
     lens: torch.Tensor,
     padded: int,
 ) -> torch.Tensor:
-    device, dcp_size = shard.local_table.device, shard.dcp_size
+    device, dcp_size = shard.table.device, shard.dcp_size
     request, place = _ragged(lens, device)
     # Of local position 0, had the rank sent it: where the request's rows begin.
     origins = held.cumsum(1) - held - before
@@ -136,10 +138,15 @@ def _ragged(
 
 
 def gather_latents(
-    plan: LatentPlan, stored: torch.Tensor, exchange: Exchange
-) -> torch.Tensor:
-    """[positions, qk_dim] in the cache's dtype; `stored` [slots, 1, qk_dim] is the pool."""
+    plan: LatentPlan, stored: torch.Tensor, latent: int, exchange: Exchange
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents [positions, latent] and rotary keys [positions, rope], each contiguous.
+
+    `stored` [slots, 1, latent + rope] is the pool; the same dtype.
+    """
     # In fp8, bytes: not every operator knows the type.
     raw = stored if stored.itemsize > 1 else stored.view(torch.uint8)
     every = exchange.gather_rows(raw[plan.slots].flatten(1))
-    return every[plan.order].view(stored.dtype)
+    parts = every.tensor_split([latent], dim=1)
+    found, rope = (part[plan.order].view(stored.dtype) for part in parts)
+    return found, rope

@@ -55,8 +55,8 @@ def _forward_method(
         return original(attention, batch)
     if absorbed or not _expands(attention, batch, context.config.dcp_size):
         return AttnForwardMethod.MLA
-    if any(batch.extend_prefix_lens_cpu):
-        _backend().prefill.cut(batch)
+    if any(batch.extend_prefix_lens_cpu) and _backend().prefill.takes_one_shot(batch):
+        return AttnForwardMethod.MHA_ONE_SHOT
     # Without a prefix, the same as AttnForwardMethod.MHA.
     return AttnForwardMethod.MHA_CHUNKED_KV
 
@@ -94,23 +94,7 @@ def set_mla_kv_buffer(
     if find_context() is None:
         original(attention, latent_cache, kv_a, k_pe, forward_batch)
         return
-    backend = _backend()
-    backend.write_latents(attention.attn_mha, kv_a.unsqueeze(1), k_pe)
-    if backend.prefill.is_quantized and _reads_back(attention, forward_batch):
-        backend.prefill.round_as_stored(kv_a, k_pe)
-
-
-def _reads_back(attention: Any, batch: Any) -> bool:
-    """Whether SGLang takes new tokens from the pool: absorbed, and by MHA in one shot.
-
-    By MHA without a prefix or with one in pieces, it takes them as projected.
-    """
-    prefix = sum(batch.extend_prefix_lens_cpu)
-    if not prefix:
-        return False
-    if prefix < attention.chunked_prefix_cache_threshold:
-        return True
-    return int(batch.seq_lens_cpu.sum()) <= int(batch.get_max_chunk_capacity())
+    _backend().write_latents(attention.attn_mha, kv_a.unsqueeze(1), k_pe)
 
 
 def get_mla_kv_buffer(
@@ -120,13 +104,14 @@ def get_mla_kv_buffer(
     dst_dtype: torch.dtype,
     forward_batch: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Seam: `DeepseekMHAForwardMixin._get_mla_kv_buffer`, a piece of all ranks' prefix.
+    """Seam: `DeepseekMHAForwardMixin._get_mla_kv_buffer`, latents from all ranks.
 
-    With DCP the piece is known by its number, and `kv_indices`, logical slots, is None.
+    Of whole requests, or of a piece of their prefixes, which is known by its number:
+    `kv_indices`, logical slots, says nothing.
     """
     if find_context() is None:
         return original(attention, kv_indices, dst_dtype, forward_batch)
-    return _backend().prefill.prefix(attention.attn_mha, dst_dtype, forward_batch)
+    return _backend().prefill.latents(attention.attn_mha, dst_dtype, forward_batch)
 
 
 def _backend() -> DcpAttentionBackend:

@@ -1,20 +1,22 @@
 """MLA prefill by multi-head attention, as SGLang's `forward_mha.py` runs it.
 
 Keys and values are expanded to the rank's own heads: a third of the multiplications of
-absorbed attention (320 instead of 1088 a query and key for DeepSeek). SGLang expands, and
-merges the pieces of a long prefix; the pieces, and what it asks of pool and attention, are
-here: by local slots, with the latents of a piece gathered from all ranks.
+absorbed attention (320 instead of 1088 a query and key for DeepSeek). SGLang expands, in
+one shot or, for many positions, new tokens and then the prefix in pieces, and merges them;
+what it asks of pool and attention is here: by local slots, with the latents gathered from
+all ranks.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple, Optional, Union
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Optional, Union
 
 import torch
 
-from sglang_dcp.layers.attention_calls import as_stored
+from sglang_dcp.layers.adaptors.base import MhaKeys
 from sglang_dcp.layers.latent_gather import (
     LatentPlan,
     cut_prefixes,
@@ -31,17 +33,6 @@ if TYPE_CHECKING:
     from sglang_dcp.layers.local_view import Shard
 
 logger = logging.getLogger(__name__)
-
-
-class Piece(NamedTuple):
-    """A piece of a batch's prefixes, for all layers.
-
-    `empty_rows` [tokens] bool: new tokens whose request has no position in it; None where
-    each has some.
-    """
-
-    latents: LatentPlan
-    empty_rows: Optional[torch.Tensor]
 
 
 class MlaPrefill:
@@ -64,16 +55,32 @@ class MlaPrefill:
         self._shard = shard
         self._exchange = exchange
         self._pool = kv_pool
-        # By number; made by the first layer.
-        self._pieces: dict[int, Piece] = {}
+        # By number of the piece, None what is no piece; made by the first layer.
+        self._keys: dict[Optional[int], MhaKeys] = {}
+        self._plans: dict[Optional[int], LatentPlan] = {}
         self._told = False
 
     def init_forward_metadata(self) -> None:
-        """Forget the pieces of the forward before."""
-        self._pieces.clear()
+        """Forget the plans of the forward before."""
+        self._keys.clear()
+        self._plans.clear()
 
-    def cut(self, batch: ForwardBatch) -> None:
-        """Cut the prefixes of an extend forward, once, in SGLang's stead.
+    def takes_one_shot(self, batch: ForwardBatch) -> bool:
+        """Prepare an extend forward with prefixes; whether it is one shot or in pieces.
+
+        By SGLang's measure, `SGLANG_MAX_KV_CHUNK_CAPACITY`, from logical lengths.
+        """
+        positions = sum(batch.extend_prefix_lens_cpu) + sum(batch.extend_seq_lens_cpu)
+        if positions > batch.get_max_chunk_capacity():
+            self._cut(batch)
+            return False
+        # Logical slots, which nobody reads.
+        batch.mha_one_shot_kv_indices = batch.req_pool_indices[:0]
+        self._tell(positions, "in one shot")
+        return True
+
+    def _cut(self, batch: ForwardBatch) -> None:
+        """Cut the prefixes, once, in SGLang's stead.
 
         SGLang gives every request the same share of a piece, so that 64 requests with one
         long prefix among them come in many pieces that are nearly empty.
@@ -82,11 +89,8 @@ class MlaPrefill:
             return
         prefix = batch.extend_prefix_lens_cpu
         starts, lens = cut_prefixes(prefix, batch.get_max_chunk_capacity())
-        if not self._told and self._shard.kvp_rank == 0:
-            told = sum(prefix), len(lens)
-            logger.info("DCP prefill by MHA gathers %d positions, pieces: %d", *told)
-            self._told = True
-        device = self._shard.local_table.device
+        self._tell(sum(prefix), f"pieces: {len(lens)}")
+        device = self._shard.table.device
         ends = torch.nn.functional.pad(lens.cumsum(1, dtype=torch.int32), (1, 0))
         batch.num_prefix_chunks = len(lens)
         batch.prefix_chunk_starts_cpu, batch.prefix_chunk_seq_lens_cpu = starts, lens
@@ -96,19 +100,10 @@ class MlaPrefill:
         # Logical slots, which nobody reads.
         batch.prefix_chunk_kv_indices = [None] * len(lens)
 
-    @property
-    def is_quantized(self) -> bool:
-        """Whether the pool keeps less than it is given."""
-        return bool(self._pool.dtype.itemsize == 1)
-
-    def round_as_stored(self, *rows: torch.Tensor) -> None:
-        """Latents and rotary keys of new tokens, in place.
-
-        Where SGLang reads new tokens back from the pool: unrounded, they would be nearer
-        to the truth and further from it.
-        """
-        for some in rows:
-            some.copy_(as_stored(some, self._pool.dtype))
+    def _tell(self, positions: int, how: str) -> None:
+        if not self._told and self._shard.kvp_rank == 0:
+            logger.info("DCP prefill by MHA gathers %d positions, %s", positions, how)
+        self._told = True
 
     def attend(
         self,
@@ -118,53 +113,75 @@ class MlaPrefill:
         layer: RadixAttention,
         batch: ForwardBatch,
     ) -> Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-        """Own heads against new tokens, or against the piece of the prefix at hand.
+        """Own heads against the keys at hand.
 
-        Returns [tokens, own heads, v_dim], with the LSE [tokens, own heads] float32 in
-        natural logarithm where `batch.mha_return_lse`, as SGLang merges by it.
+        These are all positions (one shot), new tokens, or a piece of the prefix. Returns
+        [tokens, own heads, v_dim], with the LSE [tokens, own heads] float32 in natural
+        logarithm where `batch.mha_return_lse`, as SGLang merges by it.
         """
-        number = batch.prefix_chunk_idx if batch.attn_attend_prefix_cache else None
+        piece = batch.prefix_chunk_idx if batch.attn_attend_prefix_cache else None
+        if piece not in self._keys:
+            self._keys[piece] = self._keys_at_hand(piece, batch)
+        keys = self._keys[piece]
         q = q.view(q.shape[0], -1, layer.qk_head_dim)
-        out, lse = self._adaptor.extend_mha(q, k, v, layer, batch, number)
-        if number is not None:
-            empty = self._pieces[number].empty_rows
-            if empty is not None:
-                out = out.masked_fill(empty[:, None, None], 0.0)
-                lse = lse.masked_fill(empty[:, None], -math.inf)
+        out, lse = self._adaptor.extend_mha(q, k, v, layer, batch, keys)
+        if not all(keys.lens):
+            out, lse = _without_keys(out, lse, batch, keys)
         if not batch.mha_return_lse:
             return out
         if not self._adaptor.is_lse_base_on_e:
             lse = lse * math.log(2)
         return out, lse.contiguous()
 
-    def prefix(
+    def _keys_at_hand(self, piece: Optional[int], batch: ForwardBatch) -> MhaKeys:
+        if piece is not None:
+            lens = batch.prefix_chunk_seq_lens_cpu[piece].tolist()
+            return MhaKeys(piece, lens, batch.prefix_chunk_cu_seq_lens[piece])
+        lens = _whole(batch) if batch.mha_one_shot else batch.extend_seq_lens_cpu
+        counts = batch.seq_lens if batch.mha_one_shot else batch.extend_seq_lens
+        ends = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+        return MhaKeys(None, lens, ends)
+
+    def latents(
         self, layer: RadixAttention, dtype: torch.dtype, batch: ForwardBatch
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Latents of the piece at hand, [positions, latent] and [positions, 1, rope].
+        """Latents [positions, latent] and rotary keys [positions, 1, rope], as stored.
 
-        Raises
-        ------
-        RuntimeError
-            Outside of a prefill that `cut` prepared (SGLang's one-shot form).
+        In one shot, of whole requests, whose new tokens are written by then; else of the
+        piece of the prefix at hand.
         """
-        if batch.mha_one_shot or not batch.attn_attend_prefix_cache:
-            raise RuntimeError("DCP gathers latents in pieces only, not in one shot")
-        number = batch.prefix_chunk_idx
-        if number not in self._pieces:
-            self._pieces[number] = self._plan(number, batch)
+        piece = None if batch.mha_one_shot else batch.prefix_chunk_idx
+        if piece not in self._plans:
+            self._plans[piece] = self._plan(piece, batch)
         stored = self._pool.get_key_buffer(layer.layer_id)
-        plan = self._pieces[number].latents
-        rows = gather_latents(plan, stored, self._exchange).to(dtype)
-        latent = self._pool.kv_lora_rank
-        return rows[:, :latent], rows[:, None, latent:]
+        latent, rope = gather_latents(
+            self._plans[piece], stored, self._pool.kv_lora_rank, self._exchange
+        )
+        return latent.to(dtype), rope.to(dtype).unsqueeze(1)
 
-    def _plan(self, number: int, batch: ForwardBatch) -> Piece:
-        lens = batch.prefix_chunk_seq_lens_cpu[number]
-        starts = batch.prefix_chunk_starts_cpu[number]
-        plan = plan_latents(self._shard, batch.req_pool_indices, starts, lens)
-        if lens.all():
-            return Piece(plan, None)
-        without = batch.prefix_chunk_seq_lens[number] == 0
-        tokens = sum(batch.extend_seq_lens_cpu)
-        rows = without.repeat_interleave(batch.extend_seq_lens, output_size=tokens)
-        return Piece(plan, rows)
+    def _plan(self, piece: Optional[int], batch: ForwardBatch) -> LatentPlan:
+        if piece is None:
+            lens = torch.tensor(_whole(batch))
+            starts = torch.zeros_like(lens)
+        else:
+            starts = batch.prefix_chunk_starts_cpu[piece]
+            lens = batch.prefix_chunk_seq_lens_cpu[piece]
+        return plan_latents(self._shard, batch.req_pool_indices, starts, lens)
+
+
+def _whole(batch: ForwardBatch) -> Sequence[int]:
+    """Positions of each request, new ones included."""
+    lens = zip(batch.extend_prefix_lens_cpu, batch.extend_seq_lens_cpu)
+    return [prefix + new for prefix, new in lens]
+
+
+def _without_keys(
+    out: torch.Tensor, lse: torch.Tensor, batch: ForwardBatch, keys: MhaKeys
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Zeros and -inf where a token's request has no key: a kernel leaves anything there."""
+    rows = (keys.ends.diff() == 0).repeat_interleave(
+        batch.extend_seq_lens, output_size=len(out)
+    )
+    return out.masked_fill(rows[:, None, None], 0.0), lse.masked_fill(
+        rows[:, None], -math.inf
+    )

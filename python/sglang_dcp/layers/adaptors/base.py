@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Optional
 
 import torch
@@ -21,6 +22,25 @@ class Partial(NamedTuple):
 
     out: torch.Tensor
     lse: torch.Tensor
+
+
+class MhaKeys(NamedTuple):
+    """Which keys a call of MLA's prefill by MHA is given, request after request.
+
+    Attributes
+    ----------
+    piece : int, optional
+        Many-th piece of the prefixes. None: up to the new tokens, causally seen, so that
+        a request's last key is its last new token.
+    lens : sequence of int
+        Keys of each request.
+    ends : Tensor [requests + 1] int32
+        The same cumulated from 0 on, where the kernels are.
+    """
+
+    piece: Optional[int]
+    lens: Sequence[int]
+    ends: torch.Tensor
 
 
 class DcpAdaptor(ABC):
@@ -92,14 +112,11 @@ class DcpAdaptor(ABC):
         v: torch.Tensor,
         layer: RadixAttention,
         batch: ForwardBatch,
-        piece: Optional[int],
+        keys: MhaKeys,
     ) -> Partial:
-        """MLA's new tokens with K and V of own heads, [keys, own heads, dim], per request.
+        """MLA's new tokens against K and V of own heads, [keys, own heads, dim].
 
         `k` and `v` may be views of wider rows.
-
-        `piece` None: among themselves, causal. Else against that many-th piece of the
-        prefixes (`batch.prefix_chunk_seq_lens_cpu`), not causal.
         """
         raise NotImplementedError(f"{type(self).__name__} has no MHA for MLA")
 

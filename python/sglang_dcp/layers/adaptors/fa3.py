@@ -7,7 +7,12 @@ from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 
-from sglang_dcp.layers.adaptors.base import Partial, PlannedAdaptor, local_pages
+from sglang_dcp.layers.adaptors.base import (
+    MhaKeys,
+    Partial,
+    PlannedAdaptor,
+    local_pages,
+)
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -92,17 +97,18 @@ class Fa3Adaptor(PlannedAdaptor):
         k: torch.Tensor,
         v: torch.Tensor,
         layer: RadixAttention,
-        keys: Optional[tuple[torch.Tensor, int]],
+        keys: Optional[MhaKeys],
         /,
         **more: torch.Tensor,
     ) -> Any:
         """Of rows request after request, what the kernel returned.
 
-        `keys` is None if they are the new tokens, causally seen; else where each request's
-        end and how many the longest has.
+        `keys` is None if they are the new tokens, causally seen.
         """
         plan = self.extend_plan()
-        ends, longest = keys or (plan.cu_seqlens_q, plan.max_seqlen_q)
+        ends, longest = plan.cu_seqlens_q, plan.max_seqlen_q
+        if keys is not None:
+            ends, longest = keys.ends, max(keys.lens)
         return self._inner.flash_attn_varlen_func(
             q=q,
             k=k,
@@ -112,7 +118,8 @@ class Fa3Adaptor(PlannedAdaptor):
             max_seqlen_q=plan.max_seqlen_q,
             max_seqlen_k=longest,
             softmax_scale=layer.scaling,
-            causal=keys is None,
+            # With more keys than queries, the last of both are one token.
+            causal=keys is None or keys.piece is None,
             return_softmax_lse=True,
             **more,
         )

@@ -6,11 +6,11 @@ takes as Q and K, and latent queries with the latents, which it takes as QV and 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sglang_dcp.layers.adaptors.base import Partial
+from sglang_dcp.layers.adaptors.base import MhaKeys, Partial
 from sglang_dcp.layers.adaptors.fa3 import Fa3Adaptor, as_partial
 from sglang_dcp.layers.attention_calls import split_latent
 
@@ -55,14 +55,9 @@ class Fa3MlaAdaptor(Fa3Adaptor):
         v: torch.Tensor,
         layer: RadixAttention,
         batch: ForwardBatch,
-        piece: Optional[int],
+        keys: MhaKeys,
     ) -> Partial:
-        keys = None
-        if piece is not None:
-            ends = batch.prefix_chunk_cu_seq_lens[piece]
-            keys = ends, batch.prefix_chunk_max_seq_lens[piece]
-        returned = self._varlen(q, k, v, layer, keys)
-        return as_partial(returned, q.dtype)
+        return as_partial(self._varlen(q, k, v, layer, keys), q.dtype)
 
     def _paged(self, q: torch.Tensor, layer: RadixAttention, **plan: Any) -> Partial:
         return self._attend(*split_latent(q, layer), layer, **plan)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Callable, Optional, Sequence
 
 import torch
 
-from sglang_dcp.layers.adaptors.base import DcpAdaptor, Partial, local_pages
+from sglang_dcp.layers.adaptors.base import DcpAdaptor, MhaKeys, Partial, local_pages
 from sglang_dcp.layers.adaptors.flashinfer_plan import (
     check_reach,
     heads_at_once,
@@ -43,8 +43,8 @@ class FlashInferMlaAdaptor(DcpAdaptor):
     wrappers : three `BatchMLAPagedAttentionWrapper`
         Of decode, prefix and new tokens.
     make_mha : callable
-        Makes a `BatchPrefillWithRaggedKVCacheWrapper`; one for new tokens, and one for
-        each piece of a prefix, as all layers go through the pieces in turn.
+        Makes a `BatchPrefillWithRaggedKVCacheWrapper`; one for what ends with new tokens,
+        and one for each piece of a prefix, as all layers go through the pieces in turn.
     """
 
     is_lse_base_on_e = False
@@ -164,23 +164,20 @@ class FlashInferMlaAdaptor(DcpAdaptor):
         v: torch.Tensor,
         layer: RadixAttention,
         batch: ForwardBatch,
-        piece: Optional[int],
+        keys: MhaKeys,
     ) -> Partial:
+        piece, causal = keys.piece, keys.piece is None
         if piece not in self._mha:
             self._mha[piece] = self._make_mha()
         wrapper = self._mha[piece]
         if piece not in self._mha_planned:
-            queries = keys = batch.extend_seq_lens_cpu
-            if piece is not None:
-                keys = batch.prefix_chunk_seq_lens_cpu[piece].tolist()
+            lens = batch.extend_seq_lens_cpu, keys.lens
             sizes = q.shape[1], q.shape[2], v.shape[2]
-            plan_mha(wrapper, queries, keys, sizes, q.dtype, causal=piece is None)
+            plan_mha(wrapper, *lens, sizes, q.dtype, causal=causal)
             self._mha_planned.add(piece)
             self._plan_copied.record()
         return Partial(
-            *wrapper.forward_return_lse(
-                q, k, v, causal=piece is None, sm_scale=layer.scaling
-            )
+            *wrapper.forward_return_lse(q, k, v, causal=causal, sm_scale=layer.scaling)
         )
 
     def _paged(self, wrapper: Any, q: _Parts, layer: RadixAttention) -> Partial:
