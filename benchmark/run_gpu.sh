@@ -14,7 +14,7 @@
 #   OUT    folder for logs.tgz (required)
 #   PARTS  which of
 #            kernels exchange symm adaptors latents    tests of kernels, beside each other
-#            server bf16 mla dtypes fused limits       live servers, one group after the other
+#            server bf16 mla dtypes fused weights limits   live servers, one group after the other
 #            bench decode fill off serving             timed, one after the other
 #            caches                                    what was compiled on the way, into
 #                                                      $OUT/caches.tar.xz: a next CACHE
@@ -146,6 +146,7 @@ run_servers bf16 530 server_gpu_bf16
 run_servers mla 530 server_gpu_mla
 run_servers dtypes 200 server_gpu_dtypes
 run_servers fused 200 server_gpu_fused_write
+run_servers weights 200 server_gpu_weights
 run_servers limits 530 server_gpu_limits
 
 # Progress and tables to the terminal, the rest to a file.

@@ -61,7 +61,7 @@ def servers_at_once() -> int:
 class Spec:
     """One server: model kind, flags beside `COMMON`, a plugin's source, pool size.
 
-    `env` is more of its environment, by name and value.
+    `env` is more of its environment, by name and value; `seed` is of its weights.
     """
 
     name: str
@@ -70,6 +70,7 @@ class Spec:
     plugin: str = forced.PLUGIN
     pool: str = POOL
     env: tuple[tuple[str, str], ...] = ()
+    seed: int = 0
 
     @property
     def gpus(self) -> int:
@@ -79,6 +80,11 @@ class Spec:
 
     def can_run(self) -> bool:
         return self.gpus <= torch.cuda.device_count()
+
+    def checkpoint(self, folder: Path) -> Path:
+        """Its model, written into `folder` if it is not there."""
+        path = folder / "models" / f"{self.kind}-{self.seed}"
+        return make_tiny_model(path, self.kind, seed=self.seed)
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,7 @@ def make_server(spec: Spec, folder: Path) -> ServerProcess:
     path = os.pathsep.join(filter(None, (plugin, os.environ.get("PYTHONPATH"))))
     flags = " ".join((COMMON, spec.pool, forced.CONTEXT_FLAGS, spec.flags))
     return ServerProcess(
-        make_tiny_model(folder / "models" / spec.kind, spec.kind),
+        spec.checkpoint(folder),
         flags.split(),
         log_path=own / "server.log",
         env={**ENVIRONMENT, **dict(spec.env), "PYTHONPATH": path},
@@ -138,7 +144,7 @@ class Fleet:
         for spec in specs:
             if spec.can_run() and spec not in self._runs:
                 # Before the threads, which must not write one model at the same time.
-                make_tiny_model(self._folder / "models" / spec.kind, spec.kind)
+                spec.checkpoint(self._folder)
                 self._runs[spec] = self._pool.submit(self._serve, spec)
 
     def run(self, spec: Spec) -> Run:

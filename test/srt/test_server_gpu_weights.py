@@ -1,0 +1,53 @@
+"""New weights under live DCP servers with a replicated Q projection, in CUDA graphs.
+
+Only here does a captured decode step read wide Q weights that were gathered anew after its
+capture: a server whose weights were updated must answer as one that loaded them.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+import forced
+from gpu import needs_gpus
+from gpu_cases import BF16, TP2_DCP2, exchange_flags
+from gpu_servers import Spec, make_server
+from servers import READY_SECONDS
+from sglang_dcp.demo.client import http_json
+
+pytestmark = [pytest.mark.server, needs_gpus(2)]
+
+FLAGS = " ".join(
+    (
+        *(BF16.flags, TP2_DCP2.flags, "--attention-backend fa3"),
+        exchange_flags("symm_a2a", replicated=True),
+    )
+)
+
+
+@pytest.mark.parametrize("kind", ["llama-8kv-d64", "mla-moe-d512"])
+def test_updated_weights_answer_as_loaded_ones(kind: str, tmp_path: Path) -> None:
+    waves = forced.build_waves()[:-1]
+    old, new = Spec("updated", kind, FLAGS), Spec("loaded", kind, FLAGS, seed=1)
+    with make_server(old, tmp_path) as updated, make_server(new, tmp_path) as loaded:
+        for server in (updated, loaded):
+            server.wait_ready(READY_SECONDS)
+        before = forced.ask(updated.base_url, waves)
+        answer = http_json(
+            f"{updated.base_url}/update_weights_from_disk",
+            {"model_path": str(new.checkpoint(tmp_path))},
+        )
+        assert answer["success"], answer
+        after = forced.ask(updated.base_url, waves)
+        wanted = forced.ask(loaded.base_url, waves)
+    far, near = (forced.distance(found, wanted) for found in (before, after))
+    print(f"{kind}: |d logprob| before {far}; after {near}")
+    assert near.mean < far.mean / 100
+    assert near.worst_request < far.worst_request / 20
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__, "-s"]))
