@@ -98,7 +98,7 @@ class Rank:
         first = kvp_rank * self.own_heads
         self.own = slice(first, first + self.own_heads)
         self.pool = make_pool(case, slots)
-        views = LocalViewBuilder(table, case.dcp_size, kvp_rank)
+        views = LocalViewBuilder(table, case.dcp_size, kvp_rank, case.page_size)
         runner = LocalRunner(
             make_runner(case, table, self.pool), views.local_table, config
         )

@@ -112,10 +112,13 @@ class Truth:
 
 
 class FakePool:
-    """One rank's K and V, NaN where nothing was written. Slot 0 forgets at once."""
+    """One rank's K and V, NaN where nothing was written. Page 0 forgets at once."""
 
-    def __init__(self, shape: Shape, kv_heads: int, slots: int, dtype: Any) -> None:
+    def __init__(
+        self, shape: Shape, kv_heads: int, slots: int, page_size: int, dtype: Any
+    ) -> None:
         sizes = (LAYERS, slots, kv_heads)
+        self._page_size = page_size
         self._latent, self._v_dim = shape.latent, shape.v_dim
         self.keys = torch.full((*sizes, shape.qk_dim), NAN, dtype=dtype)
         self.values = torch.full((*sizes, shape.v_dim), NAN, dtype=dtype)
@@ -133,7 +136,7 @@ class FakePool:
         keys[where.loc] = k.view(-1, *keys.shape[1:])
         if not self._latent:
             values[where.loc] = v.view(-1, *values.shape[1:])
-        keys[0] = values[0] = NAN
+        keys[: self._page_size] = values[: self._page_size] = NAN
 
     def set_mla_kv_buffer(self, layer: Any, loc: Tensor, *parts: Tensor) -> None:
         self.set_kv_buffer(layer, SimpleNamespace(loc=loc), torch.cat(parts, -1), NONE)

@@ -28,18 +28,22 @@ TAIL_MARGIN = 3.0
 
 @dataclass(frozen=True)
 class Numbers:
-    """A number format, and what the plain servers that measure it have besides."""
+    """A number format, and what the plain servers that measure it have besides.
+
+    They share the name's servers, so what differs needs another name.
+    """
 
     name: str
     flags: str
     backend: str = "fa3"
     plain_flags: str = ""
+    plain_env: tuple[tuple[str, str], ...] = ()
 
     def plain(self, kind: str, tp_size: int) -> Spec:
         """SGLang without DCP."""
         flags = f"--tp {tp_size} --attention-backend {self.backend} {self.plain_flags}"
         name = f"{kind}-plain-tp{tp_size}-{self.name}"
-        return Spec(name, kind, f"{self.flags} {flags}")
+        return Spec(name, kind, f"{self.flags} {flags}", env=self.plain_env)
 
 
 BF16 = Numbers("bf16", "--dtype bfloat16")

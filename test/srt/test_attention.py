@@ -161,8 +161,12 @@ class Rank:
         self.truth = Truth(case.shape, case.dtype)
         self.served = Served(case.page_size, self.dcp)
         slots = LOCAL_PAGES * case.page_size
-        self.pool = FakePool(case.shape, width, slots, case.dtype)
-        views = LocalViewBuilder(self.served.table, self.dcp, self.kvp_rank)
+        self.pool = FakePool(
+            case.shape, width, slots, self.served.page_size, case.dtype
+        )
+        views = LocalViewBuilder(
+            self.served.table, self.dcp, self.kvp_rank, self.served.page_size
+        )
         adaptor: Any = TorchNativeAdaptor(views.local_table, self.pool)
         if case.garbage is not None:
             adaptor = GarbageAdaptor(adaptor, case.garbage)

@@ -30,7 +30,7 @@ def make_backend(table: Any, pool: Any = None) -> Any:
     from sglang_dcp.layers.attention import DcpAttentionBackend
     from sglang_dcp.layers.local_view import LocalViewBuilder
 
-    views = LocalViewBuilder(table, 2, 0)
+    views = LocalViewBuilder(table, 2, 0, 1)
     adaptor = TorchNativeAdaptor(views.local_table, pool)
     context = DcpContext(DcpConfig(Layout(2, 1)), tp_rank=0)
     exchange: Any = SpyExchange(Silent())
@@ -63,7 +63,7 @@ def ready() -> tuple[Any, Any]:
     """A backend with its metadata, and the batch: three new tokens, no prefix."""
     served = Served(1, 2)
     batch = served.batch("EXTEND", {"a": served.grow("a", 3)})
-    backend = make_backend(served.table, FakePool(SHAPE, 2, 800, torch.float32))
+    backend = make_backend(served.table, FakePool(SHAPE, 2, 800, 1, torch.float32))
     backend.init_forward_metadata(batch)
     return backend, batch
 

@@ -48,7 +48,7 @@ def pool_of(batch: Served, rank: int, dtype: torch.dtype) -> torch.Tensor:
 
 def shard_of(batch: Served, rank: int) -> Shard:
     # A prefill's local table ends before its new tokens: nothing may come from it.
-    return Shard(batch.table, torch.empty(0), batch.dcp_size, rank)
+    return Shard(batch.table, torch.empty(0), batch.dcp_size, rank, batch.page_size)
 
 
 def gathered(

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from sglang_dcp.layers.layout import (
-    DUMMY_SLOT,
     local_lens,
     local_slots,
     own_kv_heads,
@@ -95,7 +94,15 @@ def test_identity_without_dcp() -> None:
     lens, slots, length = torch.arange(5), torch.arange(5), 123456789
     assert local_lens(lens, 1, 0) is lens
     assert local_lens(length, 1, 0) is length
-    assert local_slots(slots, 1, 0) is slots
+    assert local_slots(slots, 1, 0, 1) is slots
+
+
+def test_others_writes_spread_over_the_first_page() -> None:
+    """One page of each rank, logical slots 2 x 4 x 5 on: of 8 slots rank 0 owns 4."""
+    slots = torch.arange(40, 48, dtype=torch.int32)
+    assert local_slots(slots, 2, 0, 4).tolist() == [20, 0, 21, 1, 22, 2, 23, 3]
+    assert local_slots(slots, 2, 1, 4).tolist() == [0, 20, 1, 21, 2, 22, 3, 23]
+    assert local_slots(slots, 2, 1, 1).tolist() == [0, 20, 0, 21, 0, 22, 0, 23]
 
 
 @each_size
@@ -105,10 +112,10 @@ def test_each_slot_is_written_by_one_rank(dcp_size: int, page_size: int) -> None
     slots = torch.arange(logical_page, 6 * logical_page)
     writers: dict[int, list[tuple[int, int]]] = {int(slot): [] for slot in slots}
     for rank in range(dcp_size):
-        local = local_slots(slots, dcp_size, rank)
+        local = local_slots(slots, dcp_size, rank, page_size)
         assert local.dtype == slots.dtype and local.shape == slots.shape
         for slot, where in zip(slots.tolist(), local.tolist()):
-            if where != DUMMY_SLOT:
+            if where >= page_size:
                 writers[slot].append((rank, where))
     assert all(len(found) == 1 for found in writers.values())
     # No two slots meet in one place, and a logical page is one page of each rank.
@@ -124,17 +131,17 @@ def read_positions(
     local: torch.Tensor,
     row: int,
     length: int,
-    size: int,
-    rank: int,
+    shard: tuple[int, int],
+    page_size: int,
 ) -> Iterator[int]:
     """Positions whose slots a rank's kernel would read, found by what is stored."""
-    slots = table[row, :length].tolist()
+    written = local_slots(table[row, :length], *shard, page_size)
     stored = {
         int(where): position
-        for position, where in enumerate(local_slots(torch.tensor(slots), size, rank))
-        if where != DUMMY_SLOT
+        for position, where in enumerate(written)
+        if where >= page_size
     }
-    for where in local[row, : local_lens(length, size, rank)].tolist():
+    for where in local[row, : local_lens(length, *shard)].tolist():
         yield stored[where]
 
 
@@ -149,7 +156,8 @@ def test_ranks_read_each_position_once_in_order(dcp_size: int, page_size: int) -
             local = torch.full((3, -(-40 // dcp_size)), UNTOUCHED, dtype=torch.int32)
             rows, lens = torch.tensor([2, 0]), torch.tensor([length, 40])
             refresh_local_table(local, table, rows, lens, dcp_size, rank)
-            mine = list(read_positions(table, local, 2, length, dcp_size, rank))
+            shard = dcp_size, rank
+            mine = list(read_positions(table, local, 2, length, shard, page_size))
             assert mine == sorted(mine)
             read += mine
         assert sorted(read) == list(range(length))

@@ -37,6 +37,7 @@ class Case(NamedTuple):
     dcp_size: int
     dtype: torch.dtype
     gaps: bool
+    page_size: int = 1
 
 
 class Step(NamedTuple):
@@ -56,13 +57,17 @@ class Wanted(NamedTuple):
 
 
 def cases() -> dict[str, Case]:
-    """Every mode and size; index dtypes and table layouts take turns."""
+    """Every mode and size; index dtypes, table layouts and page sizes take turns."""
+    dtypes, pages = (torch.int64, torch.int32), (16, 1, 3)
     found = [
-        Case(mode, n, torch.int32 if (n + i) % 2 else torch.int64, n % 3 == 0)
+        Case(mode, n, dtypes[(n + i) % 2], n % 3 == 0, pages[(n // 2 + i) % 3])
         for i, mode in enumerate(MODES)
         for n in SIZES
     ]
-    return {f"{c.mode}-dcp{c.dcp_size}-{str(c.dtype)[6:]}": c for c in found}
+    return {
+        f"{c.mode}-dcp{c.dcp_size}-page{c.page_size}-{str(c.dtype)[6:]}": c
+        for c in found
+    }
 
 
 CASES = cases()
@@ -132,8 +137,9 @@ def make_batch(case: Case, step: Step, device: str) -> SimpleNamespace:
     return batch
 
 
-def walk(step: Step, table: Tensor, size: int, rank: int, before: Tensor) -> Wanted:
+def walk(case: Case, step: Step, table: Tensor, rank: int, before: Tensor) -> Wanted:
     """What a rank should see, position by position."""
+    size = case.dcp_size
     logical, local = table.tolist(), before.tolist()
     lens = []
     for row, length in zip(step.rows, step.lens):
@@ -141,7 +147,10 @@ def walk(step: Step, table: Tensor, size: int, rank: int, before: Tensor) -> Wan
         for place, position in enumerate(owned):
             local[row][place] = logical[row][position] // size
         lens.append(len(owned))
-    slots = [slot // size if slot % size == rank else 0 for slot in step.slots]
+    slots = []
+    for slot in step.slots:
+        own = slot % size == rank
+        slots.append(slot // size if own else slot // size % case.page_size)
     slots += [0] * (sum(step.new) - len(slots))
     empty = [not keys for keys, count in zip(lens, step.new) for _ in range(count)]
     return Wanted(lens, slots, empty, local)
@@ -163,7 +172,7 @@ def check_case(case: Case, device: str) -> None:
         seed = zlib.crc32(f"{case} {rank}".encode())
         gen = torch.Generator().manual_seed(seed)
         table = make_table(case, gen, device)
-        builder = LocalViewBuilder(table, case.dcp_size, rank)
+        builder = LocalViewBuilder(table, case.dcp_size, rank, case.page_size)
         builder.init_static(MAX_BS)
         builder.local_table.fill_(UNTOUCHED)
         if case.mode == "replay":
@@ -172,7 +181,7 @@ def check_case(case: Case, device: str) -> None:
         for _ in range(2):
             step = make_step(case, gen)
             batch = make_batch(case, step, device)
-            wanted = walk(step, table, case.dcp_size, rank, builder.local_table)
+            wanted = walk(case, step, table, rank, builder.local_table)
             replay = case.mode == "replay"
             view = (builder.build_static if replay else builder.build)(batch)
             check_view(view, builder, wanted)
@@ -223,7 +232,7 @@ def test_all_ranks_agree_on_whether_keys_are_read(
 ) -> None:
     """A prefix of one token leaves rank 1 without a key, and it must still take part."""
     table, batch = small_batch("extend", lens=prefixes)
-    assert LocalViewBuilder(table, 2, rank).build(batch).reads_keys is reads
+    assert LocalViewBuilder(table, 2, rank, 1).build(batch).reads_keys is reads
 
 
 def test_extend_replaces_prefix_lengths_and_leaves_the_batch_alone() -> None:
@@ -232,7 +241,7 @@ def test_extend_replaces_prefix_lengths_and_leaves_the_batch_alone() -> None:
         name: value.clone() if isinstance(value, Tensor) else value
         for name, value in vars(batch).items()
     }
-    local = LocalViewBuilder(table, 2, 1).build(batch).batch
+    local = LocalViewBuilder(table, 2, 1, 1).build(batch).batch
     assert local.extend_prefix_lens.tolist() == [2, 0]
     assert local.extend_prefix_lens_cpu == [2, 0]
     assert local.extend_seq_lens_cpu == [1, 1]
@@ -243,7 +252,7 @@ def test_extend_replaces_prefix_lengths_and_leaves_the_batch_alone() -> None:
 
 def test_replays_share_their_tensors() -> None:
     table, batch = small_batch("replay")
-    builder = LocalViewBuilder(table, 2, 0)
+    builder = LocalViewBuilder(table, 2, 0, 1)
     builder.init_static(4)
     first, second = builder.build_static(batch), builder.build_static(batch)
     for name in ("seq_lens", "out_cache_loc"):
@@ -257,18 +266,18 @@ def test_slots_must_match_tokens(mode: str) -> None:
     """Else an eager forward would write K/V to slots that no one filled in."""
     table, batch = small_batch(mode, slots=[12])
     with pytest.raises(ValueError, match="1 slots for 2 new tokens"):
-        LocalViewBuilder(table, 2, 0).build(batch)
+        LocalViewBuilder(table, 2, 0, 1).build(batch)
 
 
 def test_static_tensors_must_exist() -> None:
     table, batch = small_batch("replay")
     with pytest.raises(AssertionError, match="init_static"):
-        LocalViewBuilder(table, 2, 0).build_static(batch)
+        LocalViewBuilder(table, 2, 0, 1).build_static(batch)
 
 
 def test_other_devices_are_refused() -> None:
     with pytest.raises(NotImplementedError, match="meta: cuda or cpu"):
-        LocalViewBuilder(torch.empty(2, 8, device="meta"), 2, 0)
+        LocalViewBuilder(torch.empty(2, 8, device="meta"), 2, 0, 1)
 
 
 def faults_of_kernel() -> dict[str, str]:

@@ -53,7 +53,7 @@ def test_kernel_equals_walk(name: str) -> None:
 def test_one_launch_and_no_wait(mode: str) -> None:
     gen = torch.Generator().manual_seed(0)
     case = Case(mode, 2, torch.int64, False)
-    builder = LocalViewBuilder(make_table(case, gen, DEVICE), 2, 1)
+    builder = LocalViewBuilder(make_table(case, gen, DEVICE), 2, 1, case.page_size)
     builder.init_static(MAX_BS)
     build = builder.build_static if mode == "replay" else builder.build
     batch = make_batch(case, make_step(case, gen), DEVICE)
@@ -80,9 +80,9 @@ def test_one_launch_and_no_wait(mode: str) -> None:
 def test_captured_step_reads_what_each_replay_brings() -> None:
     """A graph over the static tensors of the largest batch, replayed after smaller ones."""
     gen = torch.Generator().manual_seed(1)
-    case = Case("replay", 4, torch.int64, False)
+    case = Case("replay", 4, torch.int64, False, page_size=16)
     table = make_table(case, gen, DEVICE)
-    builder = LocalViewBuilder(table, 4, 2)
+    builder = LocalViewBuilder(table, 4, 2, case.page_size)
     builder.init_static(MAX_BS)
     builder.local_table.fill_(UNTOUCHED)
     captured = builder.build_static(make_batch(case, make_step(case, gen), DEVICE))
@@ -106,7 +106,7 @@ def test_captured_step_reads_what_each_replay_brings() -> None:
             step.new,
             step.slots[:real],
         )
-        wanted = walk(step, table, 4, 2, builder.local_table)
+        wanted = walk(case, step, table, 2, builder.local_table)
         view = builder.build_static(make_batch(case, step, DEVICE))
         graph.replay()
         check_view(view, builder, wanted)
@@ -136,8 +136,8 @@ def test_rows_further_apart_than_32_bits() -> None:
         torch.empty_like(batch.out_cache_loc),
         torch.empty(2, dtype=torch.bool, device=DEVICE),
     )
-    wanted = walk(step, table, 2, 1, local)
-    localise(Shard(table, local, 2, 1), batch, batch.seq_lens, 63, out)
+    wanted = walk(case, step, table, 1, local)
+    localise(Shard(table, local, 2, 1, 1), batch, batch.seq_lens, 63, out)
     assert local.tolist() == wanted.table
     assert [t.tolist() for t in out] == [wanted.lens, wanted.slots, wanted.empty]
 

@@ -55,6 +55,12 @@ FP8_KV = Numbers(
     backend="flashinfer",
     plain_flags="--page-size 128",
 )
+# Plain servers expand any prefix, as ours may, not only those of 8192 positions and more.
+EXPANDED = Numbers(
+    "expanded",
+    "--dtype bfloat16",
+    plain_env=(("SGLANG_CHUNKED_PREFIX_CACHE_THRESHOLD", "0"),),
+)
 # All but the eager one decode in CUDA graphs.
 SHAPES = (
     ("page64", "--page-size 64"),
@@ -86,6 +92,7 @@ def others(kind: str) -> Iterator[Case]:
         ("fa3", FP16, "--page-size 16"),
         ("flashinfer", FP16, "--page-size 16"),
         ("flashinfer", FP8_KV, "--page-size 64"),
+        ("fa3", EXPANDED, "--page-size 16"),
         ("fa3", BF16, "--ep-size 2"),
         ("fa3", BF16, IN_PLACE),
         ("flashinfer", BF16, ABSORBED),

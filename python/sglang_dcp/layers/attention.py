@@ -83,12 +83,15 @@ class DcpAttentionBackend(AttentionBackend):
 
         context = get_context()
         table = runner.req_to_token_pool.req_to_token
-        views = LocalViewBuilder(table, context.config.dcp_size, context.kvp_rank)
+        config = context.config
+        views = LocalViewBuilder(
+            table, config.dcp_size, context.kvp_rank, config.page_size
+        )
         return cls(
-            adaptor.from_runner(LocalRunner(runner, views.local_table, context.config)),
+            adaptor.from_runner(LocalRunner(runner, views.local_table, config)),
             views,
             create_exchange(
-                context.config.comm_backend, get_kvp_group(), workspace_spec(runner)
+                config.comm_backend, get_kvp_group(), workspace_spec(runner)
             ),
             context,
             runner.req_to_token_pool,

@@ -17,7 +17,7 @@ import torch
 
 IntOrTensor = TypeVar("IntOrTensor", int, torch.Tensor)
 
-# SGLang keeps slot 0 for writes of padding: nothing reads it.
+# SGLang keeps the first page for writes of padding: nothing reads it.
 DUMMY_SLOT = 0
 
 
@@ -28,15 +28,20 @@ def local_lens(lens: IntOrTensor, dcp_size: int, kvp_rank: int) -> IntOrTensor:
     return (lens + (dcp_size - 1 - kvp_rank)) // dcp_size
 
 
-def local_slots(slots: torch.Tensor, dcp_size: int, kvp_rank: int) -> torch.Tensor:
-    """Where `kvp_rank` writes tokens: its own slot, or `DUMMY_SLOT` if not the owner.
+def local_slots(
+    slots: torch.Tensor, dcp_size: int, kvp_rank: int, page_size: int
+) -> torch.Tensor:
+    """Where `kvp_rank` writes tokens: its own slot, or one of the first page if not the owner.
 
-    The shape does not depend on ownership, so the result may feed a captured graph.
+    Of that page the same place as in the slot's own: thousands of writes to one slot
+    would wait for each other. `page_size` is the pool's. The shape does not depend on
+    ownership, so the result may feed a captured graph.
     """
     if dcp_size == 1:
         return slots
     owned = slots % dcp_size == kvp_rank
-    return torch.where(owned, slots // dcp_size, DUMMY_SLOT)
+    places = slots // dcp_size
+    return torch.where(owned, places, places % page_size)
 
 
 def refresh_local_table(

@@ -47,6 +47,7 @@ class Shard(NamedTuple):
     local_table: torch.Tensor  # [requests, ceil(positions / dcp_size)]
     dcp_size: int
     kvp_rank: int
+    page_size: int  # of the rank's pool
 
 
 class LocalTensors(NamedTuple):
@@ -69,6 +70,8 @@ class LocalViewBuilder:
     table : Tensor [requests, positions]
         SGLang's `req_to_token`.
     dcp_size, kvp_rank : int
+    page_size : int
+        Of the rank's pool.
 
     Attributes
     ----------
@@ -77,10 +80,12 @@ class LocalViewBuilder:
         The shard's; rows that a batch reads are fresh once it is localised.
     """
 
-    def __init__(self, table: torch.Tensor, dcp_size: int, kvp_rank: int) -> None:
+    def __init__(
+        self, table: torch.Tensor, dcp_size: int, kvp_rank: int, page_size: int
+    ) -> None:
         rows, positions = table.shape
         self.local_table = table.new_zeros(rows, -(-positions // dcp_size))
-        self.shard = Shard(table, self.local_table, dcp_size, kvp_rank)
+        self.shard = Shard(table, self.local_table, dcp_size, kvp_rank, page_size)
         self._localise = _localise_on(table.device)
         self._static: Optional[LocalTensors] = None
 

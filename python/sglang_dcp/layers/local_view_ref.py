@@ -33,7 +33,9 @@ def localise_ref(
     )
     out.seq_lens.copy_(local_lens(lens, *where))
     written = len(batch.out_cache_loc)
-    out.out_cache_loc[:written] = local_slots(batch.out_cache_loc, *where)
+    out.out_cache_loc[:written] = local_slots(
+        batch.out_cache_loc, *where, shard.page_size
+    )
     out.out_cache_loc[written:] = DUMMY_SLOT
     empty = out.seq_lens == 0
     if batch.forward_mode.is_extend():

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 # mypy: allow-untyped-defs
 
 BLOCK = 1024
+DUMMY = tl.constexpr(DUMMY_SLOT)
 
 
 def localise(
@@ -72,7 +73,7 @@ def localise(
         len(batch.out_cache_loc),
         shard.kvp_rank,
         KVP=shard.dcp_size,
-        DUMMY=DUMMY_SLOT,
+        PAGE=shard.page_size,
         BLOCK=BLOCK,
     )
 
@@ -86,7 +87,7 @@ def localise(
 def _localise_kernel(
     rows, lens, slots, starts, counts, own_lens, own_slots, empty_rows,
     table, table_row, table_position, local_table, local_row, written, rank,
-    KVP: tl.constexpr, DUMMY: tl.constexpr, BLOCK: tl.constexpr,
+    KVP: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     request = tl.program_id(0)
     first = tl.program_id(1) * BLOCK
@@ -103,9 +104,10 @@ def _localise_kernel(
         new = place < count
         # Where a replayed batch is padded there are rows without a slot.
         given = new & (token < written)
-        slot = tl.load(slots + token, mask=given, other=0)
-        own = given & (slot % KVP == rank)
-        tl.store(own_slots + token, tl.where(own, slot // KVP, DUMMY), mask=new)
+        slot = tl.load(slots + token, mask=given, other=DUMMY)
+        local = slot // KVP
+        local = tl.where(slot % KVP == rank, local, local % PAGE)
+        tl.store(own_slots + token, local, mask=new)
         tl.store(empty_rows + token, keys == 0, mask=new)
 
     if first < keys:
