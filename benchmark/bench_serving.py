@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -159,6 +160,8 @@ def serve(
                 size = (concurrency, tokens)
                 client = model.parent / "client.log"
                 traces = log.with_name("-".join(map(str, (log.stem, *size, "traces"))))
+                # An older run's would pass for this one's.
+                shutil.rmtree(traces, ignore_errors=True)
                 result = load(options, server.base_url, model, client, traces, size)
                 result = {"layout": layout.name, "model": options.model, **result}
                 # The same long list of arguments in every line.
@@ -219,6 +222,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.profile is not None and options.profile < 1:
         parser.error(f"--profile {options.profile}: 1 step or more")
+    if options.profile_host and options.profile is None:
+        parser.error("--profile-host goes with --profile STEPS")
     options.jsonl = options.jsonl.absolute()
     named = options.layouts is not None
     fill_engine_defaults(parser, options)

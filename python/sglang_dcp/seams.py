@@ -187,7 +187,7 @@ SEAMS: tuple[Seam, ...] = (
                 f".AttentionBackendRegistry._handlers[{name}]",
                 Kind.ENTRY,
                 f"sglang_dcp.layers.mla_method:mla_forward_method_{name}",
-                "prefill would read a prefix in one shot, by logical slots",
+                "a long prefix would be gathered where exchanging queries is less, and uncut",
             )
             for name in ("fa3", "flashinfer")
         ),

@@ -290,7 +290,7 @@ class Group:
             rank.backend.init_forward_metadata(batch)
             has_prefix = any(batch.extend_prefix_lens_cpu)
             # As the choice of the forward method does, and then the method.
-            if has_prefix and rank.backend.prefill.takes_one_shot(batch):
+            if has_prefix and rank.backend.prefill.prepare(batch):
                 batch.mha_one_shot, core = True, module.forward_normal_one_shot_core
             else:
                 core = module.forward_normal_chunked_kv_core

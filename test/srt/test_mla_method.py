@@ -32,11 +32,11 @@ def dcp(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(mla_method, "find_context", lambda: context)
     prepared: list[Any] = []
 
-    def takes_one_shot(batch: Any) -> bool:
+    def prepare(batch: Any) -> bool:
         prepared.append(batch)
         return sum(batch.extend_prefix_lens_cpu) <= 400
 
-    backend = SimpleNamespace(prefill=SimpleNamespace(takes_one_shot=takes_one_shot))
+    backend = SimpleNamespace(prefill=SimpleNamespace(prepare=prepare))
     monkeypatch.setattr(mla_method, "_backend", lambda: backend)
     return prepared
 
@@ -101,16 +101,16 @@ def test_decode_is_absorbed(name: str, dcp: list[Any]) -> None:
 def test_prefill_is_mha_unless_its_prefix_stays_in_place(
     name: str, mode: str, dcp: list[Any]
 ) -> None:
-    """30 positions of prefix a new token, by 16 heads: 16 x 1088 / 576 = 30.2."""
+    """30 positions a new token, its own among them, by 16 heads: 16 x 1088 / 576 = 30.2."""
     module = attention()
     assert chosen(name, module, mode, [0, 0], [5, 1]) == "MHA_CHUNKED_KV"
     assert chosen(name, module, mode, [200, 120], [10, 0]) == "MLA"
     assert not dcp
-    assert chosen(name, module, mode, [200, 102], [9, 1]) == "MHA_ONE_SHOT"
+    assert chosen(name, module, mode, [200, 92], [9, 1]) == "MHA_ONE_SHOT"
     assert chosen(name, module, mode, [200, 202], [19, 1]) == "MHA_CHUNKED_KV"
     prepared = [batch.extend_prefix_lens_cpu for batch in dcp]
-    assert prepared == [[200, 102], [200, 202]]
-    assert chosen(name, module, mode, [0, 303], [9, 1]) == "MLA"
+    assert prepared == [[200, 92], [200, 202]]
+    assert chosen(name, module, mode, [0, 293], [9, 1]) == "MLA"
 
 
 @pytest.mark.parametrize("name", ENTRIES)

@@ -115,7 +115,7 @@ def test_pieces_where_prefix_and_new_tokens_are_more_than_the_capacity(
         prefill = group.ranks[0].backend.prefill
         # Each layer asks.
         for _ in range(2):
-            assert prefill.takes_one_shot(batch) == (not pieces)
+            assert prefill.prepare(batch) == (not pieces)
         assert batch.num_prefix_chunks == (pieces or None)
 
 

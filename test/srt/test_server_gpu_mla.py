@@ -144,10 +144,9 @@ def test_within_the_spread_of_tp(case: Case, fleet: Fleet) -> None:
     told = re.findall(
         r"DCP prefill by MHA gathers \d+ positions, (in one shot|pieces)", log
     )
-    # The first of them: in pieces it is one shot, too, where positions are few.
-    assert bool(told) == expands
-    if case.env:
-        assert told == ["pieces"]
+    # Of the first that a rank takes.
+    form = "pieces" if case.env else "in one shot"
+    assert set(told) == ({form} if expands else set())
 
 
 if __name__ == "__main__":

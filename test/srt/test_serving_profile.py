@@ -82,10 +82,20 @@ print("got", args.profile, args.profile_num_steps, args.profile_activities, unkn
 """
 
 
-def test_the_load_generator_knows_these_flags(tmp_path: Path) -> None:
-    flags = generator_flags(tmp_path, 16, "cuda")
+@pytest.mark.parametrize(
+    "device, host, traced",
+    [
+        ("cuda", False, ["GPU"]),
+        ("cuda", True, ["CPU", "GPU"]),
+        ("cpu", False, ["CPU"]),
+    ],
+)
+def test_the_load_generator_knows_these_flags(
+    device: str, host: bool, traced: list[str], tmp_path: Path
+) -> None:
+    flags = generator_flags(tmp_path, 16, device, host=host)
     done = run_python("-c", PARSE, *flags, timeout_s=120)
-    assert "got True 16 ['GPU'] []" in done.stdout, done.stderr[-2000:]
+    assert f"got True 16 {traced} []" in done.stdout, done.stderr[-2000:]
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""MLA prefill by MHA: the latents of a prefix, from all ranks and in order, on each of them.
+"""MLA prefill by MHA: latents from all ranks and in order, on each of them.
 
-Latents are one head for all query heads, so that a prefix is small beside the queries and
-partial outputs of a prefill chunk, which the exchange would carry: `prefix x 576` numbers
-against `chunk x heads x 1088` for DeepSeek's sizes.
+Latents are one head for all query heads, so that those of a request are small beside the
+queries and partial outputs of a prefill chunk, which the exchange would carry:
+`positions x 576` numbers against `chunk x heads x 1088` for DeepSeek's sizes.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 
 
 def gathering_moves_less(
-    prefix: int, new: int, *, shard_heads: int, latent: int, rope: int
+    positions: int, new: int, *, shard_heads: int, latent: int, rope: int
 ) -> bool:
-    """Whether `prefix` positions are fewer numbers than what `new` tokens would exchange.
+    """Whether `positions` are fewer numbers than what `new` tokens of them would exchange.
 
-    Those are the queries and the partial outputs of all `shard_heads` heads of the
+    These are the queries and the partial outputs of all `shard_heads` heads of the
     attn_tp shard. From logical lengths, so that all ranks agree. Numbers, not bytes: fp8
-    latents would pay up to twice as long a prefix.
+    latents would pay up to twice as many.
     """
     key = latent + rope
-    return prefix * key <= new * shard_heads * (key + latent)
+    return positions * key <= new * shard_heads * (key + latent)
 
 
 def cut_prefixes(prefix: Sequence[int], most: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -55,10 +55,13 @@ def _forward_method(
         return original(attention, batch)
     if absorbed or not _expands(attention, batch, context.config.dcp_size):
         return AttnForwardMethod.MLA
-    if any(batch.extend_prefix_lens_cpu) and _backend().prefill.takes_one_shot(batch):
-        return AttnForwardMethod.MHA_ONE_SHOT
-    # Without a prefix, the same as AttnForwardMethod.MHA.
-    return AttnForwardMethod.MHA_CHUNKED_KV
+    if not any(batch.extend_prefix_lens_cpu):
+        # Without a prefix, the same as AttnForwardMethod.MHA.
+        return AttnForwardMethod.MHA_CHUNKED_KV
+    one_shot = _backend().prefill.prepare(batch)
+    return (
+        AttnForwardMethod.MHA_ONE_SHOT if one_shot else AttnForwardMethod.MHA_CHUNKED_KV
+    )
 
 
 def _expands(attention: Any, batch: Any, dcp_size: int) -> bool:
@@ -70,12 +73,12 @@ def _expands(attention: Any, batch: Any, dcp_size: int) -> bool:
         return False
     if (attention.qk_head_dim, attention.v_head_dim) != MHA_HEAD_DIMS:
         return False
-    prefix = sum(batch.extend_prefix_lens_cpu)
+    prefix, new = sum(batch.extend_prefix_lens_cpu), sum(batch.extend_seq_lens_cpu)
     if not prefix:
         return True
     return not attention.disable_chunked_prefix_cache and gathering_moves_less(
-        prefix,
-        sum(batch.extend_seq_lens_cpu),
+        prefix + new,
+        new,
         shard_heads=attention.num_local_heads * dcp_size,
         latent=attention.kv_lora_rank,
         rope=attention.qk_rope_head_dim,

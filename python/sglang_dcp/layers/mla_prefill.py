@@ -56,7 +56,7 @@ class MlaPrefill:
         self._exchange = exchange
         self._pool = kv_pool
         # By number of the piece, None what is no piece; made by the first layer.
-        self._keys: dict[Optional[int], MhaKeys] = {}
+        self._keys: dict[Optional[int], tuple[MhaKeys, Optional[torch.Tensor]]] = {}
         self._plans: dict[Optional[int], LatentPlan] = {}
         self._told = False
 
@@ -65,8 +65,8 @@ class MlaPrefill:
         self._keys.clear()
         self._plans.clear()
 
-    def takes_one_shot(self, batch: ForwardBatch) -> bool:
-        """Prepare an extend forward with prefixes; whether it is one shot or in pieces.
+    def prepare(self, batch: ForwardBatch) -> bool:
+        """Prepare an extend forward with prefixes; whether for one shot, else in pieces.
 
         By SGLang's measure, `SGLANG_MAX_KV_CHUNK_CAPACITY`, from logical lengths.
         """
@@ -121,26 +121,20 @@ class MlaPrefill:
         """
         piece = batch.prefix_chunk_idx if batch.attn_attend_prefix_cache else None
         if piece not in self._keys:
-            self._keys[piece] = self._keys_at_hand(piece, batch)
-        keys = self._keys[piece]
+            at_hand = _keys_at_hand(piece, batch)
+            self._keys[piece] = at_hand, _empty_rows(at_hand, batch)
+        keys, empty_rows = self._keys[piece]
         q = q.view(q.shape[0], -1, layer.qk_head_dim)
         out, lse = self._adaptor.extend_mha(q, k, v, layer, batch, keys)
-        if not all(keys.lens):
-            out, lse = _without_keys(out, lse, batch, keys)
+        if empty_rows is not None:
+            # There a kernel leaves anything.
+            out = out.masked_fill(empty_rows[:, None, None], 0.0)
+            lse = lse.masked_fill(empty_rows[:, None], -math.inf)
         if not batch.mha_return_lse:
             return out
         if not self._adaptor.is_lse_base_on_e:
             lse = lse * math.log(2)
         return out, lse.contiguous()
-
-    def _keys_at_hand(self, piece: Optional[int], batch: ForwardBatch) -> MhaKeys:
-        if piece is not None:
-            lens = batch.prefix_chunk_seq_lens_cpu[piece].tolist()
-            return MhaKeys(piece, lens, batch.prefix_chunk_cu_seq_lens[piece])
-        lens = _whole(batch) if batch.mha_one_shot else batch.extend_seq_lens_cpu
-        counts = batch.seq_lens if batch.mha_one_shot else batch.extend_seq_lens
-        ends = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
-        return MhaKeys(None, lens, ends)
 
     def latents(
         self, layer: RadixAttention, dtype: torch.dtype, batch: ForwardBatch
@@ -175,13 +169,20 @@ def _whole(batch: ForwardBatch) -> Sequence[int]:
     return [prefix + new for prefix, new in lens]
 
 
-def _without_keys(
-    out: torch.Tensor, lse: torch.Tensor, batch: ForwardBatch, keys: MhaKeys
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Zeros and -inf where a token's request has no key: a kernel leaves anything there."""
-    rows = (keys.ends.diff() == 0).repeat_interleave(
-        batch.extend_seq_lens, output_size=len(out)
-    )
-    return out.masked_fill(rows[:, None, None], 0.0), lse.masked_fill(
-        rows[:, None], -math.inf
-    )
+def _keys_at_hand(piece: Optional[int], batch: ForwardBatch) -> MhaKeys:
+    if piece is not None:
+        lens = batch.prefix_chunk_seq_lens_cpu[piece].tolist()
+        return MhaKeys(piece, lens, batch.prefix_chunk_cu_seq_lens[piece])
+    lens = _whole(batch) if batch.mha_one_shot else batch.extend_seq_lens_cpu
+    counts = batch.seq_lens if batch.mha_one_shot else batch.extend_seq_lens
+    ends = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+    return MhaKeys(None, lens, ends)
+
+
+def _empty_rows(keys: MhaKeys, batch: ForwardBatch) -> Optional[torch.Tensor]:
+    """[tokens] bool, new tokens whose request has no key; None where each has some."""
+    if all(keys.lens):
+        return None
+    tokens = sum(batch.extend_seq_lens_cpu)
+    without = keys.ends.diff() == 0
+    return without.repeat_interleave(batch.extend_seq_lens, output_size=tokens)
