@@ -152,6 +152,13 @@ SEAMS: tuple[Seam, ...] = (
             "the scheduler counts logical tokens: KVP x what one rank holds",
         ),
         Seam(
+            "kv-pool-input-bound",
+            f"{_SRT}.managers.tp_worker.TpModelWorker.get_worker_info",
+            Kind.AFTER,
+            "sglang_dcp.layers.kv_pool:bound_input",
+            "a prompt that fills the pool would wait for ever, and what comes after it",
+        ),
+        Seam(
             "kv-pool-mha",
             f"{_SRT}.mem_cache.kv_cache_configurator.KVCacheConfigurator._build_mha_kv_pool",
             Kind.AROUND,

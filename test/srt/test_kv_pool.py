@@ -20,6 +20,7 @@ from sglang_dcp.config import DcpConfig, DcpConfigError
 from sglang_dcp.context import DcpContext, set_context
 from sglang_dcp.distributed.topology import Layout
 from sglang_dcp.layers.kv_pool import (
+    bound_input,
     build_kv_pool,
     config_from_budget,
     enable_fused_set_kv_buffer,
@@ -78,6 +79,23 @@ def test_scheduler_sees_the_tokens_of_all_ranks(config: DcpConfig) -> None:
     assert budget == Budget(480), "SGLang's own object is not changed"
 
 
+def worker_of(config: DcpConfig | None, page_size: int) -> Any:
+    return SimpleNamespace(server_args=SimpleNamespace(dcp=config, page_size=page_size))
+
+
+@each_config
+def test_no_prompt_reaches_into_the_last_two_pages(config: DcpConfig) -> None:
+    page = config.page_size * config.dcp_size
+    worker = worker_of(config, page)
+    info = 9 * page + page - 1, "prefill", "running", "queued", 77, 9 * page - 6, "seed"
+    assert bound_input(info, worker) == (*info[:5], 7 * page, "seed")
+    # The context may be shorter than the pool.
+    short = (*info[:5], 3, "seed")
+    assert bound_input(short, worker) == short
+    with pytest.raises(DcpConfigError, match="2 pages of .* too few for any request"):
+        bound_input((2 * page, *info[1:]), worker)
+
+
 @each_config
 def test_a_rank_holds_its_share(config: DcpConfig) -> None:
     builder, kvc = Builder(), configurator(config)
@@ -93,6 +111,8 @@ def test_a_rank_holds_its_share(config: DcpConfig) -> None:
 def test_off_is_the_very_same_object() -> None:
     budget, builder, kvc = Budget(480), Builder(), configurator(None)
     assert config_from_budget(budget, kvc) is budget
+    info = (480, 0, 0, 0, 479, 474, 0)
+    assert bound_input(info, worker_of(None, 16)) is info
     pool = build_kv_pool(builder, kvc, max_total_num_tokens=481, mha_pool_class=int)
     assert pool is builder.pool and pool.page_size == "logical"
     wanted = dict(max_total_num_tokens=481, mha_pool_class=int)

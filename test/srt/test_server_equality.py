@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 
 import pytest
 
@@ -165,6 +166,8 @@ def test_equal_to_tp1(
         replies = e2e.run_requests(dcp.base_url, e2e.build_requests())
         info = http_json(f"{dcp.base_url}/server_info")
         metrics = _metrics(dcp)
+        if case.per_rank < 1000:
+            _check_longest_prompts(dcp, case)
         log = dcp.log_path.read_text(errors="replace")
     want = reference(case.kind)
     e2e.assert_equal_to_reference(want.requests, replies, want.replies)
@@ -175,6 +178,24 @@ def test_equal_to_tp1(
     assert f"KV tokens: {case.per_rank} per rank, {logical} in all" in log
     assert "leak" not in log.lower()
     print(f"max |d logprob| {e2e.max_difference(replies, want.replies):.2e}")
+
+
+def _check_longest_prompts(dcp: ServerProcess, case: Case) -> None:
+    """Those that reach into the last two logical pages are refused, and block no one."""
+    page = case.page_size * case.dcp_size
+    bound = case.per_rank * case.dcp_size - 2 * page
+
+    def ask(tokens: int) -> int:
+        sampling = {"max_new_tokens": 3, "ignore_eos": True}
+        payload = {"input_ids": [65] * tokens, "sampling_params": sampling}
+        answer = http_json(f"{dcp.base_url}/generate", payload, timeout=60)
+        return len(answer["output_ids"])
+
+    for tokens in (bound, bound + 1, bound + page, bound + 2 * page, bound + 3 * page):
+        with pytest.raises(HTTPError) as caught:
+            ask(tokens)
+        assert caught.value.code == 400, tokens
+    assert ask(bound - 1) == ask(5) == 3
 
 
 def _metrics(dcp: ServerProcess) -> dict[str, float]:

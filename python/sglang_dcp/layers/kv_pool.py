@@ -27,6 +27,31 @@ def config_from_budget(result: Any, kvc: Any, *args: Any, **kwargs: Any) -> Any:
     return dataclasses.replace(result, max_total_num_tokens=tokens * config.dcp_size)
 
 
+# Of what a worker tells its scheduler.
+_TOKENS, _INPUT_BOUND = 0, 5
+
+
+def bound_input(info: tuple[Any, ...], worker: Any) -> tuple[Any, ...]:
+    """Seam: `TpModelWorker.get_worker_info`, no prompt that could never be admitted.
+
+    SGLang admits a prompt whose whole pages and one page more are less than the pool, and
+    lets one that it takes in but cannot admit wait, with all that come after (its issue
+    28530). A page has more than one token here, whatever `--page-size` says.
+    """
+    args = worker.server_args
+    if dcp_of(args) is None:
+        return info
+    pages = info[_TOKENS] // args.page_size
+    bound = min(info[_INPUT_BOUND], (pages - 2) * args.page_size)
+    if bound <= 0:
+        raise DcpConfigError(
+            f"--max-total-tokens: {info[_TOKENS]} KV tokens are {pages} pages of "
+            f"{args.page_size} (page size x KVP), too few for any request; give the pool "
+            "more memory, or use a smaller --page-size"
+        )
+    return (*info[:_INPUT_BOUND], bound, *info[_INPUT_BOUND + 1 :])
+
+
 def build_kv_pool(
     original: Callable[..., Any],
     kvc: Any,
