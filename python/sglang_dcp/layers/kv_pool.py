@@ -1,8 +1,8 @@
 """The KV pool of one rank under a scheduler that counts logical tokens.
 
 SGLang's `page_size` (`server_args.finish`) and `max_total_num_tokens` (below) are logical:
-allocator, radix tree, admission, request bound, leak check, usage and metrics then all
-speak of the same tokens. Only the tensors that hold K and V are a `dcp_size`-th of it.
+allocator, radix tree, admission, leak check, usage and metrics then all speak of the same
+tokens. Only the tensors that hold K and V are a `dcp_size`-th of it.
 """
 
 from __future__ import annotations
