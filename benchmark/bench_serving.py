@@ -114,6 +114,9 @@ def load(
     command += ["--max-concurrency", str(concurrency), "--flush-cache"]
     command += ["--output-file", str(line), "--disable-tqdm"]
     if options.profile:
+        if traces.exists():
+            # An older run's would pass for this one's.
+            shutil.rmtree(traces)
         command += generator_flags(
             traces, options.profile, options.device, host=options.profile_host
         )
@@ -160,8 +163,6 @@ def serve(
                 size = (concurrency, tokens)
                 client = model.parent / "client.log"
                 traces = log.with_name("-".join(map(str, (log.stem, *size, "traces"))))
-                # An older run's would pass for this one's.
-                shutil.rmtree(traces, ignore_errors=True)
                 result = load(options, server.base_url, model, client, traces, size)
                 result = {"layout": layout.name, "model": options.model, **result}
                 # The same long list of arguments in every line.

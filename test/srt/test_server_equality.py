@@ -31,13 +31,17 @@ CHECK_EVERY_BATCH = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1"}
 
 @dataclass(frozen=True)
 class Case:
-    """One layout; `flags` beside model, device and dtype."""
+    """One layout; `flags` beside model, device and dtype.
+
+    With `fills_pool`, prompts about as long as the pool are sent, too.
+    """
 
     kind: str
     flags: str
     max_total_tokens: int = 4096
     page_size: int = 1
     dcp_size: int = 2
+    fills_pool: bool = False
 
     @property
     def per_rank(self) -> int:
@@ -61,6 +65,7 @@ CASES = {
         "--chunked-prefill-size 64",
         max_total_tokens=300,
         page_size=4,
+        fills_pool=True,
     ),
     "llama-odd-tp2-dcp2-a2a-no-overlap": Case(
         "llama-odd",
@@ -166,7 +171,7 @@ def test_equal_to_tp1(
         replies = e2e.run_requests(dcp.base_url, e2e.build_requests())
         info = http_json(f"{dcp.base_url}/server_info")
         metrics = _metrics(dcp)
-        if case.per_rank < 1000:
+        if case.fills_pool:
             _check_longest_prompts(dcp, case)
         log = dcp.log_path.read_text(errors="replace")
     want = reference(case.kind)

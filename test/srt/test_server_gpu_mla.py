@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import cycle
 
 import pytest
@@ -106,10 +107,8 @@ def others(kind: str) -> Iterator[Case]:
             numbers,
         )
     for backend in BACKENDS:
-        flags = (
-            f"--attention-backend {backend} {exchange_flags('a2a', replicated=False)}"
-        )
-        yield Case(kind, TP2_DCP2, f"{backend}-pieces", flags, env=(CAPACITY,))
+        case = exchange_case(kind, TP2_DCP2, backend, ("a2a", False), ("pieces", ""))
+        yield replace(case, env=(CAPACITY,))
     yield Case(kind, TP2_DCP2, "default-backend", "--page-size 64", BF16)
 
 

@@ -7,31 +7,27 @@ capture: a server whose weights were updated must answer as one that loaded them
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import forced
 from gpu import needs_gpus
-from gpu_cases import BF16, TP2_DCP2, exchange_flags
-from gpu_servers import Spec, make_server
+from gpu_cases import TP2_DCP2, exchange_case
+from gpu_servers import make_server
 from servers import READY_SECONDS
 from sglang_dcp.demo.client import http_json
 
 pytestmark = [pytest.mark.server, needs_gpus(2)]
 
-FLAGS = " ".join(
-    (
-        *(BF16.flags, TP2_DCP2.flags, "--attention-backend fa3"),
-        exchange_flags("symm_a2a", replicated=True),
-    )
-)
-
 
 @pytest.mark.parametrize("kind", ["llama-8kv-d64", "mla-moe-d512"])
 def test_updated_weights_answer_as_loaded_ones(kind: str, tmp_path: Path) -> None:
     waves = forced.build_waves()[:-1]
-    old, new = Spec("updated", kind, FLAGS), Spec("loaded", kind, FLAGS, seed=1)
+    exchange = "symm_a2a", True
+    old = exchange_case(kind, TP2_DCP2, "fa3", exchange, ("updated", "")).spec
+    new = replace(old, name="loaded", seed=1)
     with make_server(old, tmp_path) as updated, make_server(new, tmp_path) as loaded:
         for server in (updated, loaded):
             server.wait_ready(READY_SECONDS)

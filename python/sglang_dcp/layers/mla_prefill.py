@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Optional, Union
 
 import torch
 
-from sglang_dcp.layers.adaptors.base import MhaKeys
+from sglang_dcp.layers.adaptors.base import MhaKeys, cumulated
 from sglang_dcp.layers.latent_gather import (
     LatentPlan,
     cut_prefixes,
@@ -70,7 +70,7 @@ class MlaPrefill:
 
         By SGLang's measure, `SGLANG_MAX_KV_CHUNK_CAPACITY`, from logical lengths.
         """
-        positions = sum(batch.extend_prefix_lens_cpu) + sum(batch.extend_seq_lens_cpu)
+        positions = sum(_whole(batch))
         if positions > batch.get_max_chunk_capacity():
             self._cut(batch)
             return False
@@ -91,12 +91,9 @@ class MlaPrefill:
         starts, lens = cut_prefixes(prefix, batch.get_max_chunk_capacity())
         self._tell(sum(prefix), f"pieces: {len(lens)}")
         device = self._shard.table.device
-        ends = torch.nn.functional.pad(lens.cumsum(1, dtype=torch.int32), (1, 0))
         batch.num_prefix_chunks = len(lens)
         batch.prefix_chunk_starts_cpu, batch.prefix_chunk_seq_lens_cpu = starts, lens
-        batch.prefix_chunk_seq_lens = lens.to(device, non_blocking=True)
-        batch.prefix_chunk_cu_seq_lens = ends.to(device, non_blocking=True)
-        batch.prefix_chunk_max_seq_lens = lens.amax(1).tolist()
+        batch.prefix_chunk_cu_seq_lens = cumulated(lens).to(device, non_blocking=True)
         # Logical slots, which nobody reads.
         batch.prefix_chunk_kv_indices = [None] * len(lens)
 
@@ -175,8 +172,7 @@ def _keys_at_hand(piece: Optional[int], batch: ForwardBatch) -> MhaKeys:
         return MhaKeys(piece, lens, batch.prefix_chunk_cu_seq_lens[piece])
     lens = _whole(batch) if batch.mha_one_shot else batch.extend_seq_lens_cpu
     counts = batch.seq_lens if batch.mha_one_shot else batch.extend_seq_lens
-    ends = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
-    return MhaKeys(None, lens, ends)
+    return MhaKeys(None, lens, cumulated(counts))
 
 
 def _empty_rows(keys: MhaKeys, batch: ForwardBatch) -> Optional[torch.Tensor]:

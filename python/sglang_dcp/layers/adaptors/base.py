@@ -168,6 +168,12 @@ class PlannedAdaptor(DcpAdaptor):
         return self._inner.token_to_kv_pool.get_kv_buffer(layer.layer_id)
 
 
+def cumulated(lens: torch.Tensor) -> torch.Tensor:
+    """From 0 on, [..., lengths + 1] int32, on the lengths' device."""
+    ends = lens.cumsum(-1, dtype=torch.int32)
+    return torch.nn.functional.pad(ends, (1, 0))
+
+
 def local_pages(
     table: torch.Tensor, local: ForwardBatch, page_size: int
 ) -> torch.Tensor:

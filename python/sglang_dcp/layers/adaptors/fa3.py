@@ -11,6 +11,7 @@ from sglang_dcp.layers.adaptors.base import (
     MhaKeys,
     Partial,
     PlannedAdaptor,
+    cumulated,
     local_pages,
 )
 
@@ -168,12 +169,6 @@ class Fa3Adaptor(PlannedAdaptor):
     def extend_plan(self) -> ExtendPlan:
         assert self._extend is not None, "init_forward_metadata has not run"
         return self._extend
-
-
-def cumulated(lens: torch.Tensor) -> torch.Tensor:
-    """From 0 on, [lengths + 1] int32."""
-    ends = torch.cumsum(lens, 0, dtype=torch.int32)
-    return torch.nn.functional.pad(ends, (1, 0))
 
 
 def _descales(

@@ -7,7 +7,12 @@ from typing import TYPE_CHECKING, Any, Iterable
 
 import torch
 
-from sglang_dcp.layers.adaptors.base import Partial, PlannedAdaptor, kv_scales
+from sglang_dcp.layers.adaptors.base import (
+    Partial,
+    PlannedAdaptor,
+    cumulated,
+    kv_scales,
+)
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -149,10 +154,15 @@ class FlashInferAdaptor(PlannedAdaptor):
 
         table = self._inner.req_to_token_pool.req_to_token
         lens = local.seq_lens
-        starts = torch.nn.functional.pad(lens.cumsum(0, dtype=torch.int32), (1, 0))
         slots = table.new_empty(local.seq_lens_sum)
         create_flashinfer_kv_indices_triton[(len(lens),)](
-            table, local.req_pool_indices, lens, starts, None, slots, table.stride(0)
+            table,
+            local.req_pool_indices,
+            lens,
+            cumulated(lens),
+            None,
+            slots,
+            table.stride(0),
         )
         return slots
 
