@@ -6,10 +6,10 @@
         --layouts 2:a2a 2:a2a:q 2:ag_rs 8:a2a:q --contexts 32768 131072 --batches 1 8 32
 
 Every layout gets one engine after the other: `tp` (no DCP) always first, then those of
-`--layouts`, written KVP:COMM or, with the Q projection replicated, KVP:COMM:q; `@BACKEND`
+`--layouts`, written DCP:COMM or, with the Q projection replicated, DCP:COMM:q; `@BACKEND`
 behind a name gives it another attention backend than the run's. An engine is SGLang's
 model runner, one process a GPU, with dummy weights, as a scheduler builds it
-(plugins, seams, pools, CUDA graphs). The KV pool is filled with random keys and values
+(plugins, hooks, pools, CUDA graphs). The KV pool is filled with random keys and values
 and requests get randomly scattered pages of it, so that nothing is prefilled.
 
 A step is `ModelRunner.forward` of one token a request, replayed as a CUDA graph (else the
@@ -18,7 +18,7 @@ each other without waiting for the host, as under the overlap scheduler; a step'
 between CUDA events, the slowest rank counts, the table holds median and 95th percentile.
 `host_ms` is the least that a step took the slowest host: a step can be no shorter.
 
-`upstream:KVP` is the DCP that SGLang 0.5.16 has itself: processes of their own in which
+`upstream:DCP` is the DCP that SGLang 0.5.16 has itself: processes of their own in which
 this package is not loaded (verified), the same pool filling, scattered pages, steps and
 clock. What differs from ours beside the exchange: its attention backend, as it serves DCP on
 `triton` for K/V heads and on `flashinfer` for latents only (`tp@flashinfer` or

@@ -31,6 +31,8 @@ from __future__ import annotations
 import argparse
 import ctypes
 import multiprocessing as mp
+import os
+import signal
 import sys
 import tempfile
 import time
@@ -52,9 +54,28 @@ def gpus() -> int:
     return count.value
 
 
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+
+def end_with_parent(parent: int) -> None:
+    """End this process when process `parent`, which started it, ends in whatever way.
+
+    A caller's time limit may kill the parent, which then cannot end its ranks itself.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit("the process that started this rank has ended")
+
+
 def run_rank(
-    rank: int, world_size: int, folder: str, options: argparse.Namespace, began: float
+    rank: int,
+    world_size: int,
+    folder: str,
+    options: argparse.Namespace,
+    began: float,
+    parent: int,
 ) -> None:
+    end_with_parent(parent)
     import exchange_ranks
 
     plan = exchange_ranks.Plan.of(options.quick, options.replays)
@@ -89,7 +110,7 @@ def main() -> int:
         sys.exit(f"needs 2 GPUs, found {world_size}")
     spawn = mp.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
-        rest = (world_size, folder, options, began)
+        rest = (world_size, folder, options, began, os.getpid())
         return run_all(
             [
                 spawn.Process(target=run_rank, args=(rank, *rest))

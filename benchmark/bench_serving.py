@@ -77,9 +77,9 @@ def server_flags(options: argparse.Namespace, layout: Layout) -> list[str]:
         flags += ["--max-total-tokens", str(options.max_total_tokens)]
     if options.device == "cuda":
         flags += ["--cuda-graph-max-bs", str(most)]
-    if layout.kvp > 1:
-        flags += ["--dcp-size", str(layout.kvp)]
-    if layout.kvp > 1 and not layout.is_upstream:
+    if layout.dcp_size > 1:
+        flags += ["--dcp-size", str(layout.dcp_size)]
+    if layout.dcp_size > 1 and not layout.is_upstream:
         flags += ["--dcp-comm-backend", layout.comm]
     if layout.q == "replicated":
         flags += ["--dcp-replicate-q-proj"]

@@ -117,10 +117,10 @@ class Engine:
                     self._fill_packed(buffer, pool.dtype)
 
     def _fill_packed(self, buffer: Tensor, dtype: torch.dtype) -> None:
-        # torch draws no 8-bit numbers; in pieces, for a whole layer is large.
-        for piece in buffer.view(dtype).split(1 << 16):
-            noise = torch.empty_like(piece, dtype=torch.float32)
-            piece.copy_(noise.normal_(generator=self._noise).to(dtype))
+        # torch draws no 8-bit numbers; in parts, for a whole layer is large.
+        for part in buffer.view(dtype).split(1 << 16):
+            noise = torch.empty_like(part, dtype=torch.float32)
+            part.copy_(noise.normal_(generator=self._noise).to(dtype))
 
     def _place(self, batch: int, length: int, *, scattered: bool) -> Optional[int]:
         """Give `batch` requests slots for `length` tokens, or tell how many are needed."""

@@ -1,9 +1,9 @@
 """How attention is laid out over the ranks, by name; and which layouts make sense.
 
     tp                  SGLang without DCP
-    KVP:COMM            this package's DCP
-    KVP:COMM:q          the same with the Q projection replicated
-    upstream:KVP        the DCP that SGLang 0.5.16 has itself, this package out of the process
+    DCP:COMM            this package's DCP
+    DCP:COMM:q          the same with the Q projection replicated
+    upstream:DCP        the DCP that SGLang 0.5.16 has itself, this package out of the process
 
 Each may end in @BACKEND, its attention backend, where that is not the run's.
 """
@@ -20,10 +20,10 @@ UPSTREAM_GQA, UPSTREAM_MLA = "triton", "flashinfer"
 
 
 class Layout(NamedTuple):
-    """One engine's layout; KVP 1 is SGLang without DCP."""
+    """One engine's layout; DCP 1 is SGLang without DCP."""
 
     name: str = "tp"
-    kvp: int = 1
+    dcp_size: int = 1
     comm: str = "-"
     q: str = "-"
     attention: str = ""  # before `resolved`: "" where the name says none
@@ -37,13 +37,16 @@ class Layout(NamedTuple):
         if what == "tp":
             return cls(text, attention=attention)
         first, second, *rest = what.split(":")
+        known: list[list[str]]
         if first == UPSTREAM:
-            kvp, comm, known = int(second), UPSTREAM, ([],)
+            dcp_size, comm, known = int(second), UPSTREAM, [[]]
         else:
-            kvp, comm, known = int(first), second, ([], ["q"])
-        if rest not in known or kvp < 2:
+            dcp_size, comm, known = int(first), second, [[], ["q"]]
+        if rest not in known or dcp_size < 2:
             raise ValueError(text)
-        return cls(text, kvp, comm, "replicated" if rest else "gathered", attention)
+        return cls(
+            text, dcp_size, comm, "replicated" if rest else "gathered", attention
+        )
 
     @property
     def is_upstream(self) -> bool:
@@ -88,10 +91,10 @@ def impossible(layout: Layout, model: str, tp: int, device: str) -> Optional[str
         return None
     if device == "cpu":
         return f"{layout.name}: SGLang's own DCP refuses to start on a CPU"
-    if kv_heads(model) * layout.kvp > tp:
+    if kv_heads(model) * layout.dcp_size > tp:
         return (
             f"{layout.name}: SGLang's own DCP computes wrong results where K/V heads "
-            f"({kv_heads(model)}) x KVP ({layout.kvp}) exceed tp ({tp})"
+            f"({kv_heads(model)}) x DCP ({layout.dcp_size}) exceed tp ({tp})"
         )
     known = UPSTREAM_MLA if is_mla(model) else UPSTREAM_GQA
     if layout.attention not in ("", known):

@@ -7,10 +7,10 @@ plain (no yarn or llama3 scaling) and as long as the benchmark's longest context
 
 `Qwen3-30B-A3B/4` is no published model but a stand-in for a large one on few GPUs: with a
 quarter of the heads and of the experts' width a rank of tp 2 has the attention and the
-expert work, and the K/V bytes, of a rank of tp 8 of the whole model; KVP 2 (attn-tp 1)
-stands for KVP 2 there (attn-tp 4). It does not stand for these: an all-reduce goes over 2
+expert work, and the K/V bytes, of a rank of tp 8 of the whole model; DCP 2 (attn-tp 1)
+stands for DCP 2 there (attn-tp 4). It does not stand for these: an all-reduce goes over 2
 ranks instead of 8; embedding and LM head are cut 2 ways instead of 8, so that a rank reads
-four times as much of the LM head; KVP over all ranks is 2 instead of 8.
+four times as much of the LM head; DCP over all ranks is 2 instead of 8.
 """
 
 from __future__ import annotations

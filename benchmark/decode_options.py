@@ -21,8 +21,8 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--layouts",
         type=Layout.parse,
         nargs="*",
-        metavar="KVP:COMM[:q][@BACKEND]",
-        help="or upstream:KVP, SGLang's own DCP, or tp; each with @BACKEND",
+        metavar="DCP:COMM[:q][@BACKEND]",
+        help="or upstream:DCP, SGLang's own DCP, or tp; each with @BACKEND",
     )
     add("--page-size", type=int, default=64)
     add("--attention-backend", help="default: fa3, on a CPU torch_native")

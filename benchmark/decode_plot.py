@@ -21,11 +21,11 @@ MARKERS = "osD^vP*X"
 
 def label(record: Record) -> str:
     """What the legend calls a layout."""
-    if record["kvp"] == "1":
+    if record["dcp_size"] == "1":
         return f"tp {record['tp']}, no DCP"
     if record["comm"] == "upstream":
-        return f"SGLang's DCP {record['kvp']}, {record['attention']}"
-    return f"KVP {record['kvp']}, {record['comm']}, Q {record['q']}"
+        return f"SGLang's DCP {record['dcp_size']}, {record['attention']}"
+    return f"DCP {record['dcp_size']}, {record['comm']}, Q {record['q']}"
 
 
 def plot(records: Sequence[Record], png: Path) -> None:
@@ -69,7 +69,7 @@ def _panel(panel: Any, records: Sequence[Record], title: str) -> None:
             marker=MARKERS[number % len(MARKERS)],
             markersize=5,
             # What everything is compared with stands out.
-            linewidth=2.4 if rows[0]["kvp"] == "1" else 1.4,
+            linewidth=2.4 if rows[0]["dcp_size"] == "1" else 1.4,
         )
     layouts = len(unique(records, "name"))
     missing = [r for r in records if not r["median_ms"]]

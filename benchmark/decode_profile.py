@@ -21,7 +21,7 @@ CATEGORIES: tuple[tuple[str, str], ...] = (
         "pack, merge",
         r"_(cut|combine|interleave|correct|merge_two)_kernel",
     ),
-    ("localise", r"_localise_kernel"),
+    ("localise", r"_fill_local_tensors_kernel"),
     ("KV write", r"store_?(kv_?)?cache|StoreKV|set_(mla_)?kv_buffer|reshape_and_cache"),
     # Before attention: FlashInfer's norms have its name in theirs, too.
     ("norm, RoPE", r"norm(?!al)|rotary|rope(?!rt)|act_and_mul|silu"),

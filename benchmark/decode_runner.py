@@ -42,12 +42,12 @@ def server_args(options: argparse.Namespace, layout: Layout, model: Path) -> Any
 
 
 def _dcp_arguments(layout: Layout) -> dict[str, Any]:
-    if layout.kvp == 1:
+    if layout.dcp_size == 1:
         return {}
     if layout.is_upstream:
-        return {"dcp_size": layout.kvp}
+        return {"dcp_size": layout.dcp_size}
     return {
-        "dcp_size": layout.kvp,
+        "dcp_size": layout.dcp_size,
         "dcp_comm_backend": layout.comm,
         "dcp_replicate_q_proj": layout.q == "replicated",
     }
@@ -57,7 +57,7 @@ def stop_fused_write() -> None:
     """In a rank of SGLang's own DCP: K/V is written by the attention backend.
 
     Qwen3-MoE's fused rotary embedding and write takes logical slots for rows of the rank's
-    pool, which has a KVP-th of them, and writes past its end.
+    pool, which has a DCP-th of them, and writes past its end.
     """
     from sglang.srt.models import qwen3_moe, utils
 
@@ -93,7 +93,7 @@ def model_runner(args: Any, nccl_port: int, rank: int) -> Any:
     from sglang.srt.managers import scheduler
     from sglang.srt.model_executor.model_runner import ModelRunner
 
-    # The seam that publishes the DCP context is on this function.
+    # The hook that publishes the DCP context is on this function.
     scheduler.configure_scheduler_process(args, rank, rank, 0, 0, 0, 0, None)
     for initialize in (
         initialize_moe_config,

@@ -25,7 +25,7 @@ MAX_RELATIVE_ERROR = 4e-3
 
 
 class Peers(NamedTuple):
-    """The KVP group of this package, one as SGLang makes for its own DCP, exchanges."""
+    """The DCP group of this package, one as SGLang makes for its own DCP, exchanges."""
 
     ours: Any
     upstream: Any
@@ -35,7 +35,7 @@ class Peers(NamedTuple):
 class Inputs(NamedTuple):
     """One rank's tensors of one size.
 
-    `wanted` is the merged output of its own heads, `every_q` the queries of all ranks.
+    `wanted` is the merged output of its local heads, `every_q` the queries of all ranks.
     """
 
     out: Tensor
@@ -85,9 +85,9 @@ def operations(peers: Peers, inputs: Inputs) -> dict[str, Callable[[], Any]]:
     flag = torch.zeros(1, device="cuda")
     every: dict[str, Callable[[], Any]] = {
         "launch": lambda: flag.add_(1),
-        "a2a": lambda: a2a.reduce(out, lse, is_lse_base_on_e=True),
-        "ag_rs": lambda: ag_rs.reduce(out, lse, is_lse_base_on_e=True),
-        "symm_a2a": lambda: symm.reduce(out, lse, is_lse_base_on_e=True),
+        "a2a": lambda: a2a.reduce(out, lse, is_lse_base_on_e=True)[0],
+        "ag_rs": lambda: ag_rs.reduce(out, lse, is_lse_base_on_e=True)[0],
+        "symm_a2a": lambda: symm.reduce(out, lse, is_lse_base_on_e=True)[0],
         "gather-q": lambda: a2a.gather_heads(q),
         "symm-gather-q": lambda: symm.gather_heads(q),
         **_parts(peers, inputs),
@@ -100,7 +100,7 @@ def _parts(peers: Peers, inputs: Inputs) -> dict[str, Callable[[], Any]]:
     """The kernels around an exchange, and what NCCL takes for the bytes alone."""
     from sglang_dcp.distributed.all_to_all import group_all_to_all_single
     from sglang_dcp.distributed.all_to_all_peers import exchange_with_peers
-    from sglang_dcp.layers.merge_peers import pack_partials, unpack_combine
+    from sglang_dcp.ops.partials import pack_partials, unpack_combine
 
     out, lse, q, _, _ = inputs
     group, world_size = peers.ours, peers.ours.world_size
@@ -122,7 +122,7 @@ def _parts(peers: Peers, inputs: Inputs) -> dict[str, Callable[[], Any]]:
 
     return {
         "pack": lambda: pack_partials(out, lse, world_size, rank),
-        "combine": lambda: unpack_combine(received, out[:, own], lse[:, own], rank),
+        "combine": lambda: unpack_combine(received, out[:, own], lse[:, own], rank)[0],
         "raw-a2a": lambda: group_all_to_all_single(group, scratch, sent),
         "nccl-ag-rs": nccl_ag_rs,
         "nccl-all-gather": lambda: group.all_gather_into_tensor(gathered, q),

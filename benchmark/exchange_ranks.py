@@ -69,7 +69,7 @@ class Captured(NamedTuple):
 
 
 def capture(call: Callable[[], Any], calls: int) -> Captured:
-    """As a server captures its decode steps, with the KVP group taking part."""
+    """As a server captures its decode steps, with the DCP group taking part."""
     from sglang.srt.distributed import parallel_state
 
     from sglang_dcp.distributed.groups import graph_capture_with_dcp
@@ -167,9 +167,9 @@ def with_floors(size: Size, row: Row, world_size: int, rate: float) -> Row:
 def joined(
     rank: int, world_size: int, folder: str, custom_all_reduce: bool
 ) -> Iterator[tuple[Any, Any]]:
-    """SGLang's NCCL groups of this rank: our KVP group, and one as SGLang makes.
+    """SGLang's NCCL groups of this rank: our DCP group, and one as SGLang makes.
 
-    Without the plugin, whose seams would import half of SGLang: nothing else of them
+    Without the plugin, whose hooks would import half of SGLang: nothing else of them
     takes part here.
     """
     from sglang.srt.distributed import parallel_state
@@ -189,7 +189,7 @@ def joined(
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=world_size)
     groups.init_dcp_groups(Layout(world_size, 1))
     # The TP group has the options with which SGLang makes its DCP group.
-    yield groups.get_kvp_group(), parallel_state.get_tp_group()
+    yield groups.get_dcp_group(), parallel_state.get_tp_group()
     groups.destroy_dcp_groups()
     parallel_state.destroy_model_parallel()
     parallel_state.destroy_distributed_environment()
@@ -230,7 +230,7 @@ def run_rank(
 def _print(world_size: int, rate: float, custom: Any, results: dict[Size, Row]) -> None:
     on = "on" if custom is not None and not custom.disabled else "off"
     title = (
-        f"KVP {world_size}, {torch.cuda.get_device_name()}, bf16, peer copy "
+        f"DCP {world_size}, {torch.cuda.get_device_name()}, bf16, peer copy "
         f"{rate / 1e9:.0f} GB/s, SGLang's custom all-reduce {on}"
     )
     report.print_table(title, results)

@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# tokens, query heads of the KVP group, head dim
+# tokens, query heads of the DCP group, head dim
 Size = tuple[int, int, int]
 BYTES_A_VALUE = 2
 # A column over the sum of others, where all were measured.
@@ -114,7 +114,7 @@ def stamp(world_size: int, rate: float) -> dict[str, Any]:
         "nccl": ".".join(map(str, torch.cuda.nccl.version())),
         "sglang": version("sglang"),
         "nccl_graph_mixing": os.environ.get("NCCL_GRAPH_MIXING_SUPPORT", "default"),
-        "kvp": world_size,
+        "dcp_size": world_size,
         "dtype": "bfloat16",
         "peer_copy_gb_s": f"{rate / 1e9:.1f}",
     }
@@ -159,7 +159,7 @@ def plot(path: Path, png: Path) -> None:
         row[0].set_ylabel("us a call (median)")
     first = records[0]
     figure.suptitle(
-        f"KVP {first['kvp']}, {first['gpu']}, {first['dtype']}, CUDA graphs; "
+        f"DCP {first['dcp_size']}, {first['gpu']}, {first['dtype']}, CUDA graphs; "
         f"peer copy {first['peer_copy_gb_s']} GB/s"
     )
     figure.tight_layout()

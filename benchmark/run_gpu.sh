@@ -9,12 +9,13 @@
 #   FA3    archive of FlashAttention-3, unpacked into SITE
 #   AOT    archive of aot/NAME/NAME.so, FlashInfer's kernels compiled elsewhere (DESIGN.md)
 #          each once; they do not fit one call, so the first call carries some, the next the rest
-#   WARM   kinds for test/srt/warm_flashinfer.py, compiled once, beside what follows, also beside
+#   WARM   kinds for test/srt/helpers/warm_flashinfer.py, compiled once, beside what follows, also beside
 #          the next call; servers and what is timed wait for them
 #   OUT    folder for logs.tgz (required)
 #   PARTS  which of
-#            kernels exchange symm adaptors latents    tests of kernels, beside each other
-#            server bf16 mla dtypes fused weights limits   live servers, one group after the other
+#            kernels exchange symm backends latents    tests of kernels, beside each other
+#            shared server bf16 mla dtypes fused weights limits   live servers, one group after
+#                                                      the other; `shared` takes one GPU
 #            bench decode fill off serving             timed, one after the other
 #            caches                                    what was compiled on the way, into
 #                                                      $OUT/caches.tar.xz: a next CACHE
@@ -26,11 +27,11 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 : "${SITE:?}" "${OUT:?}"
-PARTS=${PARTS-kernels exchange symm adaptors}
+PARTS=${PARTS-kernels exchange symm backends}
 LIMIT=${LIMIT:-550}
 SERVING_ARGS=${SERVING_ARGS:---concurrency 8 --input-lens 4096}
 unset PYTHONDONTWRITEBYTECODE
-export PYTHONPATH=$SITE:$PWD/python PYTHONUNBUFFERED=1 OMP_NUM_THREADS=4
+export PYTHONPATH=$SITE:$PWD/python:$PWD/test/srt:$PWD/benchmark PYTHONUNBUFFERED=1 OMP_NUM_THREADS=4
 # By default in /tmp, from where `caches` would not take it.
 export TORCHINDUCTOR_CACHE_DIR=$HOME/.cache/torchinductor
 began=$SECONDS
@@ -88,7 +89,7 @@ if [[ -n ${WARM:-} && ! -e $SITE/.warming ]]; then
   touch "$SITE/.warming"
   # A copy, since the next call brings another working tree; and no job of this shell, which
   # waits for its jobs.
-  cp test/srt/warm_flashinfer.py "$SITE"
+  cp test/srt/helpers/warm_flashinfer.py "$SITE"
   # shellcheck disable=SC2086
   (setsid bash -c 'python3 "$0/warm_flashinfer.py" "$@" >"$0/.warm.log" 2>&1
     echo "status $?, $SECONDS s" >"$0/.warmed"' "$SITE" $WARM </dev/null >/dev/null 2>&1 &)
@@ -119,16 +120,16 @@ run_tests() {
     tail -12 | cut -c1-400
 }
 
-tests=test/srt/test_
+tests=test/srt/gpu/test_
 # None of these is timed, so they share the machine.
 mkdir -p "$work/tests"
 kernels() {
   wanted kernels && run_tests kernels 200 -n 8 \
-    ${tests}merge_gpu.py ${tests}merge_peers_gpu.py ${tests}local_view_gpu.py &
+    ${tests}lse_merge_gpu.py ${tests}partials_gpu.py ${tests}local_batch_gpu.py &
   wanted exchange && run_tests exchange 240 ${tests}exchange_gpu.py &
   wanted symm && run_tests symm 300 ${tests}symm_a2a_gpu.py ${tests}symm_a2a_ranks_gpu.py &
-  wanted adaptors && run_tests adaptors 300 ${tests}adaptors_gpu.py &
-  wanted latents && run_tests latents 500 -n 6 ${tests}adaptors_mla_gpu.py ${tests}mla_prefill_gpu.py &
+  wanted backends && run_tests backends 300 ${tests}backends_gpu.py &
+  wanted latents && run_tests latents 500 -n 6 ${tests}backends_mla_gpu.py ${tests}mla_prefill_gpu.py &
   local job
   for job in $(jobs -p); do if [[ $job != "$packer" ]]; then wait "$job"; fi; done
 }
@@ -141,6 +142,7 @@ run_servers() {
   wanted "$name" && run_tests "$name" "$limit" -s ${K:+-k "$K"} "${tests}${file}.py"
   pack
 }
+run_servers shared 400 server_gpu_shared
 run_servers server 270 server_gpu
 run_servers bf16 530 server_gpu_bf16
 run_servers mla 530 server_gpu_mla

@@ -1,38 +1,39 @@
-"""What the four flags mean: parsing, defaults and agreement, apart from SGLang."""
+"""The meaning of the four DCP flags. This module imports neither SGLang nor torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Optional
 
-from sglang_dcp.distributed.exchange import exchange_class
-from sglang_dcp.distributed.exchange.symm_a2a_kernel import MAX_WORLD_SIZE
 from sglang_dcp.distributed.topology import Layout, divisors
+
+DEFAULT_COMM_BACKEND = "ag_rs"
 
 
 class DcpConfigError(ValueError):
-    """A flag that cannot be honoured: names the flag, the value and the way out."""
+    """A flag cannot be served. The message names the flag, its value and a hint."""
 
 
 @dataclass(frozen=True)
 class DcpConfig:
-    """The layout one attention pool runs with; exists only where `dcp_size` > 1.
+    """The layout and options of a server with DCP. It exists only if `dcp_size` > 1.
 
     Attributes
     ----------
     layout : Layout
-        `tp_size` ranks as `dcp_size` sequence shards x `attn_tp_size` head shards.
+        `tp_size` ranks as `dcp_size` shards of the sequence x `attn_tp_size` shards of
+        the K/V heads.
     comm_backend : str
-        A name of `distributed.exchange.EXCHANGES`.
+        A key of `distributed.exchange.EXCHANGES`.
     replicate_q_proj : bool
         Hold the Q projection at attn_tp width, so that decode gathers no queries.
     page_size : int
-        Tokens of a page in one rank's pool. SGLang's own `page_size` counts logical
-        tokens: `page_size * dcp_size`.
+        Tokens of a page in one rank's pool. SGLang's `page_size` counts logical tokens:
+        `page_size * dcp_size`.
     """
 
     layout: Layout
-    comm_backend: str = "ag_rs"
+    comm_backend: str = DEFAULT_COMM_BACKEND
     replicate_q_proj: bool = False
     page_size: int = 1
 
@@ -50,9 +51,9 @@ class DcpConfig:
 
 
 def dcp_of(server_args: object) -> Optional[DcpConfig]:
-    """The config of a server's arguments, None where DCP is off.
+    """Return the config of a server's arguments, or None with DCP off.
 
-    Also for a plain `ServerArgs`, which somebody may have built from SGLang's class.
+    It accepts SGLang's original `ServerArgs` too, which other code may have built.
     """
     return getattr(server_args, "dcp", None)
 
@@ -65,48 +66,43 @@ def resolve_config(
     comm_backend: str,
     replicate_q_proj: bool,
 ) -> Optional[DcpConfig]:
-    """Turn flags into a config, or None where they leave attention at tp_size.
+    """Turn flags into a config, or None if they leave DCP off.
 
-    `None` for a size means that the user did not give the flag. Either size implies
-    the other; given both, `attn_tp_size * dcp_size` must be `tp_size`.
+    A size is None if the user did not give the flag. Either size implies the other. If
+    both are given, `attn_tp_size * dcp_size` must be `tp_size`.
 
     Raises
     ------
     DcpConfigError
-        For a size that does not divide, sizes that disagree, an unknown comm backend,
-        or a flag that needs `--dcp-size` > 1 without it.
+        A size does not divide `tp_size`, the sizes disagree, or a flag needs
+        `--dcp-size` > 1.
     """
     layout = _resolve_layout(tp_size, dcp_size, attn_tp_size)
-    try:
-        exchange_class(comm_backend)
-    except ValueError as error:
-        raise DcpConfigError(str(error)) from None
-    if comm_backend == "symm_a2a" and layout.dcp_size > MAX_WORLD_SIZE:
-        raise DcpConfigError(
-            f"--dcp-comm-backend symm_a2a serves up to {MAX_WORLD_SIZE} KVP ranks, not "
-            f"{layout.dcp_size}; use a2a or ag_rs, or a larger --attn-tp-size"
-        )
-    if layout.dcp_size > 1:
+    if layout is not None and layout.dcp_size > 1:
         return DcpConfig(layout, comm_backend, replicate_q_proj)
-    if comm_backend != "ag_rs":
-        raise DcpConfigError(
-            f"--dcp-comm-backend {comm_backend} needs --dcp-size > 1, which is 1 here; "
-            "add --dcp-size or drop the flag"
-        )
-    if replicate_q_proj:
-        raise DcpConfigError(
-            "--dcp-replicate-q-proj needs --dcp-size > 1, which is 1 here; "
-            "add --dcp-size or drop the flag"
-        )
+    for flag, given in (
+        (f"--dcp-comm-backend {comm_backend}", comm_backend != DEFAULT_COMM_BACKEND),
+        ("--dcp-replicate-q-proj", replicate_q_proj),
+    ):
+        if given:
+            raise DcpConfigError(
+                f"{flag} needs --dcp-size > 1, which is 1 here; add --dcp-size or drop "
+                "the flag"
+            )
     return None
 
 
 def _resolve_layout(
     tp_size: int, dcp_size: Optional[int], attn_tp_size: Optional[int]
-) -> Layout:
-    for flag, value in (("--dcp-size", dcp_size), ("--attn-tp-size", attn_tp_size)):
-        if value is None:
-            continue
+) -> Optional[Layout]:
+    """Return the layout, or None if no size was given."""
+    given = {"--dcp-size": dcp_size, "--attn-tp-size": attn_tp_size}
+    sizes = {flag: value for flag, value in given.items() if value is not None}
+    if not sizes:
+        return None
+    if tp_size < 1:
+        raise DcpConfigError(f"--tp-size {tp_size} must be at least 1")
+    for flag, value in sizes.items():
         if value < 1 or tp_size % value:
             raise DcpConfigError(
                 f"{flag} {value} does not divide --tp-size {tp_size}; "

@@ -1,4 +1,4 @@
-"""The one set-once value of a scheduler process: its layout and place in it."""
+"""The one set-once value of a scheduler process: its layout and its rank in it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sglang_dcp.config import DcpConfig
 
 @dataclass(frozen=True)
 class DcpContext:
-    """A scheduler process's view of the layout.
+    """The layout, and the rank of this scheduler process in it.
 
     Attributes
     ----------
@@ -23,8 +23,8 @@ class DcpContext:
     tp_rank: int
 
     @property
-    def kvp_rank(self) -> int:
-        return self.config.layout.kvp_rank(self.tp_rank)
+    def dcp_rank(self) -> int:
+        return self.config.layout.dcp_rank(self.tp_rank)
 
     @property
     def attn_tp_rank(self) -> int:
@@ -35,7 +35,7 @@ _CONTEXT: Optional[DcpContext] = None
 
 
 def set_context(context: DcpContext) -> None:
-    """Publish the process's context; a second, different one is a bug."""
+    """Set the process's context. Raises RuntimeError if it has a different one already."""
     global _CONTEXT
     if _CONTEXT is not None and _CONTEXT != context:
         raise RuntimeError(f"DCP context is already {_CONTEXT}, got {context}")
@@ -43,12 +43,12 @@ def set_context(context: DcpContext) -> None:
 
 
 def get_context() -> DcpContext:
-    """The process's context.
+    """Return the process's context.
 
     Raises
     ------
     RuntimeError
-        Where DCP is off or the scheduler process has not been configured yet.
+        DCP is off, or the scheduler process is not configured yet.
     """
     if _CONTEXT is None:
         raise RuntimeError("DCP is off in this process: no context was set")
@@ -56,11 +56,11 @@ def get_context() -> DcpContext:
 
 
 def find_context() -> Optional[DcpContext]:
-    """The process's context, or None where DCP is off or no scheduler runs."""
+    """Return the process's context, or None with DCP off or outside of a scheduler."""
     return _CONTEXT
 
 
 def clear_context() -> None:
-    """Forget the context (tests, engine shutdown)."""
+    """Clear the context, for tests and engine shutdown."""
     global _CONTEXT
     _CONTEXT = None

@@ -3,11 +3,32 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any, Iterator
 
 import pytest
 
 from sglang_dcp import context
+
+# Test files are their own workers: child processes must find what setup.cfg's
+# `pythonpath` gives to this one.
+_TESTS = Path(__file__).parent
+_PATHS = (
+    os.environ.get("PYTHONPATH"),
+    str(_TESTS),
+    str(_TESTS.parents[1] / "benchmark"),
+)
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, _PATHS))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks each test with its level, and puts live servers first.
+
+    Beside them, other workers have the short files left.
+    """
+    for item in items:
+        item.add_marker(item.path.parent.name)
+    items.sort(key=lambda item: item.path.parent.name != "server")
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +41,7 @@ def no_context() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def plugins() -> None:
-    """SGLang's own loader has put every seam in place in this process."""
+    """SGLang's own loader has installed every hook in this process."""
     from sglang.srt.plugins import load_plugins
 
     load_plugins()

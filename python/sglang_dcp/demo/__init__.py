@@ -1,1 +1,1 @@
-"""A demonstration that runs anywhere: tiny models, live CPU servers, exact comparison."""
+"""A demonstration that runs anywhere: tiny models on CPU servers, compared exactly."""

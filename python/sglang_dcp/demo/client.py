@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Reply:
-    """What a server generated: ids, their log-probabilities, prompt tokens reused."""
+    """A server's reply: token ids, their log-probabilities, and reused prompt tokens."""
 
     ids: list[int]
     logprobs: list[float]
@@ -19,7 +19,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Difference:
-    """How far two replies are apart; the maximum is over the tokens that both have."""
+    """How far two replies are apart. The maximum is over the tokens that both have."""
 
     equal_ids: bool
     max_abs_logprob_diff: float
@@ -30,7 +30,7 @@ def http_json(url: str, payload: object = None, timeout: float = 600.0) -> Any:
     data = None if payload is None else json.dumps(payload).encode()
     headers = {"Content-Type": "application/json"}
     request = urllib.request.Request(url, data=data, headers=headers)
-    # The server is on this machine: a proxy from the environment must not be asked.
+    # The server is on this machine, so a proxy of the environment must not be used.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(request, timeout=timeout) as answer:
         return json.loads(answer.read())
@@ -44,8 +44,10 @@ def greedy(
 ) -> list[Reply]:
     """Generate greedily for every prompt and return the replies in prompt order.
 
-    ``max_new_tokens`` is one number for all or one for each prompt; every reply has
+    ``max_new_tokens`` is one number for all prompts, or one for each. Every reply has
     exactly that many tokens. Prompts start in order, at most ``concurrency`` at once.
+
+    Raises ValueError if the numbers of prompts and of ``max_new_tokens`` differ.
     """
     if isinstance(max_new_tokens, int):
         limits = [max_new_tokens] * len(prompts_ids)

@@ -1,4 +1,4 @@
-"""Start a SGLang server as a child, wait for it, and leave no process behind."""
+"""Starts an SGLang server as a child, waits for it, and leaves no process behind."""
 
 import ctypes
 import itertools
@@ -24,21 +24,23 @@ _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 class ServerFailed(RuntimeError):
-    """The server ended, or was not ready in time; the message ends with its log."""
+    """The server ended, or was not ready in time. The message ends with its log."""
 
 
 class ServerProcess:
     """``python -m sglang.launch_server`` with everything it spawns.
 
-    Use it as a context manager: the server starts on entry and is gone, with its
-    schedulers and its detokenizer, after exit, Ctrl-C included. It runs in its own
-    process group, so a Ctrl-C on the terminal reaches the caller alone; a ready
-    server also ends when the thread that started it ends, even if that was killed.
+    Use it as a context manager. The server starts on entry. After exit, also by Ctrl-C,
+    it is gone with its schedulers and its detokenizer. It has a process group of its own,
+    so Ctrl-C on the terminal reaches only the caller. A ready server also ends when the
+    thread that started it ends, even if that thread was killed.
 
-    ``grace`` is how long ``stop`` waits for the server to end by itself, which takes
-    about six seconds; 0 kills it at once. On ``device`` cpu the server sees no GPU and
-    its ranks compute with one thread each unless ``OMP_NUM_THREADS`` says otherwise; on
-    another one it sees those of ``CUDA_VISIBLE_DEVICES``.
+    ``grace`` is how many seconds ``stop`` waits for the server to end by itself, which
+    takes about six. With 0 it is killed at once.
+
+    On ``device`` cpu the server sees no GPU. Each rank computes with one thread, unless
+    ``OMP_NUM_THREADS`` is set. On another device the server sees the GPUs of
+    ``CUDA_VISIBLE_DEVICES``.
     """
 
     def __init__(
@@ -76,12 +78,12 @@ class ServerProcess:
 
     @property
     def returncode(self) -> int | None:
-        """Exit status of the server, None before its start and while it runs."""
+        """Exit status of the server. None before its start and while it runs."""
         return None if self._process is None else self._process.poll()
 
     @property
     def log_path(self) -> Path:
-        """Where the server's stdout and stderr go."""
+        """The file of the server's stdout and stderr."""
         if self._log_path is None:
             handle, name = tempfile.mkstemp(prefix="sglang-dcp-", suffix=".log")
             os.close(handle)
@@ -101,9 +103,10 @@ class ServerProcess:
         timeout: float = 300.0,
         on_tick: Callable[[float], None] | None = None,
     ) -> float:
-        """Return the seconds until the server has generated a token.
+        """Wait until the server has generated a token, and return the seconds waited.
 
-        ``on_tick`` gets the seconds waited, about twice a second.
+        ``on_tick`` is called with the seconds waited, about twice a second. Raises
+        ServerFailed if the server ends, or is not ready after ``timeout`` seconds.
         """
         begin = time.monotonic()
         while True:
@@ -119,14 +122,17 @@ class ServerProcess:
                 )
             if on_tick is not None:
                 on_tick(waited)
-            # /health_generate says 503 until warm-up is over, then runs one token
-            # through every rank. /model_info answers earlier, before the ranks do.
+            # /health_generate returns 503 during warm-up, then runs one token through
+            # every rank. /model_info answers before the ranks are ready.
             if _answers(f"{self.base_url}/health_generate"):
                 return time.monotonic() - begin
             time.sleep(_POLL_SECONDS)
 
     def wait_exit(self, timeout: float) -> int:
-        """Wait until the server ends by itself and return its exit status."""
+        """Wait until the server ends by itself and return its exit status.
+
+        Raises ServerFailed if it still runs after ``timeout`` seconds.
+        """
         if self._process is None:
             raise RuntimeError("the server was not started")
         try:
@@ -142,18 +148,18 @@ class ServerProcess:
             return
         group = self._process.pid
         try:
-            # To the leader alone: it ends its children by itself, and takes a child that
-            # dies first for a crash, which it examines for five seconds.
+            # Only to the leader, which ends its children by itself. If a child ended
+            # first, the leader would examine that as a crash for five seconds.
             if self._grace > 0:
                 self._process.send_signal(signal.SIGTERM)
                 _wait_empty(self._process, self._grace)
         finally:
-            # Also reached when a second Ctrl-C interrupts the wait.
+            # This also runs if a second Ctrl-C interrupts the wait.
             _kill_all(group)
             self._process.wait()
 
     def log_tail(self, lines: int = 40) -> str:
-        """The last lines of the server's log."""
+        """Return the last lines of the server's log."""
         text = self.log_path.read_text(errors="replace")
         return "\n".join(text.splitlines()[-lines:])
 
@@ -161,7 +167,7 @@ class ServerProcess:
 def run_to_exit(
     model_path: str | Path, args: Sequence[str], timeout: float = 120.0
 ) -> tuple[int, str]:
-    """Run a server that is expected to refuse: its exit status and whole output."""
+    """Run a server that should end at start. Return its exit status and whole output."""
     with tempfile.TemporaryDirectory(prefix="sglang-dcp-") as folder:
         log = Path(folder) / "server.log"
         with ServerProcess(model_path, args, log_path=log) as server:
@@ -174,8 +180,8 @@ def _child_env(more: Mapping[str, str], device: str) -> dict[str, str]:
     env.pop("PYTHONDONTWRITEBYTECODE", None)
     if device == "cpu":
         env["CUDA_VISIBLE_DEVICES"] = ""
-        # Every rank would start a thread for each core of the machine; on few cores they
-        # take six times as long over small models, waiting for each other.
+        # By default every rank has a thread for each core of the machine. With few cores
+        # these threads wait for each other, and small models take six times as long.
         env.setdefault("OMP_NUM_THREADS", "1")
     env["HF_HUB_OFFLINE"] = "1"
     env.update(more)
@@ -201,8 +207,8 @@ def _spawn(
     )
 
 
-# Below those that the kernel hands out, which any process may get meanwhile; where to
-# begin differs between processes, and none is given out twice in one.
+# These ports are below the kernel's ephemeral ones, which any process may get at any time.
+# Processes begin at different ports, and one process takes no port twice.
 _PORTS = itertools.count(10000 + os.getpid() * 64 % 16384, 2)
 
 
@@ -233,7 +239,7 @@ def _answers(url: str) -> bool:
 
 
 def _members(group: int) -> list[psutil.Process]:
-    """Live processes of the group; a dead one that nobody reaps does not count."""
+    """List live processes of the group. A zombie does not count."""
     found = []
     for process in psutil.process_iter(["status"]):
         try:
@@ -256,7 +262,7 @@ def _kill_all(group: int) -> None:
 def _wait_empty(leader: subprocess.Popen[bytes], timeout: float) -> None:
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
-        # poll() reaps the leader, which would count as alive for ever otherwise.
+        # poll() reaps the leader, which would stay in the group as a zombie.
         leader.poll()
         if not _members(leader.pid):
             return

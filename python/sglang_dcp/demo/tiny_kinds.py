@@ -1,4 +1,4 @@
-"""The kinds of tiny checkpoints: which model, of which sizes."""
+"""The kinds of tiny checkpoints: their models and sizes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,10 +7,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class TinyModel:
-    """What makes one kind: a transformers config class and its sizes.
+    """One kind: a transformers config class and its sizes.
 
-    ``extra`` are keys that SGLang reads from config.json and transformers does not
-    write.
+    ``extra`` holds keys that SGLang reads from config.json and transformers does not
+    write. Weights and norms are drawn with the standard deviations ``*_std``.
     """
 
     config_class: str
@@ -22,7 +22,7 @@ class TinyModel:
 
     @property
     def kv_heads(self) -> int:
-        """Heads of the KV cache; MLA keeps one latent for all of them."""
+        """Number of heads in the KV cache. MLA keeps one latent for all of them."""
         latent = "kv_lora_rank" in self.sizes
         return 1 if latent else int(self.sizes["num_key_value_heads"])
 
@@ -86,10 +86,10 @@ def _mla_v3(**more: Any) -> TinyModel:
 
 
 def _mla_glm(q_heads: int, **more: Any) -> TinyModel:
-    """GLM-4.7-Flash: DeepSeek-V3's attention with V wider than what Q has unrotated."""
+    """GLM-4.7-Flash: DeepSeek-V3's attention, but V is wider than the unrotated part of Q."""
     heads = {"num_attention_heads": q_heads, "num_key_value_heads": q_heads}
     sizes = dict(_mla_v3(**heads, **more).sizes)
-    # To transformers it is a list, to SGLang a number.
+    # transformers wants a list, SGLang a number.
     dense = sizes.pop("first_k_dense_replace")
     sparse = sizes["num_hidden_layers"] - dense
     sizes["mlp_layer_types"] = ["dense"] * dense + ["sparse"] * sparse
@@ -97,7 +97,7 @@ def _mla_glm(q_heads: int, **more: Any) -> TinyModel:
     return TinyModel("Glm4MoeLiteConfig", "Glm4MoeLiteForCausalLM", sizes, extra)
 
 
-# MLA's sizes that GPU kernels take: those of every DeepSeek model.
+# Sizes of MLA that GPU kernels take. Every DeepSeek model has them.
 _MLA_D512 = {
     "num_attention_heads": 16,
     "num_key_value_heads": 16,
@@ -108,7 +108,7 @@ _MLA_D512 = {
 }
 
 
-# GLM's, of a head: 256 of Q and K, 256 of V.
+# Sizes of GLM: head dim 256 of Q and K, and 256 of V.
 _MLA_D512_WIDE = {
     "kv_lora_rank": 512,
     "qk_rope_head_dim": 64,
@@ -139,8 +139,8 @@ KINDS: Mapping[str, TinyModel] = {
     "llama-1kv-d128": _llama(8, 1, head_dim=128),
     "llama-2kv-d128": _llama(8, 2, head_dim=128),
     "llama-8kv-d64": _llama(16, 8, head_dim=64),
-    # Three K/V heads under twelve query heads: half of the query heads spans one and
-    # a half K/V heads.
+    # 12 query heads share 3 K/V heads: the query heads of one rank of two span one and a
+    # half K/V heads.
     "llama-odd": _llama(12, 3, hidden_size=240),
     "qwen2": TinyModel("Qwen2Config", "Qwen2ForCausalLM", _gqa(8, 2)),
     "qwen3": TinyModel("Qwen3Config", "Qwen3ForCausalLM", _gqa(8, 2)),

@@ -1,10 +1,10 @@
 """Tiny random-weight checkpoints that need no download, for the demo and for tests.
 
-A checkpoint is a complete Hugging Face directory: float32 safetensors, config and a
-tokenizer whose id for a byte is that byte. Weights are wide enough (std 0.12) that
-two logits are seldom close, so equal greedy tokens say something. The output
-layer knows printable ASCII only: text shows on any terminal, one character is one
-token, and no end-of-text id ends a request early.
+A checkpoint is a complete Hugging Face directory: float32 safetensors, a config, and a
+tokenizer whose id for a byte is that byte. With a standard deviation of 0.12 in the
+weights, two logits are seldom close, so equal greedy tokens prove something. The output
+layer can produce only printable ASCII. So text shows on any terminal, one character is
+one token, and no end-of-text id ends a request early.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from sglang_dcp.demo.tiny_kinds import KINDS, TinyModel
 VOCAB_SIZE = 320
 CONTEXT_LENGTH = 8192
 MARKER = "tiny_model.json"
-# Change it whenever the same kind and seed start to give other files.
+# Raise it when the same kind and seed start to give other files.
 FORMAT_VERSION = 1
 
 _PRINTABLE = range(0x20, 0x7F)
@@ -37,9 +37,15 @@ _CHAT_TEMPLATE = (
 def make_tiny_model(path: str | Path, kind: str, *, seed: int = 0) -> Path:
     """Write the checkpoint of ``kind`` at ``path`` and return the path.
 
-    The same kind and seed give the same bytes. A directory that already holds
-    them is left alone; one made from another specification is replaced; one
-    that this function did not make is refused.
+    The same kind and seed give the same bytes. A directory that holds them already is
+    kept. One that was made from another specification is replaced.
+
+    Raises
+    ------
+    ValueError
+        The kind is unknown.
+    FileExistsError
+        This function did not make the directory at ``path``.
     """
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} is unknown; choose one of {', '.join(KINDS)}")
@@ -52,7 +58,7 @@ def make_tiny_model(path: str | Path, kind: str, *, seed: int = 0) -> Path:
         if json.loads(found.read_text()) == mark:
             return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Build beside the target and rename: a killed run leaves nothing half-made at path.
+    # Built beside the target and renamed, so that a killed run leaves nothing half made.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".tiny-") as scratch:
         fresh = Path(scratch) / "model"
         fresh.mkdir()
@@ -85,7 +91,7 @@ def _write_model(path: Path, spec: TinyModel, seed: int) -> None:
         dtype="float32",
         **spec.sizes,
     )
-    # transformers draws initial weights from the global generator; leave it as it was.
+    # transformers draws initial weights from the global generator, which must not change.
     with torch.random.fork_rng(devices=[]):
         model = getattr(transformers, spec.architecture)(config).float()
     generator = torch.Generator().manual_seed(seed)
@@ -143,7 +149,7 @@ def _write_tokenizer(path: Path) -> None:
         "bos_token": specials[0],
         "eos_token": specials[1],
         "pad_token": specials[2],
-        # Without it the tokenizer class of Qwen2 adds one of its own, outside the vocabulary.
+        # Without it, Qwen2's tokenizer class adds a token outside of the vocabulary.
         "unk_token": specials[3],
         "model_max_length": CONTEXT_LENGTH,
         "clean_up_tokenization_spaces": False,
@@ -153,7 +159,7 @@ def _write_tokenizer(path: Path) -> None:
 
 
 def _byte_symbols() -> Iterator[tuple[int, str]]:
-    """Each byte with the character that ByteLevel shows for it."""
+    """Yield each byte with the character that ByteLevel shows for it."""
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = (byte for byte in range(256) if byte not in shown)
     yield from ((byte, chr(byte)) for byte in shown)

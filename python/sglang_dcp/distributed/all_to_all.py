@@ -1,8 +1,8 @@
-"""All-to-all with equal splits for SGLang's two levels of communication.
+"""All-to-all with equal splits, for SGLang's communicators and for its groups.
 
-SGLang 0.5.16 has no all-to-all on PyNccl, and that of ``GroupCoordinator`` goes over
-torch.distributed only. Later releases have both; the seams here are for those that
-do not.
+SGLang 0.5.16 has no all-to-all on PyNccl. That of ``GroupCoordinator`` goes through
+torch.distributed only, and only on CUDA. Later releases have both. The two public
+functions here add them to 0.5.16, for code of other projects.
 """
 
 from __future__ import annotations
@@ -28,26 +28,33 @@ def pynccl_all_to_all_single(
     input: torch.Tensor,
     stream: torch.cuda.Stream | None = None,
 ) -> None:
-    """Send chunk p of ``input`` to rank p; chunk p of ``output`` comes from rank p.
+    """Send chunk p of ``input`` to rank p and receive chunk p of ``output`` from it.
 
-    One NCCL group of sends and receives; the rank's own chunk is copied on the same
-    stream. Safe in graph capture: no allocation, no wait. Returns at once when the
-    communicator is disabled, as its other methods do.
+    Public API, installed as ``PyNcclCommunicator.all_to_all_single``. It is for code of
+    other projects that calls SGLang's communicators on 0.5.16, which lacks this method.
+    The exchanges of this package use ``all_to_all_peers``.
+
+    One NCCL group holds all sends and receives. The rank's local chunk is copied on the
+    same stream. Safe in CUDA-graph capture: it neither allocates nor waits. It returns
+    at once if the communicator is disabled, as the other methods do.
 
     Parameters
     ----------
     comm
-        Communicator of SGLang; chunks are in the order of its ranks.
+        SGLang's communicator. Chunks are in the order of its ranks.
     output, input : [world_size * rows, ...]
         Equal shape and dtype, contiguous, not overlapping, on ``comm.device``. Any
-        dtype: one that NCCL cannot name travels as bytes. May be empty.
+        dtype: one that NCCL does not know travels as bytes. May be empty.
     stream
-        The current one if None; else the caller orders it against the tensors' use.
+        None takes the current stream. For another one, the caller orders it against
+        other uses of the tensors.
 
     Raises
     ------
-    ValueError, RuntimeError
-        Unfit tensors; an NCCL error, after which its group is closed all the same.
+    ValueError
+        The tensors are not as described above.
+    RuntimeError
+        NCCL reports an error. The NCCL group is closed in this case too.
     """
     if comm.disabled:
         return
@@ -65,24 +72,30 @@ def pynccl_all_to_all_single(
 def group_all_to_all_single(
     group: GroupCoordinator, output: torch.Tensor, input: torch.Tensor
 ) -> None:
-    """Send chunk p of ``input`` to rank p; chunk p of ``output`` comes from rank p.
+    """Send chunk p of ``input`` to rank p and receive chunk p of ``output`` from it.
 
-    Stands in for ``GroupCoordinator.all_to_all_single``. PyNccl is used where it is
-    enabled (SGLang enables it in graph capture), else torch.distributed. Unlike the
-    public method of SGLang, whose custom op has a CUDA kernel only, this can be
-    called with CPU tensors. Safe in CUDA graph capture.
+    Public API, installed as ``GroupCoordinator.all_to_all_single`` while DCP is on. It is
+    for code of other projects that calls SGLang's communicators on 0.5.16. SGLang's method
+    there lacks PyNccl, and its custom op has no CPU kernel. The exchanges of this package
+    use ``all_to_all_peers``.
+
+    PyNccl is used where it is enabled, which SGLang does in graph capture. Otherwise
+    torch.distributed is used. Safe in CUDA-graph capture.
 
     Parameters
     ----------
     group
-        Chunks are in the order of ``group.ranks``.
+        SGLang's group. Chunks are in the order of ``group.ranks``.
     output, input : [world_size * rows, ...]
-        Equal shape, dtype and device, contiguous, not overlapping. Any dtype.
+        Equal shape, dtype and device, contiguous, not overlapping. Any dtype. May be
+        empty.
 
     Raises
     ------
     ValueError
-        The tensors do not meet the above.
+        The tensors are not as described above.
+    RuntimeError
+        NCCL reports an error. The NCCL group is closed in this case too.
     """
     comm = group.pynccl_comm
     if comm is not None and not comm.disabled and not input.is_cpu:
@@ -96,14 +109,14 @@ def group_all_to_all_single(
     if input.numel():
         from torch.distributed import all_to_all_single
 
-        # Gloo on both levels in SGLang's CPU mode; on GPU the device group is NCCL,
-        # which takes no CPU tensor.
+        # On GPU the device group is NCCL, which takes no CPU tensor. In SGLang's CPU
+        # mode both groups are gloo.
         process_group = group.cpu_group if input.is_cpu else group.device_group
         all_to_all_single(on_wire(output), on_wire(input), group=process_group)
 
 
 def check_device(comm: PyNcclCommunicator, input: torch.Tensor) -> None:
-    """ValueError for a tensor on another device than the communicator's."""
+    """Raise ValueError for a tensor on another device than the communicator's."""
     if input.device != comm.device:
         raise ValueError(
             f"This communicator works on {comm.device}, the tensors are on "
@@ -112,7 +125,7 @@ def check_device(comm: PyNcclCommunicator, input: torch.Tensor) -> None:
 
 
 def check_pair(output: torch.Tensor, input: torch.Tensor, chunks: int) -> None:
-    """ValueError unless both are contiguous, alike and ``chunks`` equal chunks."""
+    """Raise ValueError unless both are alike, contiguous, and split into ``chunks``."""
     for name, tensor in (("output", output), ("input", input)):
         if not tensor.is_contiguous():
             raise ValueError(
@@ -134,7 +147,7 @@ def check_pair(output: torch.Tensor, input: torch.Tensor, chunks: int) -> None:
 
 
 def check_apart(output: torch.Tensor, input: torch.Tensor) -> None:
-    """ValueError for tensors of equal size that share memory."""
+    """Raise ValueError if two tensors of equal size share memory."""
     size_bytes = input.numel() * input.element_size()
     if abs(output.data_ptr() - input.data_ptr()) < size_bytes:
         raise ValueError(
@@ -150,7 +163,10 @@ def send_and_receive(
     ranks: Sequence[int],
     stream: torch.cuda.Stream,
 ) -> None:
-    """One NCCL group: chunk i to and from ``ranks[i]``, the own rank left out."""
+    """Send chunk i to ``ranks[i]`` and receive chunk i from it, in one NCCL group.
+
+    This rank is left out where ``ranks`` holds it.
+    """
     from sglang.srt.distributed.device_communicators import pynccl_wrapper as wrapper
 
     count = input.numel() // len(ranks)
@@ -170,7 +186,7 @@ def send_and_receive(
             chunk = wrapper.buffer_type(target + place * step)
             comm.nccl.ncclRecv(chunk, count, datatype, peer, *tail)
     finally:
-        # An open group would swallow every later collective of this thread.
+        # If the group stayed open, NCCL would issue no later call of this thread.
         comm.nccl.ncclGroupEnd()
 
 
@@ -184,13 +200,13 @@ def _nccl_datatype(dtype: torch.dtype) -> int | None:
 
 
 def on_wire(tensor: torch.Tensor) -> torch.Tensor:
-    """A contiguous tensor as NCCL and gloo can name it: itself, or its bytes."""
+    """View a contiguous tensor in a dtype that NCCL and gloo know: itself, or its bytes."""
     import torch
 
     if _nccl_datatype(tensor.dtype) is not None:
         return tensor
-    # Flattened first: a last dim of size 1 may be contiguous with any stride, and
-    # such a stride cannot be viewed as bytes.
+    # Flattened first: a last dim of size 1 counts as contiguous with any stride, and
+    # torch cannot view such a stride as bytes.
     return tensor.view(-1).view(torch.uint8)
 
 

@@ -1,7 +1,7 @@
-"""Exchange between the peers of a rank: an all-to-all without the rank's own chunk.
+"""Exchange between a rank and its peers: an all-to-all without the rank's local chunk.
 
-Over PyNccl where it is enabled (SGLang enables it in graph capture), else over
-torch.distributed.
+It uses PyNccl where that is enabled, which SGLang does in graph capture. Otherwise it
+uses torch.distributed.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed import ProcessGroup
 
-__all__ = ["PeerGroup", "exchange_with_peers", "one_launch"]
+__all__ = ["PeerGroup", "exchange_with_peers", "nccl_group"]
 
 
 class PeerGroup(Protocol):
-    """The part of SGLang's ``GroupCoordinator`` over which peers exchange."""
+    """The part of SGLang's ``GroupCoordinator`` that this module uses."""
 
     world_size: int
     rank_in_group: int
@@ -38,25 +38,27 @@ class PeerGroup(Protocol):
 def exchange_with_peers(
     group: PeerGroup, output: torch.Tensor, input: torch.Tensor
 ) -> None:
-    """Send chunk j of ``input`` to peer j; chunk j of ``output`` comes from peer j.
+    """Send chunk j of ``input`` to peer j and receive chunk j of ``output`` from it.
 
-    An all-to-all for callers that read their own chunk where it lies: it is neither
-    sent, received nor copied. Peer j is the j-th of the group's ranks without this one.
-    PyNccl in one launch where it is enabled (SGLang enables it in graph capture), else
-    torch.distributed. Safe in graph capture: no allocation, no wait.
+    An all-to-all for callers that read their local chunk where it is. That chunk is
+    neither sent, received nor copied. Peer j is the j-th rank of the group when this
+    rank is left out. PyNccl does it in one launch. Safe in CUDA-graph capture: it
+    neither allocates nor waits.
 
     Parameters
     ----------
     group
-        Of at least two ranks.
+        A group of at least two ranks.
     output, input : [(world_size - 1) * rows, ...]
         Equal shape, dtype and device, contiguous, not overlapping. Any dtype. May be
         empty.
 
     Raises
     ------
-    ValueError, RuntimeError
-        Unfit tensors; an NCCL error, after which its group is closed all the same.
+    ValueError
+        The tensors are not as described above.
+    RuntimeError
+        NCCL reports an error. The NCCL group is closed in this case too.
     """
     rank, world_size = group.rank_in_group, group.world_size
     check_pair(output, input, world_size - 1)
@@ -71,7 +73,7 @@ def exchange_with_peers(
         return
     from torch.distributed import all_to_all_single
 
-    # In elements of one dimension, so that bytes of a dtype unknown to NCCL fit too.
+    # Flattened, so that the sizes also count the bytes of a dtype unknown to NCCL.
     received, sent = on_wire(output).view(-1), on_wire(input).view(-1)
     sizes = [sent.numel() // (world_size - 1)] * world_size
     sizes[rank] = 0
@@ -80,11 +82,11 @@ def exchange_with_peers(
 
 
 @contextmanager
-def one_launch(group: PeerGroup) -> Iterator[None]:
-    """Make one NCCL launch of the PyNccl calls inside, issued when the context ends.
+def nccl_group(group: PeerGroup) -> Iterator[None]:
+    """Join the PyNccl calls inside into one NCCL launch, issued when the context ends.
 
-    What they write may be read after it. Where PyNccl is not enabled nothing changes.
-    The calls are the same on every rank, in the same order.
+    Their results may be read after that. If PyNccl is not enabled, nothing changes.
+    Every rank must make the same calls in the same order.
     """
     comm = group.pynccl_comm
     if comm is None or comm.disabled:
@@ -94,5 +96,5 @@ def one_launch(group: PeerGroup) -> Iterator[None]:
     try:
         yield
     finally:
-        # An open group would swallow every later collective of this thread.
+        # If the group stayed open, NCCL would issue no later call of this thread.
         comm.nccl.ncclGroupEnd()

@@ -1,8 +1,8 @@
 """The two process groups of decode context parallelism, created once per process.
 
-Protocol, the same on every rank: ``initialize_model_parallel`` of SGLang, then
-`init_dcp_groups`; at the end `destroy_dcp_groups`, then SGLang's own teardown. Making
-and destroying a group is collective over the world, so the order must not differ.
+Every rank calls SGLang's ``initialize_model_parallel``, then `init_dcp_groups`. At the
+end it calls `destroy_dcp_groups`, then SGLang's teardown. Making and destroying a group
+is collective over the world, so all ranks need the same order.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from sglang_dcp.distributed.topology import Layout
 
 __all__ = [
-    "by_captured_communicator",
+    "use_pynccl",
     "dcp_groups_for_capture",
     "destroy_dcp_groups",
     "get_attn_tp_group",
-    "get_kvp_group",
+    "get_dcp_group",
     "graph_capture_with_dcp",
     "init_dcp_groups",
 ]
@@ -30,18 +30,18 @@ _ATTN_TP: GroupCoordinator | None = None
 
 
 def init_dcp_groups(layout: Layout, *, backend: str | None = None) -> None:
-    """Create the KVP and attention-TP groups over SGLang's world group.
+    """Create the DCP and attention-TP groups from SGLang's world group.
 
-    The world is read as consecutive pools of ``layout.tp_size`` global ranks (TP
-    groups, for each pipeline stage or data-parallel replica). With ``dcp_size`` 1
-    nothing is created and the accessors keep raising.
+    The world is read as consecutive pools of ``layout.tp_size`` global ranks. A pool is
+    one TP group, that of a pipeline stage or of a data-parallel replica. With
+    ``dcp_size`` 1 nothing is created, and the accessors keep raising.
 
     Parameters
     ----------
     layout
-        Sizes of one pool; the same on every rank.
+        Sizes of one pool. The same on every rank.
     backend
-        torch.distributed backend of the device groups; the world's if None.
+        torch.distributed backend of the device groups. None takes the world's.
 
     Raises
     ------
@@ -64,9 +64,10 @@ def init_dcp_groups(layout: Layout, *, backend: str | None = None) -> None:
     if layout.dcp_size == 1:
         return
     backend = backend or get_backend(world.device_group)
-    # Captured decode steps exchange over KVP. No step of attention communicates over
-    # the head shards, and an NCCL communicator that nobody uses costs device memory.
-    kvp = _new_group(layout.kvp_groups(pools), backend, "kvp", backend == "nccl")
+    # Captured decode steps exchange over the DCP group, so it needs PyNccl. Nothing
+    # communicates over the attention-TP group, and an unused NCCL communicator would
+    # cost device memory.
+    kvp = _new_group(layout.dcp_groups(pools), backend, "kvp", backend == "nccl")
     attn_tp = _new_group(layout.attn_tp_groups(pools), backend, "dcp_attn_tp", False)
     _KVP, _ATTN_TP = kvp, attn_tp
 
@@ -88,9 +89,9 @@ def _new_group(
         init_model_parallel_group,
     )
 
-    # Only gathers, scatters and all-to-alls run here. The three all-reduce back ends
-    # would take IPC buffers (tens of MiB a rank) for a call that never comes, and the
-    # message queue serves TP's request broadcast.
+    # Only gathers and all-to-alls run here. The three all-reduce backends would take IPC
+    # buffers, tens of MiB for each rank, and nothing would use them. The message queue
+    # is for the request broadcast of TP.
     return init_model_parallel_group(
         ranks,
         get_world_group().local_rank,
@@ -105,10 +106,10 @@ def _new_group(
 
 
 def destroy_dcp_groups() -> None:
-    """Destroy the groups; harmless when there are none.
+    """Destroy the groups. Does nothing if there are none.
 
-    Call before SGLang's ``destroy_distributed_environment``: a group cannot outlive
-    the world it was cut from.
+    Call it before SGLang's ``destroy_distributed_environment``: a group cannot outlive
+    its world.
     """
     global _KVP, _ATTN_TP
     groups = [group for group in (_KVP, _ATTN_TP) if group is not None]
@@ -117,22 +118,22 @@ def destroy_dcp_groups() -> None:
         group.destroy()
 
 
-def get_kvp_group() -> GroupCoordinator:
-    """The ranks that share this rank's K/V heads, in ``kvp_rank`` order.
+def get_dcp_group() -> GroupCoordinator:
+    """Return the group of ranks that share this rank's K/V heads, in ``dcp_rank`` order.
 
     Raises
     ------
     RuntimeError
         `init_dcp_groups` has not run, or ran with ``dcp_size`` 1.
     """
-    return _require(_KVP, "KVP")
+    return _require(_KVP, "DCP")
 
 
 def get_attn_tp_group() -> GroupCoordinator:
-    """The ranks with this rank's ``kvp_rank``, in ``attn_tp_rank`` order.
+    """Return the group of ranks with this rank's ``dcp_rank``, in ``attn_tp_rank`` order.
 
-    Not SGLang's group of the same name, which belongs to DP attention. Collectives
-    on it run over torch.distributed, also under graph capture.
+    This is not SGLang's group of the same name, which belongs to DP attention. Its
+    collectives run over torch.distributed, also in graph capture.
 
     Raises
     ------
@@ -145,21 +146,23 @@ def get_attn_tp_group() -> GroupCoordinator:
 def _require(group: GroupCoordinator | None, name: str) -> GroupCoordinator:
     if group is None:
         raise RuntimeError(
-            f"The {name} group of decode context parallelism does not exist: "
+            f"The {name} group of sglang-dcp does not exist: "
             "init_dcp_groups() has not run with a --dcp-size above 1 in this process."
         )
     return group
 
 
 @contextmanager
-def by_captured_communicator(group: GroupCoordinator) -> Iterator[None]:
-    """Within, eager collectives of `group` run by PyNccl, as captured ones do.
+def use_pynccl(group: GroupCoordinator) -> Iterator[None]:
+    """Make eager collectives of `group` run on PyNccl, as captured ones do.
 
-    For weights, at start and between steps; every rank of the group enters. Through
-    torch.distributed, where SGLang sends what is not captured, NCCL would make another
-    communicator at the first call, and a KV pool sized after that would be smaller.
-    With NCCL_GRAPH_MIXING_SUPPORT=0 the communicator serves graphs or eager calls, never
-    both at once, whatever the stream: so this waits for the device, before and after.
+    It is for weights, at start and between steps. Every rank of the group must enter.
+    SGLang sends eager collectives through torch.distributed, where NCCL would make
+    another communicator at the first call. A KV pool that is sized later would then be
+    smaller.
+
+    With NCCL_GRAPH_MIXING_SUPPORT=0 a communicator must not serve a graph and an eager
+    call at once, on whatever stream. So this waits for the device before and after.
     """
     pynccl = group.pynccl_comm
     if pynccl is None:
@@ -174,7 +177,7 @@ def by_captured_communicator(group: GroupCoordinator) -> Iterator[None]:
 
 
 def dcp_groups_for_capture() -> List[GroupCoordinator]:
-    """Groups whose back ends must be switched for capture; empty when DCP is off."""
+    """Return the groups that must enter graph capture; empty with DCP off."""
     return [
         group
         for group in (_KVP, _ATTN_TP)
@@ -186,16 +189,15 @@ def dcp_groups_for_capture() -> List[GroupCoordinator]:
 def graph_capture_with_dcp(
     original: Callable[..., ContextManager[Any]], *args: Any, **kwargs: Any
 ) -> Iterator[Any]:
-    """SGLang's ``graph_capture`` with the DCP groups taking part.
+    """Hook: ``parallel_state.graph_capture``; the DCP groups enter capture mode too.
 
-    Body of an AROUND hook on ``parallel_state.graph_capture``. Each group enters its
-    own capture on the stream that ``original`` chose, which enables PyNccl on
-    KVP there: outside capture SGLang keeps it off.
+    Each group enters its capture on the stream that ``original`` chose. That enables
+    PyNccl on the DCP group, which SGLang keeps off outside of capture.
 
     Parameters
     ----------
     original
-        The unhooked ``graph_capture``; called with the remaining arguments.
+        SGLang's ``graph_capture``. It is called with the other arguments.
 
     Yields
     ------

@@ -1,8 +1,8 @@
-"""Pure rank arithmetic: which ranks form a group, which heads a rank holds.
+"""Pure rank arithmetic: which ranks form a group, and which heads a rank holds.
 
-One pool of ``tp_size`` ranks runs attention as ``dcp_size`` (KVP) x ``attn_tp_size``
-(TPA). ``tp_rank`` is a rank's index inside its tensor-parallel pool, never a global
-rank. Nothing here is imported but the standard library.
+One pool of ``tp_size`` ranks runs attention as ``dcp_size`` x ``attn_tp_size``.
+``tp_rank`` is a rank's index inside its tensor-parallel pool, never a global rank. Only
+the standard library is imported.
 """
 
 from __future__ import annotations
@@ -22,26 +22,54 @@ def _listed(sizes: Sequence[int]) -> str:
     return ", ".join(str(size) for size in sizes)
 
 
+def _cuts_kv_heads(kv_heads: int, width: int) -> bool:
+    return kv_heads % width == 0 or width % kv_heads == 0
+
+
+# A message lists layouts of up to this many ranks. Few servers have more.
+_MAX_LISTED_TP = 64
+
+
+def _layouts(q_heads: int, kv_heads: int, tp_size: int | None = None) -> str:
+    """List each tensor-parallel size that the heads allow, with its DCP sizes above 1."""
+    widths = [tp_size] if tp_size else divisors(q_heads)
+    sizes = {
+        width: [
+            size
+            for size in divisors(width)[1:]
+            if _cuts_kv_heads(kv_heads, width // size)
+        ]
+        for width in widths
+        if width <= _MAX_LISTED_TP
+    }
+    shown = [
+        f"--tp-size {width} (--dcp-size {_listed(found)})"
+        for width, found in sizes.items()
+        if found
+    ]
+    return " or ".join(shown) or "it without --dcp-size and --attn-tp-size"
+
+
 @dataclass(frozen=True)
 class Layout:
-    """The KVP x TPA grid over one tensor-parallel pool.
+    """The dcp_size x attn_tp_size grid over one tensor-parallel pool.
 
-    ``tp_rank = attn_tp_rank * dcp_size + kvp_rank``. With this order the chunk of a
-    head shard that the exchange leaves on a rank is the rank's plain TP slice of the
-    heads, which is the input that ``o_proj`` at width ``tp_size`` expects.
+    The rank order is ``tp_rank = attn_tp_rank * dcp_size + dcp_rank``. With this order,
+    the heads that the exchange leaves on a rank are its ordinary tensor-parallel slice.
+    ``o_proj`` at width ``tp_size`` expects exactly that slice.
 
     Parameters
     ----------
     tp_size
         Ranks of one pool (``--tp-size`` of a data-parallel replica).
     attn_tp_size
-        Ranks over which K/V heads are sharded (``--attn-tp-size``); divides
+        Ranks over which K/V heads are sharded (``--attn-tp-size``). It divides
         ``tp_size``. ``--dcp-size`` is the quotient.
 
     Raises
     ------
     ValueError
-        A size below one, or ``attn_tp_size`` not a divisor of ``tp_size``.
+        A size is below one, or ``attn_tp_size`` does not divide ``tp_size``.
     """
 
     tp_size: int
@@ -65,21 +93,24 @@ class Layout:
 
     @property
     def dcp_size(self) -> int:
-        """KVP: ranks that share K/V heads and split the sequence."""
+        """Number of ranks that share K/V heads and split the sequence.
+
+        The Helix paper (arXiv 2507.07120) calls it KVP.
+        """
         return self.tp_size // self.attn_tp_size
 
-    def kvp_rank(self, tp_rank: int) -> int:
-        """Index of ``tp_rank`` among the ranks that split its sequence."""
+    def dcp_rank(self, tp_rank: int) -> int:
+        """Return the index of ``tp_rank`` in its DCP group."""
         self._check_rank(tp_rank)
         return tp_rank % self.dcp_size
 
     def attn_tp_rank(self, tp_rank: int) -> int:
-        """Index of the head shard that ``tp_rank`` holds."""
+        """Return the index of the attn_tp shard of K/V heads that ``tp_rank`` holds."""
         self._check_rank(tp_rank)
         return tp_rank // self.dcp_size
 
-    def kvp_groups(self, tp_groups: Sequence[Sequence[int]]) -> List[List[int]]:
-        """Ranks that share K/V heads: ``dcp_size`` neighbours of each TP group.
+    def dcp_groups(self, tp_groups: Sequence[Sequence[int]]) -> List[List[int]]:
+        """List the ranks that share K/V heads: ``dcp_size`` neighbours of each TP group.
 
         Parameters
         ----------
@@ -88,7 +119,7 @@ class Layout:
 
         Returns
         -------
-        Global ranks of every KVP group, in ``kvp_rank`` order.
+        Global ranks of every DCP group, in ``dcp_rank`` order.
         """
         self._check_groups(tp_groups)
         return [
@@ -98,9 +129,9 @@ class Layout:
         ]
 
     def attn_tp_groups(self, tp_groups: Sequence[Sequence[int]]) -> List[List[int]]:
-        """Ranks with equal ``kvp_rank``: every ``dcp_size``-th of each TP group.
+        """List the ranks with equal ``dcp_rank``: every ``dcp_size``-th of each TP group.
 
-        Takes what `kvp_groups` takes; the groups are in ``attn_tp_rank`` order.
+        Takes the argument of `dcp_groups`. Each group is in ``attn_tp_rank`` order.
         """
         self._check_groups(tp_groups)
         return [
@@ -110,20 +141,21 @@ class Layout:
         ]
 
     def check_heads(self, q_heads: int, kv_heads: int) -> None:
-        """Raise unless the model's heads can be cut for this layout.
+        """Raise unless the model's heads can be sharded for this layout.
 
-        Q heads are cut over ``tp_size``. K/V heads are cut over ``attn_tp_size``, or
-        replicated evenly when there are fewer of them, as SGLang's QKV layer does.
+        Q heads are sharded over ``tp_size``. K/V heads are sharded over
+        ``attn_tp_size``. If there are fewer K/V heads, they are replicated evenly, as
+        SGLang's QKV layer does.
 
         Parameters
         ----------
         q_heads, kv_heads
-            Totals of the model. MLA has one latent head: pass ``kv_heads=1``.
+            Numbers of the whole model. MLA has one latent head: pass ``kv_heads=1``.
 
         Raises
         ------
         ValueError
-            Names the flag, its value and the sizes that work.
+            The message names the flag, its value and the sizes that work.
         """
         if q_heads < 1 or kv_heads < 1 or q_heads % kv_heads:
             raise ValueError(
@@ -132,25 +164,23 @@ class Layout:
                 "without --dcp-size and --attn-tp-size."
             )
         if q_heads % self.tp_size:
-            widths = [size for size in divisors(q_heads) if size <= self.tp_size]
             raise ValueError(
                 f"--tp-size {self.tp_size} does not divide the model's {q_heads} "
-                f"query heads. Use --tp-size {_listed(widths)}."
+                f"query heads. Use {_layouts(q_heads, kv_heads)}."
             )
-        if not self._cuts_kv_heads(kv_heads, self.attn_tp_size):
-            widths = divisors(self.tp_size)
-            widths = [size for size in widths if self._cuts_kv_heads(kv_heads, size)]
+        if not _cuts_kv_heads(kv_heads, self.attn_tp_size):
             raise ValueError(
                 f"--attn-tp-size {self.attn_tp_size} (--dcp-size {self.dcp_size}) "
                 f"neither divides the model's {kv_heads} KV heads nor is a multiple "
-                f"of them. With --tp-size {self.tp_size} use --attn-tp-size "
-                f"{_listed(widths)} (--dcp-size "
-                f"{_listed([self.tp_size // size for size in widths])})."
+                f"of them. Use {_layouts(q_heads, kv_heads, self.tp_size)}."
             )
 
     def kv_heads_per_rank(self, kv_heads: int) -> int:
-        """K/V heads that each rank holds; 1 when they are replicated."""
-        if not self._cuts_kv_heads(kv_heads, self.attn_tp_size):
+        """Return the number of K/V heads on each rank; 1 if they are replicated.
+
+        Raises ValueError if the K/V heads cannot be sharded for this layout.
+        """
+        if not _cuts_kv_heads(kv_heads, self.attn_tp_size):
             raise ValueError(
                 f"{kv_heads} KV heads cannot be cut over --attn-tp-size "
                 f"{self.attn_tp_size}; check_heads() lists the sizes that work."
@@ -158,14 +188,10 @@ class Layout:
         return max(1, kv_heads // self.attn_tp_size)
 
     def kv_shard(self, kv_heads: int, tp_rank: int) -> range:
-        """The model's K/V heads that ``tp_rank`` holds, in local order."""
+        """Return the model's K/V heads that ``tp_rank`` holds, in local order."""
         width = self.kv_heads_per_rank(kv_heads)
         first = self.attn_tp_rank(tp_rank) * kv_heads // self.attn_tp_size
         return range(first, first + width)
-
-    @staticmethod
-    def _cuts_kv_heads(kv_heads: int, width: int) -> bool:
-        return kv_heads % width == 0 or width % kv_heads == 0
 
     def _check_rank(self, tp_rank: int) -> None:
         if not 0 <= tp_rank < self.tp_size:

@@ -1,1 +1,1 @@
-"""Attention over a sequence-sharded KV cache: index math, local view, merge, adaptors."""
+"""Attention over a sequence-sharded KV cache: local batch, KV pool, heads and backends."""

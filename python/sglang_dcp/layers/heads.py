@@ -1,47 +1,39 @@
-"""K/V heads sharded over attn_tp ranks instead of tp ranks, without model edits.
+"""K/V heads sharded over attn_tp ranks instead of tp ranks, without changes to models.
 
-Every reader of the KV-head count divides it by the tensor-parallel width: models, pool
-sizing, attention backends. They see `kv_heads * dcp_size` heads, so that each of them
-arrives at `kv_heads / attn_tp_size`. Only the weight loader needs the truth.
+Models, pool sizing and attention backends divide the K/V-head count by the
+tensor-parallel size. They see `kv_heads * dcp_size` heads, so each of them gets
+`kv_heads / attn_tp_size`. Only the weight loader needs the true count.
 """
 
 from __future__ import annotations
 
 from typing import Any, Callable
 
-from sglang_dcp.config import DcpConfig, dcp_of
+from sglang_dcp.config import DcpConfig
 from sglang_dcp.context import find_context
 
 _MARK = "dcp_kv_head_scale"
 
 
-def model_config_from_server_args(
-    original: Callable[..., Any], server_args: Any, *args: Any, **kwargs: Any
-) -> Any:
-    """Seam: `ModelConfig.from_server_args`; refuses models that cannot be sharded.
+def is_mla(model: Any) -> bool:
+    """Whether SGLang serves `model`, a `ModelConfig`, with latent attention (MLA)."""
+    from sglang.srt.configs.model_config import AttentionArch
 
-    Raises
-    ------
-    DcpConfigError
-        Before any weight is loaded, for a model that DCP does not support.
-    """
-    model = original(server_args, *args, **kwargs)
-    config = dcp_of(server_args)
-    if config is not None:
-        scale_kv_heads(model, config)
-    return model
+    return model.attention_arch == AttentionArch.MLA
+
+
+def is_scaled(model: Any) -> bool:
+    """Whether `scale_kv_heads` has run for `model`: SGLang builds its config many times."""
+    return getattr(model.hf_text_config, _MARK, None) is not None
 
 
 def scale_kv_heads(model: Any, config: DcpConfig) -> None:
-    """Show `model`'s KV heads `dcp_size` times over; idempotent, as SGLang calls often.
+    """Multiply the K/V-head count of `model` by `dcp_size`; a repeat changes nothing.
 
-    MLA has one latent head, which SGLang never shards: left alone.
+    MLA stays as it is: it has one latent head, which SGLang never shards.
     """
-    from sglang_dcp.model_refusals import check_model, is_mla
-
-    if getattr(model.hf_text_config, _MARK, None) is not None:
+    if is_scaled(model):
         return
-    check_model(model, config)
     setattr(model.hf_text_config, _MARK, config.dcp_size)
     if is_mla(model):
         return
@@ -55,9 +47,15 @@ def scale_kv_heads(model: Any, config: DcpConfig) -> None:
 def qkv_parallel_linear_init(
     original: Callable[..., None], self: Any, *args: Any, **kwargs: Any
 ) -> None:
-    """Seam: `QKVParallelLinear.__init__`; ranks of a KVP group load the same K/V heads.
+    """Hook: `QKVParallelLinear.__init__`; ranks of a DCP group load the same K/V heads.
 
-    The loaders cut a checkpoint by `tp_rank // num_kv_head_replicas`.
+    The loaders slice a checkpoint by `tp_rank // num_kv_head_replicas`.
+
+    Raises
+    ------
+    RuntimeError
+        The layer did not take its K/V-head count from the scaled config. It would load
+        wrong heads.
     """
     original(self, *args, **kwargs)
     context = find_context()

@@ -1,8 +1,8 @@
 """The KV pool of one rank under a scheduler that counts logical tokens.
 
-SGLang's `page_size` (`server_args.finish`) and `max_total_num_tokens` (below) are logical:
-allocator, radix tree, admission, leak check, usage and metrics then all speak of the same
-tokens. Only the tensors that hold K and V are a `dcp_size`-th of it.
+SGLang's `page_size` (set in `server_args.finish`) and `max_total_num_tokens` (set below)
+are logical. So allocator, radix tree, admission, leak check, usage and metrics all count
+the same tokens. Only the tensors that hold K and V have a `dcp_size`-th of these rows.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def config_from_budget(result: Any, kvc: Any, *args: Any, **kwargs: Any) -> Any:
-    """Seam: `KVCacheConfigurator.config_from_budget`, from one rank's tokens to all."""
+    """Hook: `KVCacheConfigurator.config_from_budget`; counts the tokens of all ranks."""
     config = dcp_of(kvc.server_args)
     if config is None:
         return result
@@ -27,16 +27,22 @@ def config_from_budget(result: Any, kvc: Any, *args: Any, **kwargs: Any) -> Any:
     return dataclasses.replace(result, max_total_num_tokens=tokens * config.dcp_size)
 
 
-# Of what a worker tells its scheduler.
+# Indices into the tuple that `TpModelWorker.get_worker_info` returns.
 _TOKENS, _INPUT_BOUND = 0, 5
 
 
 def bound_input(info: tuple[Any, ...], worker: Any) -> tuple[Any, ...]:
-    """Seam: `TpModelWorker.get_worker_info`, no prompt that could never be admitted.
+    """Hook: `TpModelWorker.get_worker_info`; rejects prompts that could never start.
 
-    SGLang admits a prompt whose whole pages and one page more are less than the pool, and
-    lets one that it takes in but cannot admit wait, with all that come after (its issue
-    28530). A page has more than one token here, whatever `--page-size` says.
+    SGLang starts a prompt only if its pages and one more page are less than the pool. It
+    accepts longer prompts, which then wait for ever and block all that follow
+    (sgl-project/sglang#28530). That needs pages of more than one token, which logical
+    pages always are.
+
+    Raises
+    ------
+    DcpConfigError
+        The pool is too small for any request.
     """
     args = worker.server_args
     if dcp_of(args) is None:
@@ -46,10 +52,31 @@ def bound_input(info: tuple[Any, ...], worker: Any) -> tuple[Any, ...]:
     if bound <= 0:
         raise DcpConfigError(
             f"--max-total-tokens: {info[_TOKENS]} KV tokens are {pages} pages of "
-            f"{args.page_size} (page size x KVP), too few for any request; give the pool "
+            f"{args.page_size} (page-size x dcp-size), too few for any request; give the pool "
             "more memory, or use a smaller --page-size"
         )
     return (*info[:_INPUT_BOUND], bound, *info[_INPUT_BOUND + 1 :])
+
+
+def explain_input_bound(
+    message: Optional[str], req: Any, max_req_input_len: int, *args: Any
+) -> Optional[str]:
+    """Hook: `validate_input_length`; names the bound and its cause.
+
+    SGLang's message says "exceeds" also for a prompt that is as long as the bound.
+    """
+    from sglang_dcp.context import find_context
+
+    context = find_context()
+    if message is None or context is None:
+        return message
+    page = context.config.page_size * context.config.dcp_size
+    return (
+        f"Input length ({len(req.origin_input_ids)} tokens) must be below "
+        f"{max_req_input_len} tokens: the smaller of the context length and the KV pool "
+        f"without its last two pages of {page} tokens (page-size x dcp-size). Use a "
+        "shorter input, more KV memory or a smaller --page-size"
+    )
 
 
 def build_kv_pool(
@@ -59,7 +86,13 @@ def build_kv_pool(
     max_total_num_tokens: int,
     **kwargs: Any,
 ) -> Any:
-    """Seam: `_build_mha_kv_pool` and `_build_mla_kv_pool`, a rank's share of the rows."""
+    """Hook: `_build_mha_kv_pool` and `_build_mla_kv_pool`; allocates one rank's share.
+
+    Raises
+    ------
+    DcpConfigError
+        The attention backend cannot read the KV-cache dtype of the checkpoint.
+    """
     config = dcp_of(kvc.server_args)
     if config is None:
         return original(kvc, max_total_num_tokens=max_total_num_tokens, **kwargs)
@@ -69,7 +102,7 @@ def build_kv_pool(
     pool.page_size = config.page_size
     if kvc.ps.tp_rank == 0:
         logger.info(
-            "DCP layout: %d ranks = attn_tp %d x KVP %d, comm backend %s, "
+            "DCP layout: %d ranks = attn_tp %d x dcp %d, comm backend %s, "
             "Q projection %s, attention backend %s, page %d, "
             "KV tokens: %d per rank, %d in all",
             config.tp_size,
@@ -86,13 +119,17 @@ def build_kv_pool(
 
 
 def _check_kv_dtype(kvc: Any) -> None:
-    """Now the weights are read, and `--kv-cache-dtype auto` has its meaning."""
-    from sglang_dcp.layers.adaptors.registry import Need, unmet
+    """Raise if the backend cannot read the KV-cache dtype.
+
+    The meaning of `--kv-cache-dtype auto` is known only here, after the weights are read.
+    """
+    from sglang_dcp.layers.backends.capabilities import Requirement
+    from sglang_dcp.layers.backends.registry import find_mismatch
 
     args = kvc.server_args
     mla = kvc.use_mla_backend
-    need = Need(args.device, mla, kvc.model_dtype, kv_dtype=kvc.kv_cache_dtype)
-    problem = unmet(args.attention_backend, need)
+    need = Requirement(args.device, mla, kvc.model_dtype, kv_dtype=kvc.kv_cache_dtype)
+    problem = find_mismatch(args.attention_backend, need)
     if problem is not None:
         raise DcpConfigError(
             f"--kv-cache-dtype {args.kv_cache_dtype} means {problem.value} for this "
@@ -104,7 +141,10 @@ def _check_kv_dtype(kvc: Any) -> None:
 def enable_fused_set_kv_buffer(
     original: Callable[[Any], bool], forward_batch: Any
 ) -> bool:
-    """Seam: K/V writes go through the attention backend, never the fused RoPE kernel."""
+    """Hook: `enable_fused_set_kv_buffer`; off with DCP.
+
+    The fused RoPE kernel would write K/V to logical slots.
+    """
     from sglang_dcp.context import find_context
 
     return find_context() is None and original(forward_batch)
@@ -118,10 +158,19 @@ def write_kv(
     v: torch.Tensor,
     k_rope: Optional[torch.Tensor] = None,
 ) -> None:
-    """Write new tokens to `slots` of this rank's pool; with scales, K and V are divided.
+    """Write new tokens to this rank's pool.
 
-    `k_rope` is the rotary part of MLA's keys where they come in two parts. Latents are
-    written as they are.
+    If the layer has scales, K and V are divided by them in place. Latents are written as
+    they are.
+
+    Parameters
+    ----------
+    slots : Tensor [tokens] int64
+        Local slots.
+    k, v : Tensor [tokens, local K/V heads, dim]
+        New keys and values.
+    k_rope : Tensor, optional
+        Rotary part of MLA's keys. `k` is then the latent part.
     """
     from sglang.srt.mem_cache.memory_pool import KVWriteLoc, MLATokenToKVPool
 
@@ -129,7 +178,7 @@ def write_kv(
         pool.set_mla_kv_buffer(layer, slots, k, k_rope)
         return
     scales = {}
-    # Any fp8 checkpoint gives its layers scales; SGLang's pool of latents takes none.
+    # Any fp8 checkpoint gives its layers scales. SGLang's pool of latents takes none.
     if layer.k_scale is not None and not isinstance(pool, MLATokenToKVPool):
         scales = {"k_scale": layer.k_scale, "v_scale": layer.v_scale}
     pool.set_kv_buffer(layer, KVWriteLoc(slots, None), k, v, **scales)

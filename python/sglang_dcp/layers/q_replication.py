@@ -1,9 +1,10 @@
 """`--dcp-replicate-q-proj`: the Q projection at attn_tp width, so decode gathers no Q.
 
-In decode every rank of a KVP group projects the queries of the whole head shard (Helix,
-arXiv 2507.07120, 2.1.1). In extend each projects its own heads, as without the flag.
-The narrow weights stay where SGLang loads and updates them; the wide ones are gathered
-from them.
+In decode each rank projects the queries of its whole DCP group. In extend it projects its
+local heads, as without the flag. The sharded weights stay where SGLang loads and updates
+them. The replicated weights are gathered from them.
+
+Source: Helix, arXiv 2507.07120, section 2.1.1.
 """
 
 from __future__ import annotations
@@ -18,22 +19,22 @@ from sglang_dcp.config import DcpConfigError
 
 
 def after_load_model(result: Any, runner: Any, *args: Any, **kwargs: Any) -> Any:
-    """Seam: `ModelRunner.load_model`; widens the Q projections that it loaded."""
+    """Hook: `ModelRunner.load_model`; replicates the loaded Q projections."""
     from sglang_dcp.context import find_context
-    from sglang_dcp.distributed.groups import get_kvp_group
+    from sglang_dcp.distributed.groups import get_dcp_group
 
     context = find_context()
     if context is not None and context.config.replicate_q_proj:
-        runner.dcp_q_replicas = QReplicas(runner.model, get_kvp_group())
+        runner.dcp_q_replicas = QReplicas(runner.model, get_dcp_group())
     return result
 
 
 def around_weight_update(
     original: Callable[..., Any], updater: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """Seam: every `WeightUpdater.update_weights_from_*`; refreshes the wide weights.
+    """Hook: every `WeightUpdater.update_weights_from_*`; refreshes the replicated weights.
 
-    Also after a failed update: all ranks must take part in the gather.
+    It does so after a failed update too, because all ranks must take part in the gather.
     """
     from sglang_dcp.context import find_context
 
@@ -45,166 +46,176 @@ def around_weight_update(
 
 
 class QReplicas:
-    """The wide Q projections of a model and the switch between widths.
+    """The replicated Q projections of a model, and the switch to and from them.
+
+    Making it is a collective over the DCP group.
 
     Parameters
     ----------
     model : nn.Module
-        Loaded; its attention modules are found by what they hold.
+        A loaded model. Its attention modules are found by their attributes.
     group
-        KVP group; weights are gathered in `kvp_rank` order, which is head order.
+        DCP group. Weights are gathered in `dcp_rank` order, which is head order.
 
     Raises
     ------
     DcpConfigError
-        For a model in which no attention module with a Q projection is found.
+        No attention module has a Q projection that can be replicated.
     """
 
     def __init__(self, model: nn.Module, group: Any) -> None:
         self._group = group
         self._attentions = [
-            wide
+            found
             for module in model.modules()
-            if (wide := _widen(module, group)) is not None
+            if (found := _replicate(module, group)) is not None
         ]
         if not self._attentions:
             raise DcpConfigError(
                 f"--dcp-replicate-q-proj: {type(model).__name__} has no attention "
                 "module whose Q projection can be replicated; drop the flag"
             )
-        self._wide = False
+        self._replicated = False
         self.refresh()
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Gather the wide weights anew; a collective over the KVP group."""
-        from sglang_dcp.distributed.groups import by_captured_communicator
+        """Gather the replicated weights again; a collective over the DCP group.
 
-        with by_captured_communicator(self._group):
+        Captured graphs stay valid: the weights keep their addresses.
+        """
+        from sglang_dcp.distributed.groups import use_pynccl
+
+        with use_pynccl(self._group):
             for attention in self._attentions:
                 attention.refresh()
 
-    def select(self, *, wide: bool) -> None:
-        """Choose the width of the next forward: wide in decode. Free where it stays."""
-        if wide == self._wide:
+    def select(self, *, replicated: bool) -> None:
+        """Choose the weights of the next forward: replicated in decode, sharded in extend.
+
+        It returns at once if nothing changes.
+        """
+        if replicated == self._replicated:
             return
-        self._wide = wide
+        self._replicated = replicated
         for attention in self._attentions:
-            attention.select(wide)
+            attention.select(replicated)
 
 
-def _widen(module: nn.Module, group: Any) -> Optional[_WideAttention]:
+def _replicate(module: nn.Module, group: Any) -> Optional[_ReplicatedAttention]:
     from sglang.srt.layers.linear import QKVParallelLinear
 
     if isinstance(getattr(module, "qkv_proj", None), QKVParallelLinear):
-        return _WideGqa(module, group)
+        return _ReplicatedGqa(module, group)
     if hasattr(module, "w_kc") and hasattr(module, "forward_absorb_prepare"):
-        return _WideMla(module, group)
+        return _ReplicatedMla(module, group)
     return None
 
 
-class _WideAttention(ABC):
-    """One attention module that can be switched to the Q heads of its KVP group."""
+class _ReplicatedAttention(ABC):
+    """One attention module that can project the Q heads of its DCP group."""
 
     def __init__(self, module: Any, group: Any) -> None:
         self._module = module
         self._group = group
 
     def _gather(self, own: torch.Tensor) -> torch.Tensor:
-        """Rows of all ranks of the group, in rank order."""
+        """Gather the rows of all ranks of the group, in rank order."""
         return self._group.all_gather(own.contiguous(), dim=0)
 
     @abstractmethod
     def refresh(self) -> None: ...
 
     @abstractmethod
-    def select(self, wide: bool) -> None: ...
+    def select(self, replicated: bool) -> None: ...
 
 
 def _renew(old: Optional[torch.Tensor], new: torch.Tensor) -> torch.Tensor:
-    """`new` where `old` was: captured graphs hold its address."""
+    """Copy `new` into `old`, if there is one: captured graphs hold its address."""
     return new if old is None else old.copy_(new)
 
 
-class _WideLinearMethod:
-    """Stands in a linear layer's `quant_method`: the wide weight while switched on.
+class _ReplicatedLinearMethod:
+    """Takes the place of a linear layer's `quant_method`.
+
+    While `replicated` is true, it computes with the replicated weight.
 
     Raises
     ------
     DcpConfigError
-        For a method other than a plain product: a checkpoint or an environment variable
-        may quantize single layers of a model that names no quantization.
+        The layer is quantized. A checkpoint or an environment variable may quantize
+        single layers of a model that names no quantization.
     """
 
-    def __init__(self, narrow: Any) -> None:
+    def __init__(self, sharded: Any) -> None:
         from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 
-        if not isinstance(narrow, UnquantizedLinearMethod):
+        if not isinstance(sharded, UnquantizedLinearMethod):
             raise DcpConfigError(
                 f"--dcp-replicate-q-proj: a Q projection is computed by "
-                f"{type(narrow).__name__}, and only a plain one can be held at attn_tp "
-                "width; drop the flag"
+                f"{type(sharded).__name__}, and only an unquantized one can be held at "
+                "attn_tp width; drop the flag"
             )
-        self._narrow = narrow
-        self.wide = False
+        self._sharded = sharded
+        self.replicated = False
         self.weight: Optional[torch.Tensor] = None
         self.bias: Optional[torch.Tensor] = None
 
     def apply(
         self, layer: nn.Module, x: torch.Tensor, bias: Optional[torch.Tensor] = None
     ) -> torch.Tensor:
-        if not self.wide:
-            return self._narrow.apply(layer, x, bias)
+        if not self.replicated:
+            return self._sharded.apply(layer, x, bias)
         assert self.weight is not None
         return nn.functional.linear(x, self.weight, self.bias)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._narrow, name)
+        return getattr(self._sharded, name)
 
 
-class _WideGqa(_WideAttention):
-    """Llama and its kin: a fused QKV projection split by `q_size`."""
+class _ReplicatedGqa(_ReplicatedAttention):
+    """GQA models: a fused QKV projection that the model splits by `q_size`."""
 
     def __init__(self, module: Any, group: Any) -> None:
         super().__init__(module, group)
         self._own = (module.q_size, module.num_heads)
-        self._method = _WideLinearMethod(module.qkv_proj.quant_method)
+        self._method = _ReplicatedLinearMethod(module.qkv_proj.quant_method)
         module.qkv_proj.quant_method = self._method
 
     def refresh(self) -> None:
         layer, method = self._module.qkv_proj, self._method
-        method.weight = _renew(method.weight, self._widen_rows(layer.weight))
+        method.weight = _renew(method.weight, self._replicate_rows(layer.weight))
         if getattr(layer, "bias", None) is not None:
-            method.bias = _renew(method.bias, self._widen_rows(layer.bias))
+            method.bias = _renew(method.bias, self._replicate_rows(layer.bias))
 
-    def _widen_rows(self, own: torch.Tensor) -> torch.Tensor:
+    def _replicate_rows(self, own: torch.Tensor) -> torch.Tensor:
         q_size = self._own[0]
         return torch.cat([self._gather(own[:q_size]), own[q_size:]])
 
-    def select(self, wide: bool) -> None:
-        times = self._group.world_size if wide else 1
-        self._method.wide = wide
+    def select(self, replicated: bool) -> None:
+        times = self._group.world_size if replicated else 1
+        self._method.replicated = replicated
         self._module.q_size = self._own[0] * times
         self._module.num_heads = self._own[1] * times
 
 
-class _WideMla(_WideAttention):
-    """DeepSeek: Q projection and absorbed K weight wide while Q is prepared.
+class _ReplicatedMla(_ReplicatedAttention):
+    """DeepSeek: Q projection and absorbed K weight are replicated while Q is prepared.
 
-    What follows (the exchange, `w_vc`, `o_proj`) works on the rank's own heads again.
+    The steps after it (exchange, `w_vc`, `o_proj`) work on the rank's local heads.
     """
 
     def __init__(self, module: Any, group: Any) -> None:
         super().__init__(module, group)
-        self._own_heads = module.num_local_heads
+        self._local_heads = module.num_local_heads
         self._layer = module.q_proj if module.q_lora_rank is None else module.q_b_proj
-        self._method = _WideLinearMethod(self._layer.quant_method)
+        self._method = _ReplicatedLinearMethod(self._layer.quant_method)
         self._layer.quant_method = self._method
         self._prepare = module.forward_absorb_prepare
-        module.forward_absorb_prepare = self._prepare_wide
-        # That kernel reads the layer's own weight, past its quant_method.
+        module.forward_absorb_prepare = self._prepare_replicated
+        # That kernel reads the layer's weight directly and would bypass quant_method.
         module.use_min_latency_q_b_gemm = False
-        self._wide = False
+        self._replicated = False
         self._w_kc: Optional[torch.Tensor] = None
 
     def refresh(self) -> None:
@@ -212,19 +223,19 @@ class _WideMla(_WideAttention):
         method.weight = _renew(method.weight, self._gather(self._layer.weight))
         self._w_kc = _renew(self._w_kc, self._gather(self._module.w_kc))
 
-    def select(self, wide: bool) -> None:
-        self._wide = wide
+    def select(self, replicated: bool) -> None:
+        self._replicated = replicated
 
-    def _prepare_wide(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._wide:
+    def _prepare_replicated(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._replicated:
             return self._prepare(*args, **kwargs)
         module, own_w_kc = self._module, self._module.w_kc
-        self._method.wide = True
-        module.num_local_heads = self._own_heads * self._group.world_size
+        self._method.replicated = True
+        module.num_local_heads = self._local_heads * self._group.world_size
         module.w_kc = self._w_kc
         try:
             return self._prepare(*args, **kwargs)
         finally:
-            self._method.wide = False
-            module.num_local_heads = self._own_heads
+            self._method.replicated = False
+            module.num_local_heads = self._local_heads
             module.w_kc = own_w_kc

@@ -1,15 +1,15 @@
-"""How large an exchange's workspace must be, from SGLang's `ModelRunner`."""
+"""The size of an exchange's workspace, from SGLang's `ModelRunner`."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from sglang_dcp.distributed.exchange import WorkspaceSpec
-from sglang_dcp.model_refusals import is_mla
+from sglang_dcp.layers.heads import is_mla
 
 
 def workspace_spec(runner: Any) -> WorkspaceSpec:
-    """The largest decode step of SGLang's `ModelRunner`, as an exchange sees it."""
+    """Return the largest decode step of SGLang's `ModelRunner`, as an exchange sees it."""
     model = runner.model_config
     if is_mla(model):
         dim = model.kv_lora_rank + model.qk_rope_head_dim
@@ -19,6 +19,6 @@ def workspace_spec(runner: Any) -> WorkspaceSpec:
         tokens=runner.req_to_token_pool.size,
         heads=model.num_attention_heads // runner.server_args.tp_size,
         row_bytes=dim * runner.dtype.itemsize,
-        # Before SGLang's watchdog, which could not name the ranks.
+        # Shorter than SGLang's watchdog, which cannot name the ranks.
         timeout_s=0.8 * runner.server_args.watchdog_timeout,
     )

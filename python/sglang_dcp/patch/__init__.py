@@ -1,1 +1,1 @@
-"""The patch series for forks of SGLang: put in place, taken back, made and checked."""
+"""The tool for the patch series for forks of SGLang."""

@@ -21,33 +21,43 @@ _ON_A_TREE = {
 }
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Run one command; a refusal is one line and exit code 2."""
-    parser = argparse.ArgumentParser(prog="python -m sglang_dcp patch")
-    verbs = parser.add_subparsers(dest="command", required=True)
+def add_commands(parser: argparse.ArgumentParser) -> None:
+    """Add the commands of `patch` to its parser."""
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
     for name, run in _ON_A_TREE.items():
         command = verbs.add_parser(name, help=(run.__doc__ or "").splitlines()[0])
         command.add_argument("--target", type=Path, metavar="DIR")
-    verbs.add_parser("lint", help="check headers, series, budget and hashes")
-    command = verbs.add_parser("import", help="make a checkout with the series")
+    verbs.add_parser("lint", help="Check headers, series, budget and hashes.")
+    command = verbs.add_parser("import", help="Make a checkout with the series.")
     command.add_argument("target", type=Path, metavar="DIR")
     command.add_argument("--version", default=versions()[-1] if versions() else None)
-    command = verbs.add_parser("export", help="make the series of a checkout")
+    command = verbs.add_parser("export", help="Make the series of a checkout.")
     command.add_argument("--target", type=Path, metavar="DIR", required=True)
     command.add_argument("--base", default="base", metavar="REV")
     command.add_argument("--wheel", type=Path, metavar="FILE", required=True)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one command. An error prints one line and exits with 2."""
+    parser = argparse.ArgumentParser(prog="python -m sglang_dcp patch")
+    add_commands(parser)
+    return run(parser.parse_args(arguments))
+
+
+def run(parsed: argparse.Namespace) -> int:
+    """Do what `main` does, for parsed arguments."""
     try:
-        return _run(parser.parse_args(arguments))
+        return _run(parsed)
     except PatchError as error:
         print(f"sglang-dcp: error: {error}", file=sys.stderr)
         return 2
 
 
 def _run(parsed: argparse.Namespace) -> int:
-    if parsed.command in _ON_A_TREE:
-        return _ON_A_TREE[parsed.command](parsed.target)
-    if parsed.command == "lint":
+    if parsed.verb in _ON_A_TREE:
+        return _ON_A_TREE[parsed.verb](parsed.target)
+    if parsed.verb == "lint":
         return lint()
-    if parsed.command == "import":
+    if parsed.verb == "import":
         return import_series(parsed.target, parsed.version)
     return export_series(parsed.target, parsed.base, parsed.wheel)

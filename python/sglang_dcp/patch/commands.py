@@ -1,4 +1,4 @@
-"""`patch status`, `check`, `apply` and `revert`."""
+"""The commands `patch status`, `check`, `apply` and `revert`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sglang_dcp.patch.tree import (
 
 
 def status(target: Optional[Path]) -> int:
-    """Print the state of every touched file; 0 where all are in the same known one."""
+    """Print the state of every touched file. Exit with 0 if all have the same known state."""
     tree = read_tree(find_package(target))
     for name, state in tree.states.items():
         print(f"{state:<9} {name}")
@@ -40,7 +40,7 @@ def _summary(tree: Tree) -> str:
 
 
 def check(target: Optional[Path]) -> int:
-    """Do all that `apply` and `revert` do, but write nothing."""
+    """Do what `apply` and `revert` do, but write nothing."""
     tree = read_tree(find_package(target))
     refuse_unknown(tree)
     _changes(tree, PRISTINE, tree.series.patch)
@@ -52,12 +52,12 @@ def check(target: Optional[Path]) -> int:
 
 
 def apply(target: Optional[Path]) -> int:
-    """Patch every file that is pristine; also after a run that was killed."""
+    """Patch every pristine file. It also finishes a run that was killed."""
     return _move(target, PRISTINE, PATCHED)
 
 
 def revert(target: Optional[Path]) -> int:
-    """Give back every byte of SGLang; also after a run that was killed."""
+    """Restore every byte of SGLang. It also undoes a run that was killed."""
     return _move(target, PATCHED, PRISTINE)
 
 
@@ -80,7 +80,7 @@ def _move(target: Optional[Path], source: str, goal: str) -> int:
 def _changes(
     tree: Tree, source: str, make: Callable[[str, bytes], bytes]
 ) -> dict[str, Change]:
-    """What moves the files in state `source`; nothing is written yet."""
+    """Compute the changes of all files in state `source`. Nothing is written yet."""
     return {
         name: Change(tree.contents[name], make(name, tree.contents[name]))
         for name in tree.named(source)

@@ -1,7 +1,7 @@
-"""The one error of this package."""
+"""The one error of the patch tool."""
 
 from __future__ import annotations
 
 
 class PatchError(RuntimeError):
-    """What stands in the way, naming the file and the way out."""
+    """The tool cannot go on. The message names the file and what to do."""

@@ -1,4 +1,4 @@
-"""The header of a patch: what it is for, whom it was offered to, when it can go."""
+"""The header of a patch: its reason, its upstream state, and when it can be removed."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _FIELD = re.compile(rf"^({'|'.join(FIELDS)}): ", re.MULTILINE)
 
 
 def read_header(name: str, patch: bytes) -> dict[str, str]:
-    """Subject and each of `FIELDS`, unwrapped.
+    """Return the Subject and each of `FIELDS`, with lines joined.
 
     Raises
     ------
     PatchError
-        For a Subject that is not the file's; for a field that is absent, empty, double or
-        out of order; for a Last-Update that is no date.
+        The Subject does not have the file's name. A field is absent, empty, double or out
+        of order. Last-Update is not a date.
     """
     mail = email.message_from_bytes(patch, policy=email.policy.compat32)
     subject = " ".join(str(mail["Subject"] or "").split())
@@ -39,7 +39,7 @@ def read_header(name: str, patch: bytes) -> dict[str, str]:
     header = {key: " ".join(text.split()) for key, text in zip(FIELDS, parts[2::2])}
     empty = [key for key, text in header.items() if not text]
     if empty:
-        raise PatchError(f"{name}: {empty[0]} says nothing")
+        raise PatchError(f"{name}: {empty[0]} is empty")
     if not re.fullmatch(r"\d{4}-\d\d-\d\d", header["Last-Update"]):
         raise PatchError(f"{name}: Last-Update must be YYYY-MM-DD")
     return {"Subject": match.group(2), **header}

@@ -1,4 +1,4 @@
-"""`patch lint`: headers, series against files, budget, hashes, README."""
+"""The command `patch lint`: headers, series against files, budget, hashes, README."""
 
 from __future__ import annotations
 
@@ -6,23 +6,17 @@ from pathlib import Path
 
 from sglang_dcp.patch.error import PatchError
 from sglang_dcp.patch.header import read_header
-from sglang_dcp.patch.manifest import (
-    NAME,
-    folder_of,
-    load_series,
-    read_series,
-    versions,
-)
+from sglang_dcp.patch.manifest import folder_of, load_series, read_series, versions
 from sglang_dcp.patch.readme import render_readme
 
-# A seam is a call; what needs more belongs into sglang_dcp.
+# A hook is one call. Code that needs more lines belongs in sglang_dcp.
 MAX_ADDED_LINES = 15
-_NO_PATCHES = {"series", NAME}
+_NO_PATCHES = {"series"}
 
 
 def lint() -> int:
-    """Check every series; 0 where nothing is wrong."""
-    found = [fault for version in versions() for fault in faults(folder_of(version))]
+    """Check every series. Return 0 if nothing is wrong."""
+    found = [fault for version in versions() for fault in faults(version)]
     readme = folder_of("README.md")
     if not found and _text(readme) != render_readme():
         found.append(f"{readme} is stale; run patch export")
@@ -32,10 +26,11 @@ def lint() -> int:
     return 1 if found else 0
 
 
-def faults(folder: Path) -> list[str]:
-    """One line for each thing that is wrong with the series in `folder`."""
+def faults(version: str) -> list[str]:
+    """Return one line for each fault of the series for a version of SGLang."""
+    folder = folder_of(version)
     try:
-        load_series(folder)
+        load_series(version)
         names = read_series(folder)
     except PatchError as error:
         return [str(error)]
@@ -56,7 +51,7 @@ def faults(folder: Path) -> list[str]:
 
 
 def added_lines(patch: bytes) -> int:
-    """Lines that a patch adds to SGLang."""
+    """Count the lines that a patch adds to SGLang."""
     diff = patch[patch.index(b"\ndiff --git ") :].split(b"\n")
     return sum(line[:1] == b"+" and line[:6] != b"+++ b/" for line in diff)
 

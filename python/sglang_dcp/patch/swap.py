@@ -1,8 +1,8 @@
-"""Files replaced all or none, by new files renamed into their place.
+"""Replaces all of several files or none, by renaming new files into place.
 
-Never written in place: package managers link one file into many environments. After a
-kill each file is wholly old or wholly new, which its hash tells, so the next run needs
-no journal to go on or back.
+Files are never written in place, because package managers link one file into many
+environments. After a kill each file is wholly old or wholly new. Its hash shows which, so
+the next run needs no journal.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Iterable, Iterator, NamedTuple
 
 from sglang_dcp.patch.error import PatchError
 
-# One fixed name a file, so that what a killed run left is found and removed.
+# A fixed name, so that the next run finds and removes the files of a killed run.
 SUFFIX = ".sglang-dcp-new"
 
 
 class Change(NamedTuple):
-    """One file: what it holds and what it shall hold."""
+    """The old and the new content of one file."""
 
     old: bytes
     new: bytes
@@ -29,7 +29,10 @@ class Change(NamedTuple):
 
 @contextmanager
 def locked(root: Path) -> Iterator[None]:
-    """No other run works below `root` meanwhile; a killed one gives the lock back."""
+    """Lock `root` against other runs. The lock ends with the process, even if killed.
+
+    Raises PatchError if another run holds the lock.
+    """
     handle = os.open(root, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -41,18 +44,18 @@ def locked(root: Path) -> Iterator[None]:
 
 
 def leftovers(root: Path, names: Iterable[str]) -> list[Path]:
-    """New files that a killed run did not come to rename."""
+    """List new files that a killed run did not rename."""
     paths = [_new_path(root / name) for name in names]
     return [path for path in paths if path.exists()]
 
 
 def replace_all(root: Path, changes: dict[str, Change]) -> None:
-    """Replace every file, or none where one of them cannot be.
+    """Replace every file, or none if one of them cannot be replaced.
 
     Raises
     ------
     PatchError
-        For a file that cannot be written, or that changed since it was read.
+        A file cannot be written, or it changed since it was read.
     """
     done: list[str] = []
     try:
@@ -84,7 +87,7 @@ def _new_path(path: Path) -> Path:
 
 
 def _write_new(path: Path, data: bytes) -> None:
-    """The new file beside `path`, on disk, with its mode and owner."""
+    """Write the new file beside `path` to disk, with the mode and owner of `path`."""
     like = path.stat()
     handle = os.open(_new_path(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(handle, "wb") as file:
@@ -98,5 +101,5 @@ def _write_new(path: Path, data: bytes) -> None:
 
 def _rename(path: Path, old: bytes) -> None:
     if path.read_bytes() != old:
-        raise PatchError(f"{path} changed while it was patched; nothing was; try again")
+        raise PatchError(f"{path} changed meanwhile; no file was patched; try again")
     os.replace(_new_path(path), path)

@@ -1,4 +1,4 @@
-"""An SGLang on disk: where its package lies, and the state of each touched file."""
+"""An SGLang on disk: where its package is, and the state of each touched file."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ PRISTINE, PATCHED, UNKNOWN = "pristine", "patched", "unknown"
 
 
 class Tree(NamedTuple):
-    """The `sglang` package at `root` as one series sees it.
+    """The `sglang` package at `root`, compared with one series.
 
     Attributes
     ----------
     contents : dict
-        Bytes of each touched file; a missing one is absent.
+        Bytes of each touched file. A file that does not exist has no entry.
     """
 
     root: Path
@@ -34,22 +34,22 @@ class Tree(NamedTuple):
 
     @property
     def states(self) -> dict[str, str]:
-        """`pristine`, `patched` or `unknown`, by file."""
+        """Return `pristine`, `patched` or `unknown` for each file."""
         return {name: self._state(name) for name in self.series.files}
 
     def _state(self, name: str) -> str:
         hashes = self.series.files[name]
         found = sha256(self.contents[name]) if name in self.contents else None
-        known = {hashes.before: PRISTINE, hashes.after: PATCHED}
-        return known.get(found or "", UNKNOWN)
+        known = {hashes.original: PRISTINE, hashes.patched: PATCHED}
+        return known.get(found, UNKNOWN) if found else UNKNOWN
 
     def named(self, state: str) -> list[str]:
-        """Files in that state."""
+        """List the files in a state."""
         return [name for name, found in self.states.items() if found == state]
 
 
 def find_package(target: Optional[Path]) -> Path:
-    """The `sglang` package in `target`, or the one that Python would import.
+    """Find the `sglang` package in `target`, or the one that Python would import.
 
     Parameters
     ----------
@@ -59,7 +59,7 @@ def find_package(target: Optional[Path]) -> Path:
     Raises
     ------
     PatchError
-        Where there is none, more than one, or only a link to one.
+        There is none, more than one, or only a link to one.
     """
     roots = [_importable()] if target is None else _below(target)
     if len(roots) != 1:
@@ -96,14 +96,14 @@ def _below(target: Path) -> list[Path]:
 
 
 def read_tree(root: Path) -> Tree:
-    """The touched files below `root`, by the series that knows most of them.
+    """Read the touched files below `root`, for the series that knows most of them.
 
     Raises
     ------
     PatchError
-        Where there is no series at all, or one that its own manifest does not fit.
+        There is no series, or one that does not match the release's hashes.
     """
-    trees = [_read(root, load_series(folder_of(version))) for version in versions()]
+    trees = [_read(root, load_series(version)) for version in versions()]
     if not trees:
         raise PatchError(f"no patch series in {folder_of('')}; reinstall sglang-dcp")
     return min(trees, key=lambda tree: len(tree.named(UNKNOWN)))

@@ -1,7 +1,7 @@
-"""Patches as `git format-patch` writes them: read and applied to bytes, exactly.
+"""Reads patches that `git format-patch` wrote, and applies them to bytes exactly.
 
-No `git apply`: below another repository it skips every file and reports success. No
-`patch`: it takes drifted context. Here a hunk fits at its own line or not at all.
+`git apply` skips every file below another repository and reports success. `patch` accepts
+shifted lines. Here a hunk fits at its line or not at all.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _HUNK = re.compile(rb"@@ -(\d+)(?:,(\d+))? \+(\d+)(?:,(\d+))? @@")
 
 
 class Hunk(NamedTuple):
-    """Lines `old`, from line number `at` on, become `new`; numbers begin at 1."""
+    """The lines `old`, from line number `at` on, become `new`. Numbers begin at 1."""
 
     at: int
     old: tuple[bytes, ...]
@@ -28,7 +28,7 @@ class Hunk(NamedTuple):
 
 
 class FileDiff(NamedTuple):
-    """What one patch does to one file, by its path in a checkout."""
+    """The changes of one patch to one file, with the file's path in a checkout."""
 
     path: str
     hunks: tuple[Hunk, ...]
@@ -38,12 +38,12 @@ class FileDiff(NamedTuple):
 
 
 def read_patch(name: str, patch: bytes) -> list[FileDiff]:
-    """The changes of patch `name`.
+    """Return the changes of patch `name`, file by file.
 
     Raises
     ------
     PatchError
-        For anything but changed lines of existing files, and for wrong line counts.
+        The patch has more than changed lines of existing files, or wrong line counts.
     """
     lines = _lines(patch)
     starts = [i for i, line in enumerate(lines) if line.startswith(b"diff --git ")]
@@ -54,7 +54,7 @@ def read_patch(name: str, patch: bytes) -> list[FileDiff]:
 
 
 def _lines(text: bytes) -> list[bytes]:
-    """Lines as git counts them: a carriage return ends none."""
+    """Split into lines as git does: a carriage return does not end a line."""
     return re.findall(rb"[^\n]*\n|[^\n]+", text)
 
 
@@ -102,12 +102,12 @@ def _read_hunks(where: str, lines: list[bytes]) -> tuple[Hunk, ...]:
 
 
 def apply_hunks(text: bytes, diff: FileDiff) -> bytes:
-    """`text` with every hunk applied at its own line.
+    """Return `text` with every hunk applied at its line.
 
     Raises
     ------
     PatchError
-        Where a line of context is another one.
+        The old lines of a hunk are not at its line.
     """
     lines = _lines(text)
     result: list[bytes] = []

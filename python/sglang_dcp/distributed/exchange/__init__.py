@@ -1,6 +1,6 @@
-"""Exchanges of partial attention outputs, one per ``--dcp-comm-backend``.
+"""Exchanges of partial attention outputs, one for each ``--dcp-comm-backend``.
 
-Left out: the packed row layout, which is private to ``a2a``.
+The packed row layout is not exported, because only ``a2a`` uses it.
 """
 
 from typing import Optional
@@ -22,7 +22,10 @@ EXCHANGES: dict[str, type[Exchange]] = {
 
 
 def exchange_class(name: str) -> type[Exchange]:
-    """Class of exchange ``name``; ValueError for a name that is not registered."""
+    """Return the class of exchange ``name``.
+
+    Raises ValueError for a name that is not registered.
+    """
     if name in EXCHANGES:
         return EXCHANGES[name]
     raise ValueError(
@@ -33,9 +36,10 @@ def exchange_class(name: str) -> type[Exchange]:
 def create_exchange(
     name: str, group: ExchangeGroup, spec: Optional[WorkspaceSpec] = None
 ) -> Exchange:
-    """Exchange ``name`` over ``group``; ValueError for a name that is not registered.
+    """Create exchange ``name`` over ``group``.
 
-    Called by all ranks of the group, outside of graph capture.
+    All ranks of the group call it together, outside of graph capture. Raises ValueError
+    for a name that is not registered.
     """
     return exchange_class(name)(group, spec)
 

@@ -1,4 +1,4 @@
-"""Exchange of partial outputs with their LSE in the same rows."""
+"""The exchange that sends partial outputs and their LSE in the same rows."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from sglang_dcp.distributed.exchange.base import (
     ExchangeGroup,
     mask_empty_rows,
 )
-from sglang_dcp.layers.merge import Merged
-from sglang_dcp.layers.merge_peers import pack_partials, unpack_combine
+from sglang_dcp.ops.partials import pack_partials, unpack_combine
 
 
 class A2AExchange(Exchange):
-    """Pack, one all-to-all between peers in the payload's dtype, unpack and combine."""
+    """Packs, runs one all-to-all between peers in the payload's dtype, and combines."""
+
+    summary = "one packed all-to-all of outputs and LSE"
 
     def _reduce(
         self,
@@ -26,14 +27,13 @@ class A2AExchange(Exchange):
         lse: Tensor,
         empty_rows: Optional[Tensor],
         is_lse_base_on_e: bool,
-        return_lse: bool,
-    ) -> Merged:
-        group, own = self.group, self._own_heads(partial_out)
+    ) -> tuple[Tensor, Tensor]:
+        group, own = self.group, self._local_heads(partial_out)
         lse = mask_empty_rows(lse, empty_rows)
         sent = pack_partials(partial_out, lse, group.world_size, group.rank_in_group)
         received = torch.empty_like(sent)
         exchange_with_peers(group, received, sent)
-        # The merged output may take its memory.
+        # The merged output may use this memory.
         del sent
         return unpack_combine(
             received,
@@ -41,7 +41,6 @@ class A2AExchange(Exchange):
             lse[:, own],
             group.rank_in_group,
             is_lse_base_on_e=is_lse_base_on_e,
-            return_lse=return_lse,
         )
 
 
@@ -52,8 +51,19 @@ def dcp_a2a_lse_reduce(
     *,
     is_lse_base_on_e: bool = True,
     return_lse: bool = False,
-) -> Merged:
-    """``A2AExchange.reduce`` as a function, under the name that SGLang uses."""
-    return A2AExchange(group).reduce(
-        partial_out, lse, is_lse_base_on_e=is_lse_base_on_e, return_lse=return_lse
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Merge the partial outputs of all ranks with ``A2AExchange``.
+
+    Public API, under SGLang's name. It is for attention code that calls SGLang's function
+    of this name. ``Exchange.reduce`` describes shapes, dtypes and errors. Safe in
+    CUDA-graph capture.
+
+    Returns
+    -------
+    out : [tokens, h, D] of local heads in ``partial_out.dtype``
+    lse : [tokens, h] fp32, merged, only with ``return_lse``
+    """
+    merged = A2AExchange(group).reduce(
+        partial_out, lse, is_lse_base_on_e=is_lse_base_on_e
     )
+    return merged if return_lse else merged[0]

@@ -1,4 +1,4 @@
-"""Exchange by all-gather of the LSE and reduce-scatter of the outputs."""
+"""The exchange that all-gathers the LSE and reduce-scatters the outputs."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from sglang_dcp.distributed.all_to_all_peers import exchange_with_peers, one_launch
+from sglang_dcp.distributed.all_to_all_peers import exchange_with_peers, nccl_group
 from sglang_dcp.distributed.exchange.base import Exchange, mask_empty_rows
-from sglang_dcp.layers.merge import Merged
-from sglang_dcp.layers.merge_peers import cut_combine, cut_partials
+from sglang_dcp.ops.partials import combine_from_peers, slice_for_peers
 
 
 class AllGatherReduceScatterExchange(Exchange):
-    """Gather the LSE of all heads, reduce-scatter the outputs weighted by it.
+    """Gathers the LSE of all heads and reduce-scatters the outputs, weighted by it.
 
-    The reduce-scatter is direct: a rank gets its heads from each peer as the attention
-    kernel wrote them, weights and sums them in fp32. NCCL's own would have to be fed in
-    fp32, at twice the bytes, not to round each weighted output; it would have to wait
-    for the gathered LSE; and it sums in the order of its ring.
+    The reduce-scatter is direct: a rank receives its heads from each peer as the
+    attention kernel wrote them, and weights and sums them in fp32. NCCL's reduce-scatter
+    would need fp32, at twice the bytes, or it would round each weighted output. It would
+    also have to wait for the gathered LSE, and it sums in the order of its ring.
     """
+
+    summary = "all-gather the LSE, reduce-scatter the outputs"
 
     def _reduce(
         self,
@@ -28,22 +29,20 @@ class AllGatherReduceScatterExchange(Exchange):
         lse: Tensor,
         empty_rows: Optional[Tensor],
         is_lse_base_on_e: bool,
-        return_lse: bool,
-    ) -> Merged:
-        group, own = self.group, self._own_heads(partial_out)
+    ) -> tuple[Tensor, Tensor]:
+        group, own = self.group, self._local_heads(partial_out)
         lse = mask_empty_rows(lse, empty_rows)
-        sent = cut_partials(partial_out, group.world_size, group.rank_in_group)
+        sent = slice_for_peers(partial_out, group.world_size, group.rank_in_group)
         received, lse = torch.empty_like(sent), lse.contiguous()
-        with one_launch(group):
+        with nccl_group(group):
             lses = group.all_gather(lse, dim=0)
             exchange_with_peers(group, received, sent)
-        # Launched by now; the merged output may take its memory.
+        # The send is launched by now, so the merged output may use this memory.
         del sent
-        return cut_combine(
+        return combine_from_peers(
             received,
             lses.view(group.world_size, *lse.shape)[..., own],
             partial_out[:, own],
             group.rank_in_group,
             is_lse_base_on_e=is_lse_base_on_e,
-            return_lse=return_lse,
         )

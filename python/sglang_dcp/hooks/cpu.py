@@ -1,0 +1,147 @@
+"""Hooks for machines without a GPU, where SGLang's CPU path expects its AMX engine.
+
+They are active only if torch sees no accelerator. Each hook acts only where SGLang would
+stop, and changes nothing that works without it.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Callable
+
+import torch
+
+IS_CPU = True
+_BIND = "SGLANG_CPU_OMP_THREADS_BIND"
+
+
+def init_threads_binding(*, tp_rank: int, tp_size: int) -> None:
+    """Hook: `init_threads_binding`; sets a core list for every rank.
+
+    SGLang gives each rank a NUMA node, and stops if there are more ranks than nodes.
+    """
+    from sglang.srt.utils.numa_utils import get_cpu_ids_by_node
+
+    if _BIND in os.environ or tp_size <= len(get_cpu_ids_by_node()):
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    os.environ[_BIND] = "|".join(
+        cores_of_rank(cores, r, tp_size) for r in range(tp_size)
+    )
+
+
+def cores_of_rank(cores: list[int], rank: int, ranks: int) -> str:
+    """List the cores of one rank, comma separated.
+
+    The cores are split evenly. If there are fewer cores than ranks, ranks share them.
+    """
+    if len(cores) < ranks:
+        return str(cores[rank % len(cores)])
+    lo, hi = rank * len(cores) // ranks, (rank + 1) * len(cores) // ranks
+    return ",".join(str(core) for core in cores[lo:hi])
+
+
+def pynccl_init(
+    original: Callable[..., None],
+    self: Any,
+    group: Any,
+    device: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    """Hook: `PyNcclCommunicator.__init__`; disabled on CPU ranks, without NCCL."""
+    import torch.distributed as dist
+
+    if torch.device(device).type != "cpu":
+        original(self, group, device, *args, **kwargs)
+        return
+    self.rank = dist.get_rank(group)
+    self.world_size = dist.get_world_size(group)
+    self.group = group
+    self.available = False
+    self.disabled = True
+
+
+def get_rope_wrapper(
+    original: Callable[..., Any],
+    head_size: int,
+    rotary_dim: int,
+    max_position: int,
+    base: int,
+    is_neox_style: bool = True,
+    rope_scaling: Any = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Hook: `get_rope_wrapper`; unscaled rotary embeddings on CPU take SGLang's default."""
+    fixed = (head_size, rotary_dim, max_position, base, is_neox_style, rope_scaling)
+    if kwargs.get("device") == "cpu" and rope_scaling is None:
+        kwargs["device"] = None
+    return original(*fixed, *args, **kwargs)
+
+
+def adjust_config_with_unaligned_cpu_tp(
+    original: Callable[..., Any], model_config: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Hook: `adjust_config_with_unaligned_cpu_tp`; no padded heads.
+
+    Only SGLang's AMX engine can load them, so they stay if it is in use.
+    """
+    from sglang.srt.utils.common import is_cpu
+
+    return original(model_config, *args, **kwargs) if is_cpu() else model_config
+
+
+class _TorchKernel:
+    """Takes the place of a Triton kernel: `kernel[grid](...)` calls a torch function."""
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self._function = function
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return self._function
+
+
+def _alloc_extend(
+    prefix_lens: torch.Tensor,
+    seq_lens: torch.Tensor,
+    last_loc: torch.Tensor,
+    free_pages: torch.Tensor,
+    out_indices: torch.Tensor,
+    bs_upper: int,
+    page_size: int,
+) -> None:
+    from sglang.srt.mem_cache.allocator.paged import alloc_extend_naive
+
+    pages = -(-seq_lens // page_size) - -(-prefix_lens // page_size)
+    if int(pages.sum()) > len(free_pages):
+        return  # the caller counts pages next and reports that memory ran out
+    alloc_extend_naive(
+        prefix_lens,
+        seq_lens,
+        last_loc,
+        free_pages,
+        out_indices,
+        page_size,
+        out_indices.device,
+    )
+
+
+def _alloc_decode(
+    seq_lens: torch.Tensor,
+    last_loc: torch.Tensor,
+    free_pages: torch.Tensor,
+    out_indices: torch.Tensor,
+    bs_upper: int,
+    page_size: int,
+) -> None:
+    starts_page = (seq_lens - 1) % page_size == 0
+    needed = int(starts_page.sum())
+    if needed > len(free_pages):
+        return
+    out_indices.copy_(last_loc + 1)
+    out_indices[starts_page] = free_pages[:needed] * page_size
+
+
+ALLOC_EXTEND = _TorchKernel(_alloc_extend)
+ALLOC_DECODE = _TorchKernel(_alloc_decode)

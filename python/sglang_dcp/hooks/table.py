@@ -1,0 +1,342 @@
+"""The one table of places where this package meets SGLang.
+
+Every hook is one object of ours at one place in SGLang. The plugin installs it through
+SGLang's hook registry. Dict entries, Triton kernels and class attributes need an
+assignment, because the registry cannot reach them. A fork can write the same hooks into
+its source.
+
+With DCP off, a hook calls SGLang's function unchanged. Keep hooks to one call.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+
+class Kind(Enum):
+    """How a hook is installed."""
+
+    BEFORE = "before"
+    AFTER = "after"
+    AROUND = "around"
+    REPLACE = "replace"
+    ATTRIBUTE = "attribute"  # target is an attribute path, set to our object
+    ENTRY = "entry"  # target is `module.MAPPING[key]`, set to our object
+
+
+@dataclass(frozen=True)
+class Hook:
+    """One place where this package meets SGLang.
+
+    Attributes
+    ----------
+    name : str
+        Unique name.
+    target : str
+        Dotted path in SGLang, or `path[key]` for a mapping entry.
+    kind : Kind
+    ours : str
+        `module:attribute` of this package, imported when the hook is installed.
+    why : str
+        What goes wrong without it.
+    """
+
+    name: str
+    target: str
+    kind: Kind
+    ours: str
+    why: str
+
+    @property
+    def module(self) -> str:
+        """Return the SGLang module whose file holds the target. Imports it."""
+        path = self.target.split("[")[0]
+        while True:
+            try:
+                importlib.import_module(path)
+                return path
+            except ModuleNotFoundError:
+                path, dot, _ = path.rpartition(".")
+                if not dot:
+                    raise
+
+    def load(self) -> Any:
+        """Import and return our object."""
+        return pkgutil.resolve_name(self.ours)
+
+
+_SRT = "sglang.srt"
+
+HOOKS: tuple[Hook, ...] = (
+    (
+        Hook(
+            "server-args",
+            f"{_SRT}.server_args.ServerArgs",
+            Kind.REPLACE,
+            "sglang_dcp.hooks.dcp_server_args:DcpServerArgs",
+            "SGLang would not know the flags, and would schedule by pages of one rank",
+        ),
+        Hook(
+            "engine-server-args",
+            f"{_SRT}.entrypoints.engine.Engine.server_args_class",
+            Kind.ATTRIBUTE,
+            "sglang_dcp.hooks.dcp_server_args:DcpServerArgs",
+            "Engine keeps the original class in an attribute and would use it",
+        ),
+        Hook(
+            "scheduler-process",
+            f"{_SRT}.managers.scheduler.configure_scheduler_process",
+            Kind.BEFORE,
+            "sglang_dcp.hooks.scheduler:configure_scheduler_process",
+            "a scheduler would not verify its hooks, nor know its rank in the layout",
+        ),
+        Hook(
+            "groups-init",
+            f"{_SRT}.distributed.parallel_state.initialize_model_parallel",
+            Kind.AFTER,
+            "sglang_dcp.hooks.scheduler:initialize_model_parallel",
+            "the DCP groups would not exist",
+        ),
+        Hook(
+            "groups-destroy",
+            f"{_SRT}.distributed.parallel_state.destroy_model_parallel",
+            Kind.BEFORE,
+            "sglang_dcp.hooks.scheduler:destroy_model_parallel",
+            "the DCP groups would outlive the world that they are part of",
+        ),
+        Hook(
+            "groups-capture",
+            f"{_SRT}.distributed.parallel_state.graph_capture",
+            Kind.AROUND,
+            "sglang_dcp.distributed.groups:graph_capture_with_dcp",
+            "collectives inside a CUDA graph need the DCP group in capture mode",
+        ),
+        Hook(
+            "all-to-all-group",
+            f"{_SRT}.distributed.parallel_state.GroupCoordinator.all_to_all_single",
+            Kind.AROUND,
+            "sglang_dcp.hooks.scheduler:group_all_to_all_single",
+            "code of other projects would lack PyNccl in graphs, and could not run on CPU",
+        ),
+        Hook(
+            "all-to-all-pynccl",
+            f"{_SRT}.distributed.device_communicators.pynccl"
+            ".PyNcclCommunicator.all_to_all_single",
+            Kind.ATTRIBUTE,
+            "sglang_dcp.distributed.all_to_all:pynccl_all_to_all_single",
+            "code of other projects would miss the method, which 0.5.16 lacks",
+        ),
+        Hook(
+            "kv-heads-config",
+            f"{_SRT}.configs.model_config.ModelConfig.from_server_args",
+            Kind.AROUND,
+            "sglang_dcp.hooks.model_config:model_config_from_server_args",
+            "model, pool and backend would divide the K/V-head count by tp_size",
+        ),
+        Hook(
+            "kv-heads-weights",
+            f"{_SRT}.layers.linear.QKVParallelLinear.__init__",
+            Kind.AROUND,
+            "sglang_dcp.layers.heads:qkv_parallel_linear_init",
+            "ranks of one DCP group would load different K/V heads",
+        ),
+        Hook(
+            "kv-pool-budget",
+            f"{_SRT}.mem_cache.kv_cache_configurator.KVCacheConfigurator"
+            ".config_from_budget",
+            Kind.AFTER,
+            "sglang_dcp.layers.kv_pool:config_from_budget",
+            "the scheduler would count one rank's tokens, not those of the DCP group",
+        ),
+        Hook(
+            "kv-pool-input-bound",
+            f"{_SRT}.managers.tp_worker.TpModelWorker.get_worker_info",
+            Kind.AFTER,
+            "sglang_dcp.layers.kv_pool:bound_input",
+            "a prompt that fills the pool would wait for ever and block all others",
+        ),
+        Hook(
+            "kv-pool-input-message",
+            f"{_SRT}.managers.scheduler.validate_input_length",
+            Kind.AFTER,
+            "sglang_dcp.layers.kv_pool:explain_input_bound",
+            "the error for a prompt as long as the bound would say that it exceeds it",
+        ),
+        Hook(
+            "kv-pool-mha",
+            f"{_SRT}.mem_cache.kv_cache_configurator.KVCacheConfigurator._build_mha_kv_pool",
+            Kind.AROUND,
+            "sglang_dcp.layers.kv_pool:build_kv_pool",
+            "a rank's pool would have room for the positions of all ranks",
+        ),
+        Hook(
+            "kv-pool-mla",
+            f"{_SRT}.mem_cache.kv_cache_configurator.KVCacheConfigurator._build_mla_kv_pool",
+            Kind.AROUND,
+            "sglang_dcp.layers.kv_pool:build_kv_pool",
+            "a rank's pool would have room for the positions of all ranks",
+        ),
+        Hook(
+            "fused-kv-write",
+            f"{_SRT}.models.utils.enable_fused_set_kv_buffer",
+            Kind.AROUND,
+            "sglang_dcp.layers.kv_pool:enable_fused_set_kv_buffer",
+            "the fused RoPE kernel would write to logical slots of a rank's pool",
+        ),
+        Hook(
+            "mla-torch-native",
+            f"{_SRT}.models.deepseek_common.attention_backend_handler"
+            ".AttentionBackendRegistry._handlers[torch_native]",
+            Kind.ENTRY,
+            "sglang_dcp.layers.mla.dispatch:mla_forward_method_torch_native",
+            "prefill would expand latents to heads and write them to logical slots",
+        ),
+        *(
+            Hook(
+                f"mla-{name}",
+                f"{_SRT}.models.deepseek_common.attention_backend_handler"
+                f".AttentionBackendRegistry._handlers[{name}]",
+                Kind.ENTRY,
+                f"sglang_dcp.layers.mla.dispatch:mla_forward_method_{name}",
+                "every long prefix would be gathered, even if an exchange moves less",
+            )
+            for name in ("fa3", "flashinfer")
+        ),
+        *(
+            Hook(
+                f"mla-latents-{verb}",
+                f"{_SRT}.models.deepseek_common.attention_forward_methods.forward_mha"
+                f".DeepseekMHAForwardMixin._{verb}_mla_kv_buffer",
+                Kind.AROUND,
+                f"sglang_dcp.layers.mla.dispatch:{verb}_mla_kv_buffer",
+                f"an expanded prefill would {what} logical slots of a rank's pool",
+            )
+            for verb, what in (("set", "write"), ("get", "read"))
+        ),
+        Hook(
+            "q-replication",
+            f"{_SRT}.model_executor.model_runner.ModelRunner.load_model",
+            Kind.AFTER,
+            "sglang_dcp.layers.q_replication:after_load_model",
+            "--dcp-replicate-q-proj would have no effect",
+        ),
+    )
+    + tuple(
+        Hook(
+            f"attention-{name.replace('_', '-')}",
+            f"{_SRT}.layers.attention.attention_registry.ATTENTION_BACKENDS[{name}]",
+            Kind.ENTRY,
+            f"sglang_dcp.hooks.attention:{creator}",
+            "SGLang's backend would read logical slots from a rank's pool",
+        )
+        for name, creator in (
+            ("torch_native", "create_torch_native_backend"),
+            ("triton", "create_triton_backend"),
+            ("flashinfer", "create_flashinfer_backend"),
+            ("fa3", "create_flashattention_v3_backend"),
+        )
+    )
+    + tuple(
+        Hook(
+            f"q-replication-{source}",
+            f"{_SRT}.model_executor.model_runner_components.weight_updater"
+            f".WeightUpdater.update_weights_from_{source}",
+            Kind.AROUND,
+            "sglang_dcp.layers.q_replication:around_weight_update",
+            "a weight update would not reach the replicated Q weights",
+        )
+        for source in ("disk", "distributed", "tensor", "ipc")
+    )
+)
+
+CPU_HOOKS: tuple[Hook, ...] = (
+    Hook(
+        "cpu-rope",
+        f"{_SRT}.layers.rotary_embedding.base._is_cpu",
+        Kind.ATTRIBUTE,
+        "sglang_dcp.hooks.cpu:IS_CPU",
+        "without a GPU, RotaryEmbedding would import vLLM",
+    ),
+    Hook(
+        "cpu-rope-plain",
+        f"{_SRT}.layers.rotary_embedding.factory.get_rope_wrapper",
+        Kind.AROUND,
+        "sglang_dcp.hooks.cpu:get_rope_wrapper",
+        "on CPU, DeepSeek would accept only yarn-scaled rotary embeddings",
+    ),
+    Hook(
+        "cpu-head-padding",
+        f"{_SRT}.configs.update_config.adjust_config_with_unaligned_cpu_tp",
+        Kind.AROUND,
+        "sglang_dcp.hooks.cpu:adjust_config_with_unaligned_cpu_tp",
+        "SGLang would pad heads for the AMX engine's loader, which is not in use",
+    ),
+    Hook(
+        "cpu-pynccl",
+        f"{_SRT}.distributed.device_communicators.pynccl.PyNcclCommunicator.__init__",
+        Kind.AROUND,
+        "sglang_dcp.hooks.cpu:pynccl_init",
+        "NCCL, which a CUDA build of torch ships, would ask for a CUDA device",
+    ),
+    Hook(
+        "cpu-thread-binding",
+        f"{_SRT}.utils.numa_utils.init_threads_binding",
+        Kind.BEFORE,
+        "sglang_dcp.hooks.cpu:init_threads_binding",
+        "SGLang would stop where there are more ranks than NUMA nodes",
+    ),
+    Hook(
+        "cpu-alloc-extend",
+        f"{_SRT}.mem_cache.allocator.paged.alloc_extend_kernel",
+        Kind.ATTRIBUTE,
+        "sglang_dcp.hooks.cpu:ALLOC_EXTEND",
+        "the paged allocator has only Triton kernels",
+    ),
+    Hook(
+        "cpu-alloc-decode",
+        f"{_SRT}.mem_cache.allocator.paged.alloc_decode_kernel",
+        Kind.ATTRIBUTE,
+        "sglang_dcp.hooks.cpu:ALLOC_DECODE",
+        "the paged allocator has only Triton kernels",
+    ),
+)
+
+
+# No hook touches these files, but our backends, local batch and models repeat what is in
+# them, so `verify` checks their hashes too.
+RELIES_ON: tuple[str, ...] = (
+    "kernels/ops/attention/decode_attention.py",
+    "kernels/ops/attention/extend_attention.py",
+    "kernels/ops/kvcache/kv_indices.py",
+    "kernels/ops/kvcache/mla_buffer.py",
+    "srt/layers/attention/base_attn_backend.py",
+    "srt/layers/attention/flashattention_backend.py",
+    "srt/layers/attention/flashinfer_backend.py",
+    "srt/layers/attention/triton_backend.py",
+    "srt/layers/dcp/comm.py",
+    "srt/layers/radix_attention.py",
+    "srt/mem_cache/memory_pool.py",
+    "srt/model_executor/forward_batch_deepseek_mha_mixin.py",
+    "srt/model_executor/forward_batch_info.py",
+    "srt/model_executor/runner/decode_cuda_graph_runner.py",
+    "srt/model_executor/runner/eager_runner.py",
+    "srt/models/deepseek_common/attention_forward_methods/forward_mla.py",
+    "srt/models/deepseek_common/utils.py",
+    "srt/models/deepseek_v2.py",
+    "srt/models/glm4_moe_lite.py",
+    "srt/models/llama.py",
+    "srt/models/qwen2.py",
+    "srt/models/qwen3.py",
+    "srt/models/qwen3_moe.py",
+)
+
+
+def active_hooks() -> tuple[Hook, ...]:
+    """Return the hooks of this machine. Those for CPU join if torch sees no accelerator."""
+    import torch
+
+    return HOOKS if torch.accelerator.is_available() else HOOKS + CPU_HOOKS

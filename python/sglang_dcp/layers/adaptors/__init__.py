@@ -1,1 +1,0 @@
-"""One file per inner attention backend: what it computes, with its LSE."""

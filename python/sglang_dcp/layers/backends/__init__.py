@@ -1,0 +1,1 @@
+"""Inner attention backends, one file for each. They return their output with its LSE."""

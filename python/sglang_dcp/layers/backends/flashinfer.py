@@ -1,0 +1,169 @@
+"""Backend for `--attention-backend flashinfer`: FlashInfer's wrappers over pages of one."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, Iterable
+
+import torch
+
+from sglang_dcp.layers.backends.base import (
+    Partial,
+    PlannedBackend,
+    cumulated,
+    kv_scales,
+)
+from sglang_dcp.layers.backends.capabilities import BackendCapabilities
+from sglang_dcp.layers.backends.flashinfer_guard import PlanGuard
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+
+class FlashInferBackend(PlannedBackend):
+    """SGLang's FlashInfer backend plans decode; extend is planned here from host lengths.
+
+    FlashInfer's LSE is in base 2, [tokens, heads]. SGLang hands it single slots as pages,
+    whatever the page size. Plans never wait for the GPU (`PlanGuard`).
+    """
+
+    is_lse_base_on_e = False
+    capabilities = BackendCapabilities(head_dims=(64, 128, 256))
+    creator = "create_flashinfer_backend"
+
+    def __init__(self, inner: Any, new_tokens: Any) -> None:
+        super().__init__(inner)
+        self._new_tokens = new_tokens
+        self._prefix = inner.prefill_wrappers_paged[0]
+        self._new_tokens_planned = False
+        self._guard = PlanGuard()
+
+    @classmethod
+    def from_runner(cls, runner: Any) -> FlashInferBackend:
+        from flashinfer import BatchPrefillWithRaggedKVCacheWrapper
+
+        inner = cls._build_inner(runner)
+        # SGLang's own may be a CUTLASS one, which takes no plan from the host.
+        return cls(
+            inner, BatchPrefillWithRaggedKVCacheWrapper(inner.workspace_buffer, "NHD")
+        )
+
+    def init_forward_metadata(self, batch: ForwardBatch, local: ForwardBatch) -> None:
+        # The first layer plans new tokens, since it knows the rank's local heads.
+        self._new_tokens_planned = False
+        with self._guard.before_forward():
+            if not batch.forward_mode.is_extend():
+                self._inner.init_forward_metadata(local)
+            elif any(batch.extend_prefix_lens_cpu):
+                self._plan_prefix(local)
+
+    def init_graph_metadata(self, local: ForwardBatch, in_capture: bool) -> None:
+        with self._guard.before_forward():
+            super().init_graph_metadata(local, in_capture)
+
+    def decode(
+        self, q: torch.Tensor, layer: RadixAttention, local: ForwardBatch
+    ) -> Partial:
+        [wrapper] = self._inner.forward_metadata.decode_wrappers
+        return self._paged(wrapper, q, layer)
+
+    def extend_new_tokens(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        batch: ForwardBatch,
+    ) -> Partial:
+        if not self._new_tokens_planned:
+            with self._guard.amid_forward():
+                self._plan_new_tokens(q, k, v, batch)
+        return Partial(
+            *self._new_tokens.forward_return_lse(
+                q.contiguous(),
+                k.contiguous(),
+                v.contiguous(),
+                causal=True,
+                sm_scale=layer.scaling,
+            )
+        )
+
+    def extend_paged_prefix(
+        self, q: torch.Tensor, layer: RadixAttention, local: ForwardBatch
+    ) -> Partial:
+        return self._paged(self._prefix, q, layer, causal=False)
+
+    def _paged(
+        self, wrapper: Any, q: torch.Tensor, layer: RadixAttention, **how: bool
+    ) -> Partial:
+        cache = self._kv(layer)
+        k_scale, v_scale = kv_scales(layer, cache[0])
+        return Partial(
+            *wrapper.forward_return_lse(
+                q.contiguous(),
+                cache,
+                sm_scale=layer.scaling,
+                k_scale=k_scale,
+                v_scale=v_scale,
+                **how,
+            )
+        )
+
+    def _plan_new_tokens(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: ForwardBatch
+    ) -> None:
+        where = indptr(batch.extend_seq_lens_cpu)
+        self._new_tokens.plan(
+            where,
+            where,
+            q.shape[1],
+            k.shape[1],
+            q.shape[2],
+            head_dim_vo=v.shape[2],
+            causal=True,
+            q_data_type=q.dtype,
+        )
+        self._new_tokens_planned = True
+
+    def _plan_prefix(self, local: ForwardBatch) -> None:
+        sizes = self._inner.indices_updater_prefill
+        lens = local.extend_prefix_lens_cpu
+        self._prefix.plan(
+            indptr(local.extend_seq_lens_cpu),
+            indptr(lens),
+            self._slots(local),
+            torch.ones(len(lens), dtype=torch.int32),
+            sizes.num_qo_heads,
+            sizes.num_kv_heads,
+            sizes.head_dim,
+            page_size=1,
+            causal=False,
+            q_data_type=sizes.q_data_type,
+            kv_data_type=sizes.data_type,
+        )
+
+    def _slots(self, local: ForwardBatch) -> torch.Tensor:
+        """[sum of local prefix lengths] int32, request after request."""
+        from sglang.kernels.ops.kvcache.kv_indices import (
+            create_flashinfer_kv_indices_triton,
+        )
+
+        table = self._inner.req_to_token_pool.req_to_token
+        lens = local.seq_lens
+        slots = table.new_empty(local.seq_lens_sum)
+        create_flashinfer_kv_indices_triton[(len(lens),)](
+            table,
+            local.req_pool_indices,
+            lens,
+            cumulated(lens),
+            None,
+            slots,
+            table.stride(0),
+        )
+        return slots
+
+
+def indptr(lens: Iterable[int]) -> torch.Tensor:
+    """Cumulated lengths from 0 on, int32 on the host: a plan that must not sync."""
+    return torch.tensor([0, *accumulate(lens)], dtype=torch.int32)

@@ -1,0 +1,1 @@
+"""DeepSeek's attention over a sharded cache of latents."""

@@ -1,0 +1,1 @@
+"""Kernels and index math. Each kernel has its torch version beside it."""

@@ -1,0 +1,1 @@
+"""What DCP can serve, and the error for what it cannot."""

@@ -1,0 +1,116 @@
+"""The models that DCP supports, and the checks that run before a weight is loaded."""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+from sglang_dcp.config import DcpConfig, DcpConfigError
+from sglang_dcp.layers.heads import is_mla
+from sglang_dcp.support.rules import Unsupported, check_rules, raise_unsupported
+
+# Compared with tp 1 by the tests in test/srt.
+GQA_ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+)
+MLA_ARCHITECTURES = (
+    "DeepseekV2ForCausalLM",
+    "DeepseekV3ForCausalLM",
+    "Glm4MoeLiteForCausalLM",
+)
+
+
+def _named(model: Any, what: str) -> str:
+    return f"{_name(model)} ({what})"
+
+
+def _name(model: Any) -> str:
+    return (model.hf_config.architectures or ["?"])[0]
+
+
+def _sinks(model: Any) -> Optional[str]:
+    return _named(model, "attention sinks") if model.has_attention_sinks else None
+
+
+def _windowed(model: Any) -> Optional[str]:
+    text = model.hf_text_config
+    layers = getattr(text, "layer_types", None) or ()
+    if model.is_hybrid_swa or any("sliding" in kind for kind in layers):
+        return _named(model, "sliding window layers")
+    used = getattr(text, "use_sliding_window", True)
+    window = getattr(text, "sliding_window", None)
+    return _named(model, f"sliding_window {window}") if used and window else None
+
+
+def _encoder_decoder(model: Any) -> Optional[str]:
+    return _named(model, "cross attention") if model.is_encoder_decoder else None
+
+
+def _sparse(model: Any) -> Optional[str]:
+    """Sparse attention (DSA) may also come under the architecture of DeepSeek-V3."""
+    topk = getattr(model.hf_text_config, "index_topk", None)
+    return None if topk is None else _named(model, f"index_topk {topk}")
+
+
+def _architecture(model: Any) -> Optional[str]:
+    known = GQA_ARCHITECTURES + MLA_ARCHITECTURES
+    name = _name(model)
+    return None if name in known else name
+
+
+UNSUPPORTED_MODELS: tuple[Unsupported, ...] = (
+    Unsupported(
+        "--model-path",
+        _encoder_decoder,
+        "encoder keys are not in the sharded pool",
+        "serve this model without DCP",
+    ),
+    Unsupported(
+        "--model-path",
+        _sinks,
+        "each shard would add the sink once",
+        "serve this model without DCP",
+    ),
+    Unsupported(
+        "--model-path",
+        _windowed,
+        "a window needs positions that a rank's local table does not hold",
+        "serve this model without DCP",
+    ),
+    Unsupported(
+        "--model-path",
+        _sparse,
+        "sparse attention (DSA) picks its keys from an index over the whole sequence",
+        "serve this model without DCP",
+    ),
+    Unsupported(
+        "--model-path",
+        _architecture,
+        "DCP supports only " + ", ".join(GQA_ARCHITECTURES + MLA_ARCHITECTURES),
+        "serve this model without DCP",
+    ),
+)
+
+
+def check_model(model: Any, config: DcpConfig) -> None:
+    """Raise `DcpConfigError` for a model that DCP does not support.
+
+    It runs before a weight is loaded. `model` is SGLang's `ModelConfig` as read from disk,
+    with K/V heads that are not scaled yet.
+    """
+    check_rules(UNSUPPORTED_MODELS, model)
+    heads = model.hf_text_config.num_attention_heads
+    kv_heads = 1 if is_mla(model) else model.get_total_num_kv_heads()
+    try:
+        config.layout.check_heads(heads, kv_heads)
+    except ValueError as error:
+        raise DcpConfigError(str(error)) from None
+    if config.replicate_q_proj and model.quantization is not None:
+        raise_unsupported(
+            "--dcp-replicate-q-proj",
+            f"with quantization {model.quantization}",
+            "only unquantized Q projections can be held at attn_tp width",
+            "drop the flag",
+        )

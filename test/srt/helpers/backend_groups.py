@@ -1,0 +1,273 @@
+"""All ranks of a DCP group in one process, against a float64 softmax over all keys.
+
+The ranks run one after the other: a first pass notes each one's partial result, a second
+gives it the merged one. Communication is tested elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from helpers.attention_oracle import (
+    Served,
+    Step,
+    Truth,
+    decode,
+    extend,
+    mixed,
+    move,
+)
+from helpers.backend_ranks import (
+    FP8,
+    Case,
+    Rank,
+    real_backend,
+    sglang_context,
+    stored_rows,
+)
+
+ROWS = 9
+TOLERANCE = {None: 3e-2, FP8: 8e-2}
+CAPTURED = 4
+
+SCRIPT = [
+    # Longer than a tile, one token alone, and (at DCP > 1) ranks without a key.
+    extend(a=1, b=7, c=130, d=1025),
+    mixed(a=5, d=70, b=1, e=300, c=64),
+    mixed(f=1),
+    decode("abcdef"),
+    decode("f"),
+    mixed(f=1, a=1),
+    move("cd"),
+    decode("fdcb"),
+]
+# Of captured batches of four: full, and padded with SGLang's fill value.
+REPLAYS = [decode("dcfa"), decode("fa"), move("a"), decode("adf")]
+
+
+class Group:
+    """A DCP group: its ranks, the requests that they serve, and the truth."""
+
+    def __init__(
+        self, case: Case, make_backend: Callable[[Case, Any], Any] = real_backend
+    ) -> None:
+        self.case, max_len = case, case.max_len
+        pages = 2 + sum(
+            -(-max_len // (case.page_size * case.dcp_size)) for _ in range(ROWS)
+        )
+        self.served = Served(case.page_size, case.dcp_size, max_len, pages)
+        stored = case.kv_dtype or case.dtype
+        self.truth = Truth(case.shape, stored, max_len, case.device, case.scale or 1.0)
+        self.table = self.served.table.to(case.device, copy=True)
+        slots = pages * case.page_size
+        self.ranks = [
+            Rank(case, rank, self.table, slots, make_backend)
+            for rank in range(case.dcp_size)
+        ]
+
+    def batch(self, step: Step) -> tuple[dict[str, range], Any]:
+        new = {name: self.served.grow(name, n) for name, n in step.tokens.items()}
+        batch = self.served.batch(step.mode, new)
+        for name, value in vars(batch).items():
+            if isinstance(value, Tensor) and not name.endswith("_cpu"):
+                setattr(batch, name, value.to(self.case.device))
+        batch.encoder_lens = batch.spec_info = None
+        batch.positions = torch.zeros_like(batch.out_cache_loc)
+        self.table.copy_(self.served.table)
+        return new, batch
+
+    def inputs(self, new: dict[str, range]) -> list[Tensor]:
+        """Q, K and V of all heads: [tokens, heads, dim]."""
+        rows: tuple[list[Tensor], ...] = ([], [], [])
+        for name, where in new.items():
+            for part, values in zip(rows, self.truth.of(name, 0)):
+                part.append(values[list(where)])
+        return [torch.cat(part).to(self.case.dtype) for part in rows]
+
+    def wanted(self, new: dict[str, range]) -> Tensor:
+        """[tokens, heads, dim] float64."""
+        return torch.cat(
+            [self.truth.attention(name, 0, where) for name, where in new.items()]
+        )
+
+    def move(self, step: Step) -> None:
+        """The scheduler gives requests other slots; their K and V go along."""
+        for name in step.tokens:
+            every = range(self.case.dcp_size)
+            old = [list(self.served.local_slots(name, r).values()) for r in every]
+            self.served.relocate(name)
+            for r, (rank, before) in enumerate(zip(self.ranks, old)):
+                after = list(self.served.local_slots(name, r).values())
+                for buffer in stored_rows(rank.pool):
+                    buffer[after] = buffer[before]
+                    unused = sorted(set(before) - set(after))
+                    buffer[unused] = buffer[self.case.page_size].clone()
+
+    def merged(self) -> tuple[Tensor, Tensor]:
+        """Of the noted partial results, in float64 and the backend's log base."""
+        e = self.ranks[0].backend.backend.is_lse_base_on_e
+        partials = [rank.exchange.partial for rank in self.ranks]
+        lses = torch.stack([lse.double() for _, lse in partials])
+        exp, log = (torch.exp, torch.log) if e else (torch.exp2, torch.log2)
+        total = exp(lses - lses.amax(0)).nan_to_num(0).sum(0)
+        lse = lses.amax(0) + log(total)
+        outs = [
+            torch.where(own.isfinite()[..., None], out.double(), 0.0)
+            * exp(own.double() - lse).nan_to_num(0)[..., None]
+            for out, own in partials
+        ]
+        return sum(outs), lse  # type: ignore[return-value]
+
+    def check(self, got: Tensor, new: dict[str, range], where: str) -> None:
+        tolerance = TOLERANCE[self.case.kv_dtype]
+        torch.testing.assert_close(
+            got.double(),
+            self.wanted(new),
+            rtol=tolerance,
+            atol=tolerance,
+            msg=lambda text: f"{where}: {text}",
+        )
+
+    def eager(self, step: Step, where: str) -> None:
+        new, batch = self.batch(step)
+        q, k, v = self.inputs(new)
+        if step.mode == "DECODE":
+            for rank in self.ranks:
+                # Gathered here; captured steps have the heads of all ranks at once.
+                rank.exchange.all_heads = q
+                rank.backend.init_forward_metadata(batch)
+                # A write with scales divides K and V in place.
+                rank.forward(q[:, rank.own], k.clone(), v.clone(), batch)
+            self.check(self.merged()[0], new, where)
+            return
+        outs = self._extend(q, k, v, batch)
+        if any(batch.extend_prefix_lens_cpu):
+            out, lse = self.merged()
+            for rank in self.ranks:
+                own = out[:, rank.own].to(q.dtype), lse[:, rank.own].float()
+                rank.exchange.merged = own
+            outs = self._extend(q, k, v, batch)
+        for rank in self.ranks:
+            rank.exchange.merged = None
+        self.check(torch.cat(outs, 1), new, where)
+
+    def _extend(self, q: Tensor, k: Tensor, v: Tensor, batch: Any) -> list[Tensor]:
+        found = []
+        for rank in self.ranks:
+            rank.exchange.all_heads = q
+            rank.backend.init_forward_metadata(batch)
+            own = q[:, rank.own].contiguous()
+            out = rank.forward(own, k.clone(), v.clone(), batch)
+            found.append(out.view(*own.shape[:2], self.case.shape.v_dim))
+        return found
+
+
+class Graphs:
+    """Captured decode of each rank: static inputs, and what the exchange was given."""
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+        shape = group.case.shape
+        sizes = (
+            (shape.q_heads, shape.qk_dim),
+            (shape.kv_heads, shape.qk_dim),
+            (shape.kv_heads, shape.v_dim),
+        )
+        self.static = [
+            torch.zeros(CAPTURED, *size, device=group.case.device).to(group.case.dtype)
+            for size in sizes
+        ]
+        batch = self._padded(SimpleNamespace(batch_size=0), 0)
+        self._replays = []
+        for rank in group.ranks:
+            rank.backend.init_cuda_graph_state(CAPTURED, CAPTURED)
+            rank.backend.init_forward_metadata_out_graph(batch, in_capture=True)
+            self._replays.append(self._capture(rank, batch))
+
+    def _capture(self, rank: Rank, batch: Any) -> Callable[[], Any]:
+        """A replay of one decode step, which returns the rank's partial result."""
+        self._run(rank, batch)
+        if self.group.case.device == "cpu":
+            return lambda: self._run(rank, batch)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = self._run(rank, batch)
+
+        def replay() -> Any:
+            graph.replay()
+            return captured
+
+        return replay
+
+    def _run(self, rank: Rank, batch: Any) -> Any:
+        q, k, v = self.static
+        rank.forward(q, k, v, batch)
+        return rank.exchange.partial
+
+    def _padded(self, batch: Any, size: int) -> Any:
+        """SGLang's padding: row 0, length 1; the slots are not padded."""
+        from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+        more, device = CAPTURED - size, self.group.case.device
+        lens = getattr(batch, "seq_lens_cpu", torch.zeros(0, dtype=torch.int64))
+        rows = getattr(batch, "req_pool_indices", lens.to(device))
+        lens = torch.nn.functional.pad(lens, (0, more), value=1)
+        slots = getattr(batch, "out_cache_loc", lens[:size].to(device))
+        return SimpleNamespace(
+            forward_mode=ForwardMode.DECODE,
+            batch_size=CAPTURED,
+            req_pool_indices=torch.nn.functional.pad(rows, (0, more)),
+            seq_lens=lens.to(device),
+            seq_lens_cpu=lens,
+            seq_lens_sum=int(lens.sum()),
+            out_cache_loc=slots,
+            positions=torch.zeros(CAPTURED, dtype=torch.int64, device=device),
+            encoder_lens=None,
+            spec_info=None,
+        )
+
+    def replay(self, step: Step, where: str) -> None:
+        new, batch = self.group.batch(step)
+        size = len(new)
+        inputs = self.group.inputs(new)
+        padded = self._padded(batch, size)
+        for rank, replay in zip(self.group.ranks, self._replays):
+            # For each rank: a write with scales divides K and V in place.
+            for static, values in zip(self.static, inputs):
+                static[:size] = values
+            rank.backend.init_forward_metadata_out_graph(padded)
+            out, lse = replay()
+            rank.exchange.partial = out[:size], lse[:size]
+        self.group.check(self.group.merged()[0], new, where)
+
+
+def run_steps(group: Group, steps: Sequence[Step], run: Callable[..., None]) -> None:
+    """Each step by `run(step, its name)`, but the scheduler's moves by the group."""
+    for number, step in enumerate(steps):
+        if step.mode == "MOVE":
+            group.move(step)
+        else:
+            run(step, f"{run.__name__} {number}")
+
+
+def serve(
+    case: Case,
+    steps: Sequence[Step] = SCRIPT,
+    replays: Sequence[Step] = REPLAYS,
+    make_backend: Callable[[Case, Any], Any] = real_backend,
+) -> Group:
+    """A life of requests in eager forwards, then in captured decode steps."""
+    from sglang.srt.runtime_context import get_parallel
+
+    with sglang_context(case.device):
+        with get_parallel().override(attn_tp_size=case.dcp_size):
+            group = Group(case, make_backend)
+            run_steps(group, steps, group.eager)
+            run_steps(group, replays, Graphs(group).replay)
+    return group

@@ -1,0 +1,223 @@
+"""DCP servers as cases, each measured against plain tensor parallelism.
+
+In 16 bits two tensor-parallel widths already differ, so that is the measure: over the
+same forced tokens a DCP server may be no further from plain tp 1 than plain tp 2 is,
+times a margin. A wrong head, slot or length moves log-probabilities by whole units.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from helpers import one_gpu, teacher_forcing
+from helpers.gpu_servers import PER_RANK, POOL, Fleet, Run, Spec, run_fleet, selected
+from helpers.nccl_ranks import needs_gpus
+from sglang_dcp.demo.tiny_model import KINDS
+
+BACKENDS = ("fa3", "flashinfer", "triton")
+# Of the mean over some 2500 tokens. DCP rounds partial outputs once more than tp does.
+MARGIN = 1.5
+# Of the one token and the one request that are furthest off: single draws of a long tail.
+TAIL_MARGIN = 3.0
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """A number format, and what the plain servers that measure it have besides.
+
+    They share the name's servers, so what differs needs another name.
+    """
+
+    name: str
+    flags: str
+    backend: str = "fa3"
+    plain_flags: str = ""
+    plain_env: tuple[tuple[str, str], ...] = ()
+    one_gpu: bool = False
+
+    @property
+    def plugin(self) -> str:
+        return one_gpu.PLUGIN if self.one_gpu else teacher_forcing.PLUGIN
+
+    def plain(self, kind: str, tp_size: int) -> Spec:
+        """SGLang without DCP."""
+        flags = f"--tp {tp_size} --attention-backend {self.backend} {self.plain_flags}"
+        name = f"{kind}-plain-tp{tp_size}-{self.name}"
+        return Spec(
+            name,
+            kind,
+            f"{self.flags} {flags}",
+            self.plugin,
+            env=self.plain_env,
+            one_gpu=self.one_gpu,
+        )
+
+
+BF16 = Numbers("bf16", "--dtype bfloat16")
+# All ranks on one GPU, eagerly: what a machine with a single GPU can show.
+ONE_GPU = Numbers("one-gpu", f"--dtype bfloat16 {one_gpu.FLAGS}", one_gpu=True)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the ranks are cut; `cut` names one of two sizes, the other is implied."""
+
+    name: str
+    tp_size: int
+    cut: str
+    dcp_size: int
+
+    @property
+    def flags(self) -> str:
+        return f"--tp {self.tp_size} {self.cut}"
+
+
+TP2_DCP2 = Layout("tp2dcp2", 2, "--dcp-size 2", 2)
+TP4_ATTN2 = Layout("tp4attn2", 4, "--attn-tp-size 2", 2)
+# Requests of two tokens leave two ranks without a key.
+TP4_DCP4 = Layout("tp4dcp4", 4, "--dcp-size 4", 4)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One DCP server; `label` and `flags` say what it has beside model and layout."""
+
+    kind: str
+    layout: Layout
+    label: str
+    flags: str
+    numbers: Numbers = BF16
+    plugin: str = ""
+    pool: str = POOL
+    env: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}-{self.layout.name}-{self.label}"
+
+    @property
+    def spec(self) -> Spec:
+        flags = f"{self.numbers.flags} {self.layout.flags} {self.flags}"
+        return Spec(
+            self.name,
+            self.kind,
+            flags,
+            self.plugin or self.numbers.plugin,
+            self.pool,
+            self.env,
+            one_gpu=self.numbers.one_gpu,
+        )
+
+    @property
+    def plain(self) -> tuple[Spec, Spec]:
+        """What it is measured against: plain tp 1, and plain tp 2 for the spread."""
+        return self.numbers.plain(self.kind, 1), self.numbers.plain(self.kind, 2)
+
+    @property
+    def eager(self) -> bool:
+        return "--disable-cuda-graph" in f"{self.numbers.flags} {self.flags}"
+
+
+def exchange_flags(comm: str, *, replicated: bool) -> str:
+    return f"--dcp-comm-backend {comm}" + " --dcp-replicate-q-proj" * replicated
+
+
+def exchange_case(
+    kind: str,
+    layout: Layout,
+    backend: str,
+    exchange: tuple[str, bool],
+    shape: tuple[str, str],
+) -> Case:
+    """One of a matrix: `exchange` is comm backend and replicated Q, `shape` name and flags."""
+    comm, replicated = exchange
+    name, flags = shape
+    width = "replicated" if replicated else "gathered"
+    return Case(
+        kind,
+        layout,
+        f"{backend}-{comm}-{width}-{name}",
+        f"--attention-backend {backend} {flags} "
+        + exchange_flags(comm, replicated=replicated),
+    )
+
+
+def chosen_kinds(known: Iterable[str]) -> list[str]:
+    """`known`, or those of them in `SGLANG_DCP_TEST_KIND` (comma-separated)."""
+    known = list(known)
+    named = os.environ.get("SGLANG_DCP_TEST_KIND")
+    if not named:
+        return known
+    chosen = named.split(",")
+    if unknown := [kind for kind in chosen if kind not in KINDS]:
+        raise ValueError(f"SGLANG_DCP_TEST_KIND: no model kind {', '.join(unknown)}")
+    return [kind for kind in known if kind in chosen]
+
+
+def params(cases: Iterable[Case]) -> list[object]:
+    """For `pytest.mark.parametrize`: named, skipped where GPUs are too few."""
+    return [
+        pytest.param(case, id=case.name, marks=needs_gpus(case.spec.gpus))
+        for case in cases
+    ]
+
+
+def servers_of(cases: Iterable[Case]) -> list[Spec]:
+    """What the cases that can run here need, the plain servers before their cases."""
+    runnable = [case for case in cases if case.spec.can_run()]
+    return [spec for case in runnable for spec in (*case.plain, case.spec)]
+
+
+def fleet_fixture(waves: Callable[[], Sequence[teacher_forcing.Wave]]) -> Any:
+    """A module's `fleet`: the servers of its chosen cases, each asked `waves()`."""
+
+    @pytest.fixture(scope="module")
+    def fleet(
+        tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+    ) -> Iterator[Fleet]:
+        specs = servers_of(selected(request, "case"))
+        yield from run_fleet(tmp_path_factory.mktemp("fleet"), waves(), specs)
+
+    return fleet
+
+
+def measure(
+    case: Case, fleet: Fleet
+) -> tuple[teacher_forcing.Distance, teacher_forcing.Distance]:
+    """Distance of the DCP server, and of plain tp 2, from plain tp 1; printed."""
+    tp1, tp2 = (fleet.run(spec).replies for spec in case.plain)
+    spread = teacher_forcing.distance(tp2, tp1)
+    found = teacher_forcing.distance(fleet.run(case.spec).replies, tp1)
+    print(
+        f"{case.name}: |d logprob| {found}; plain tp 2: {spread}; "
+        f"ratio {found.mean / spread.mean:.2f} over {found.tokens} tokens"
+    )
+    return found, spread
+
+
+def assert_within_spread(case: Case, fleet: Fleet) -> None:
+    """The server ran as the case says, and every token is as near as plain tp 2's."""
+    _assert_ran_as_meant(case, fleet.run(case.spec), fleet.largest_batch)
+    found, spread = measure(case, fleet)
+    assert found.mean < MARGIN * spread.mean
+    assert found.worst < TAIL_MARGIN * spread.worst
+    assert found.worst_request < TAIL_MARGIN * spread.worst_request
+
+
+def _assert_ran_as_meant(case: Case, run: Run, largest_batch: int) -> None:
+    assert run.info["max_total_num_tokens"] == case.layout.dcp_size * PER_RANK
+    page_size = run.info["page_size"] // case.layout.dcp_size
+    words = case.flags.split()
+    asked = dict(zip(words, words[1:]))
+    backend = run.info["attention_backend"]
+    assert asked.get("--attention-backend", backend) == backend
+    assert asked.get("--page-size", str(page_size)) == str(page_size)
+    assert "leak" not in run.log.lower()
+    in_graph, eager = (run.decode_batches(graph=graph) for graph in (True, False))
+    assert max(eager if case.eager else in_graph) == largest_batch
+    assert not (in_graph if case.eager else eager)

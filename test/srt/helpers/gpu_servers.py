@@ -1,0 +1,205 @@
+"""Live servers on GPUs: many cases, a few at a time, each gone once it has answered.
+
+A start is mostly one core's work in each process, so several servers start side by side;
+more than the machine has cores for would only time out together. A server that fails
+fails the tests that ask for it, the others go on.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from helpers import teacher_forcing
+from helpers.servers import READY_SECONDS, plugin_folder
+from sglang_dcp.demo.client import Reply, http_json
+from sglang_dcp.demo.server import ServerFailed, ServerProcess
+from sglang_dcp.demo.tiny_model import make_tiny_model
+
+# Cores that one server's processes keep busy while it starts.
+CORES_PER_SERVER = 4
+# Of one rank. The requests of `teacher_forcing.build_waves` need some 80K.
+PER_RANK = 131072
+RUNNING = 64
+COMMON = (
+    "--random-seed 0 --sampling-backend pytorch --log-level info "
+    # Beyond the largest batch: a request amid its chunks takes a place of its own.
+    f"--max-running-requests {RUNNING + 8} --cuda-graph-max-bs {RUNNING} "
+    # Its rounding to 16 bit would hide a part of every distance.
+    "--decode-log-interval 1 --enable-fp32-lm-head"
+)
+# The fraction is of the memory that is free at start, and the other servers take from it
+# meanwhile: it must not bite, the number of tokens does.
+POOL = f"--max-total-tokens {PER_RANK} --mem-fraction-static 0.7"
+ENVIRONMENT = {
+    # Servers start beside each other, some on one GPU only.
+    "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0",
+    # A server that goes down waits a minute for core dumps that no one asked for.
+    "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0",
+}
+
+
+def servers_at_once() -> int:
+    """`SGLANG_DCP_TEST_SERVERS`, or what this machine's cores can start together."""
+    cores = len(os.sched_getaffinity(0))
+    return int(
+        os.environ.get("SGLANG_DCP_TEST_SERVERS", max(1, cores // CORES_PER_SERVER))
+    )
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One server: model kind, flags beside `COMMON`, a plugin's source, pool size.
+
+    `env` is more of its environment, by name and value; `seed` is of its weights. With
+    `one_gpu` its ranks share GPU 0 (`helpers.one_gpu`).
+    """
+
+    name: str
+    kind: str
+    flags: str
+    plugin: str = teacher_forcing.PLUGIN
+    pool: str = POOL
+    env: tuple[tuple[str, str], ...] = ()
+    seed: int = 0
+    one_gpu: bool = False
+
+    @property
+    def gpus(self) -> int:
+        if self.one_gpu:
+            return 1
+        found = re.search(r"--tp (\d+)", self.flags)
+        assert found, self.flags
+        return int(found[1])
+
+    def can_run(self) -> bool:
+        return self.gpus <= torch.cuda.device_count()
+
+    def checkpoint(self, folder: Path) -> Path:
+        """Its model, written into `folder` if it is not there."""
+        path = folder / "models" / f"{self.kind}-{self.seed}"
+        return make_tiny_model(path, self.kind, seed=self.seed)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a server left: its replies, what it said of itself, its log."""
+
+    replies: dict[str, Reply]
+    info: dict[str, Any]
+    log: str
+
+    def decode_batches(self, *, graph: bool) -> set[int]:
+        """Sizes of the decode batches that ran, in a CUDA graph or eagerly."""
+        line = rf"Decode batch.*#running-req: (\d+),.*cuda graph: {graph}"
+        return {int(size) for size in re.findall(line, self.log)}
+
+
+def make_server(spec: Spec, folder: Path) -> ServerProcess:
+    """Not started yet; its log and its plugin lie in `folder`, under its name."""
+    own = folder / spec.name
+    own.mkdir()
+    plugin = plugin_folder(own, "forced_tokens", spec.plugin)["PYTHONPATH"]
+    path = os.pathsep.join(filter(None, (plugin, os.environ.get("PYTHONPATH"))))
+    flags = " ".join((COMMON, spec.pool, teacher_forcing.CONTEXT_FLAGS, spec.flags))
+    return ServerProcess(
+        spec.checkpoint(folder),
+        flags.split(),
+        log_path=own / "server.log",
+        env={**ENVIRONMENT, **dict(spec.env), "PYTHONPATH": path},
+        grace=0.0,
+        device="cuda",
+    )
+
+
+@contextmanager
+def live(spec: Spec, folder: Path) -> Iterator[ServerProcess]:
+    """A server that answers; gone with all its processes afterwards."""
+    with make_server(spec, folder) as server:
+        server.wait_ready(READY_SECONDS)
+        yield server
+
+
+class Fleet:
+    """Runs servers over one set of requests; `folder` keeps their logs."""
+
+    def __init__(self, folder: Path, waves: Sequence[teacher_forcing.Wave]) -> None:
+        self._folder, self._waves = folder, waves
+        self._pool = ThreadPoolExecutor(servers_at_once())
+        self._runs: dict[Spec, Future[Run]] = {}
+        self._live: set[ServerProcess] = set()
+
+    @property
+    def largest_batch(self) -> int:
+        return max(len(wave) for wave in self._waves)
+
+    def submit(self, specs: Iterable[Spec]) -> None:
+        """Queue the servers that this machine can run and that are not queued yet."""
+        for spec in specs:
+            if spec.can_run() and spec not in self._runs:
+                # Before the threads, which must not write one model at the same time.
+                spec.checkpoint(self._folder)
+                self._runs[spec] = self._pool.submit(self._serve, spec)
+
+    def run(self, spec: Spec) -> Run:
+        """What the server left; raises `ServerFailed`, with its log, if it failed."""
+        self.submit([spec])
+        return self._runs[spec].result()
+
+    def close(self) -> None:
+        """Also after Ctrl-C: no server is left, none is started any more."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for server in tuple(self._live):
+            server.stop()
+        self._pool.shutdown()
+
+    def _serve(self, spec: Spec) -> Run:
+        server = make_server(spec, self._folder)
+        self._live.add(server)
+        try:
+            # Within one thread: the server ends with the thread that started it.
+            with server:
+                server.wait_ready(READY_SECONDS)
+                replies, info = self._ask(server)
+            log = server.log_path.read_text(errors="replace")
+        finally:
+            self._live.discard(server)
+        teacher_forcing.check_replies(self._waves, replies, info["page_size"])
+        return Run(replies, info, log)
+
+    def _ask(self, server: ServerProcess) -> tuple[dict[str, Reply], dict[str, Any]]:
+        try:
+            replies = teacher_forcing.ask(server.base_url, self._waves)
+            return replies, http_json(f"{server.base_url}/server_info")
+        except (OSError, HTTPException) as error:
+            raise ServerFailed(f"{error!r}; its log:\n{server.log_tail(40)}") from error
+
+
+def run_fleet(
+    folder: Path, waves: Sequence[teacher_forcing.Wave], specs: Iterable[Spec]
+) -> Iterator[Fleet]:
+    """Body of a fixture: a fleet with `specs` queued, gone with all its servers after."""
+    fleet = Fleet(folder, waves)
+    try:
+        fleet.submit(specs)
+        yield fleet
+    finally:
+        fleet.close()
+
+
+def selected(request: pytest.FixtureRequest, name: str) -> list[Any]:
+    """Values of parameter `name` in the chosen tests of the asking module, in order."""
+    path = request.path
+    items = [item for item in request.session.items if item.path == path]
+    calls = [getattr(item, "callspec", None) for item in items]
+    return [call.params[name] for call in calls if call and name in call.params]

@@ -1,0 +1,370 @@
+"""DeepSeek's prefill by MHA, in SGLang's own code, over our backend: all ranks of a group.
+
+What `test_mla_prefill*.py` share. SGLang's `DeepseekMHAForwardMixin` expands latents and merges the
+prefix chunks; pools, chunks, gathering and kernels are ours. The ranks run
+one after the other: a first pass notes what each sends, a second gives it what all sent.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any, NamedTuple, Optional
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from helpers.attention_oracle import Served, Shape, Step, extend, mixed, move
+from helpers.backend_ranks import Case, Rank, real_backend, sglang_context
+from sglang_dcp.layers.mla import dispatch
+from sglang_dcp.layers.mla.form import PrefillForm, expanded_form
+
+TOLERANCE = 3e-2
+ROWS = 9
+CAPACITY = "SGLANG_MAX_KV_CHUNK_CAPACITY"
+
+SCRIPT = [
+    extend(a=1, b=7, c=130, d=1025),
+    # Requests without a prefix among those with one, which ranks hold in part or not at all.
+    mixed(a=5, d=70, b=1, e=300, c=64),
+    mixed(f=1),
+    mixed(f=1, a=1),
+    move("cd"),
+    mixed(d=33, c=2),
+]
+
+
+class Sizes(NamedTuple):
+    """Of MLA: `heads` of the whole model, and dims of the parts of a head."""
+
+    heads: int
+    latent: int
+    rope: int
+    nope: int
+    v: int
+
+
+DEEPSEEK = Sizes(16, 512, 64, 128, 128)
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """A case; `capacity` is how many positions a prefix chunk has at most."""
+
+    backend: str
+    sizes: Sizes = DEEPSEEK
+    dtype: torch.dtype = torch.bfloat16
+    kv_dtype: Optional[torch.dtype] = None
+    dcp_size: int = 2
+    page_size: int = 1
+    device: str = "cuda"
+    max_len: int = 1500
+    capacity: int = 1 << 17
+
+    @property
+    def case(self) -> Case:
+        sizes = self.sizes
+        key = sizes.latent + sizes.rope
+        return Case(
+            self.backend,
+            Shape(sizes.heads, 1, key, sizes.latent, latent=True),
+            self.dtype,
+            self.kv_dtype,
+            dcp_size=self.dcp_size,
+            page_size=self.page_size,
+            device=self.device,
+            max_len=self.max_len,
+        )
+
+
+class Rows(NamedTuple):
+    """Of a request, by position: what its projections gave."""
+
+    q: Tensor  # [positions, heads, nope + rope]
+    latent: Tensor  # [positions, latent]
+    rope: Tensor  # [positions, rope]
+
+
+class Truth:
+    """Queries and latents of every position, the weight that expands them, and attention.
+
+    All values are those of `prefill.dtype`, in float64.
+    """
+
+    def __init__(self, prefill: Prefill) -> None:
+        self._prefill = prefill
+        sizes = prefill.sizes
+        rows = sizes.heads * (sizes.nope + sizes.v)
+        drawn = self._draw(torch.Generator().manual_seed(1), rows, sizes.latent)
+        self.weight = self._round(drawn * sizes.latent**-0.5)
+        self._made: dict[str, Rows] = {}
+
+    @property
+    def scaling(self) -> float:
+        return float((self._prefill.sizes.nope + self._prefill.sizes.rope) ** -0.5)
+
+    def of(self, request: str) -> Rows:
+        if request not in self._made:
+            gen = torch.Generator().manual_seed(ord(request))
+            sizes, length = self._prefill.sizes, self._prefill.max_len
+            heads = sizes.heads, sizes.nope + sizes.rope
+            self._made[request] = Rows(
+                2 * self._draw(gen, length, *heads),
+                self._draw(gen, length, sizes.latent),
+                self._draw(gen, length, sizes.rope),
+            )
+        return self._made[request]
+
+    def _draw(self, gen: torch.Generator, *sizes: int) -> Tensor:
+        return self._round(torch.randn(*sizes, generator=gen))
+
+    def _round(self, values: Tensor) -> Tensor:
+        return values.to(self._prefill.dtype).double().to(self._prefill.device)
+
+    def stored(self, values: Tensor) -> Tensor:
+        """As they come back from the pool."""
+        return values.to(self._prefill.kv_dtype or self._prefill.dtype).double()
+
+    def attention(self, request: str, new: range, *, read_back: bool) -> Tensor:
+        """[new tokens, heads, v_dim]; new tokens as projected, or `read_back`."""
+        q, *parts = (part[: new.stop] for part in self.of(request))
+        stored = new.stop if read_back else new.start
+        latent, rope = (
+            torch.cat([self.stored(part[:stored]), part[stored:]]) for part in parts
+        )
+        sizes = self._prefill.sizes
+        expanded = (latent @ self.weight.T).view(len(latent), sizes.heads, -1)
+        k_nope, values = expanded.split([sizes.nope, sizes.v], dim=-1)
+        keys = torch.cat([k_nope, rope[:, None].expand(-1, sizes.heads, -1)], -1)
+        scores = torch.einsum("phd,khd->phk", q[new.start :], keys) * self.scaling
+        at = torch.arange(new.stop, device=scores.device)
+        later = at > at[new.start :, None]
+        scores = scores.masked_fill(later[:, None], -math.inf)
+        return torch.einsum("phk,khd->phd", scores.softmax(-1), values)
+
+
+def deepseek(rank: Rank, prefill: Prefill, truth: Truth) -> Any:
+    """SGLang's attention module as far as a prefill by MHA goes, of one rank's heads."""
+    from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.models.deepseek_common.attention_forward_methods import forward_mha
+
+    class Attention(forward_mha.DeepseekMHAForwardMixin):  # type: ignore[misc]
+        # As our hooks put them there.
+        def _set_mla_kv_buffer(self, *args: Any) -> None:
+            dispatch.set_mla_kv_buffer(_never, self, *args)
+
+        def _get_mla_kv_buffer(self, *args: Any) -> Any:
+            return dispatch.get_mla_kv_buffer(_never, self, *args)
+
+    module: Any = Attention()
+    sizes, heads = prefill.sizes, rank.local_heads
+    module.num_local_heads, module.kv_lora_rank = heads, sizes.latent
+    module.qk_nope_head_dim, module.qk_rope_head_dim = sizes.nope, sizes.rope
+    module.qk_head_dim, module.v_head_dim = sizes.nope + sizes.rope, sizes.v
+    module.current_attention_backend = prefill.backend
+    module.kv_cache_dtype = "auto" if prefill.kv_dtype is None else "fp8_e4m3"
+    dim = module.qk_head_dim
+    module.attn_mha = RadixAttention(
+        heads, dim, truth.scaling, heads, 0, v_head_dim=sizes.v
+    )
+    weight = truth.weight.view(sizes.heads, -1, sizes.latent)[rank.own]
+    own = weight.flatten(0, 1).to(prefill.dtype)
+
+    def kv_b_proj(latent: Tensor) -> tuple[Tensor, None]:
+        # Kernels of quantized weights ask for it.
+        assert latent.is_contiguous()
+        return latent @ own.T, None
+
+    module.kv_b_proj = kv_b_proj
+    module.o_proj = lambda out: (out, None)
+    return module
+
+
+def _never(*args: Any) -> None:
+    raise AssertionError("SGLang's own method, by logical slots")
+
+
+def batch_kind() -> type:
+    """A namespace with what SGLang's batches know of a prefill by MHA."""
+    from sglang.srt.model_executor.forward_batch_deepseek_mha_mixin import (
+        ForwardBatchDeepSeekMHAMixin,
+    )
+
+    return type("Batch", (ForwardBatchDeepSeekMHAMixin, SimpleNamespace), {})
+
+
+class Group:
+    """A DCP group at work on `SCRIPT`, and what it should give."""
+
+    def __init__(
+        self, prefill: Prefill, make_backend: Callable[[Case, Any], Any]
+    ) -> None:
+        case = prefill.case
+        self.prefill, self.truth = prefill, Truth(prefill)
+        pages = 2 + ROWS * -(-case.max_len // (case.page_size * case.dcp_size))
+        self.served = Served(case.page_size, case.dcp_size, case.max_len, pages)
+        self.table = self.served.table.to(case.device, copy=True)
+        slots = pages * case.page_size
+        self.ranks = [
+            Rank(case, rank, self.table, slots, make_backend)
+            for rank in range(case.dcp_size)
+        ]
+        self.modules = [deepseek(rank, prefill, self.truth) for rank in self.ranks]
+
+    def run(self, step: Step) -> None:
+        if step.mode == "MOVE":
+            self._move(step)
+            return
+        new = {name: self.served.grow(name, n) for name, n in step.tokens.items()}
+        self.table.copy_(self.served.table)
+        batch = self._batch(self.served.batch(step.mode, new))
+        inputs = [
+            torch.cat(part).to(self.prefill.dtype)
+            for part in zip(
+                *([p[list(at)] for p in self.truth.of(r)] for r, at in new.items())
+            )
+        ]
+        self._pass(inputs, batch)
+        sent = [rank.exchange.rows for rank in self.ranks]
+        known = [torch.cat(rows) for rows in zip(*sent, strict=True)]
+        for rank in self.ranks:
+            rank.exchange.rows, rank.exchange.all_rows = [], known
+        out = self._pass(inputs, batch)
+        for rank in self.ranks:
+            rank.exchange.rows, rank.exchange.all_rows = [], []
+        # In one shot new tokens come from the pool; with prefix chunks they are as projected.
+        total = sum(at.stop for at in new.values())
+        prefixes = any(at.start for at in new.values())
+        read_back = prefixes and total <= self.prefill.capacity
+        wanted = torch.cat(
+            [self.truth.attention(*r, read_back=read_back) for r in new.items()]
+        )
+        torch.testing.assert_close(out.double(), wanted, rtol=TOLERANCE, atol=TOLERANCE)
+        self._check_pools()
+
+    def _batch(self, served: SimpleNamespace) -> Any:
+        device = self.prefill.device
+        fields = {
+            name: (
+                value.to(device)
+                if isinstance(value, Tensor) and not name.endswith("_cpu")
+                else value
+            )
+            for name, value in vars(served).items()
+        }
+        return batch_kind()(encoder_lens=None, spec_info=None, **fields)
+
+    def _pass(self, inputs: list[Tensor], batch: Any) -> Tensor:
+        """[tokens, heads, v_dim] of all ranks, each with a batch of its own."""
+        q, latent, rope = inputs
+        outs = [
+            self._forward(rank, module, q, latent, rope, copy.copy(batch))
+            for rank, module in zip(self.ranks, self.modules)
+        ]
+        return torch.cat(outs, 1)
+
+    def _forward(
+        self,
+        rank: Rank,
+        module: Any,
+        q: Tensor,
+        latent: Tensor,
+        rope: Tensor,
+        batch: Any,
+    ) -> Tensor:
+        """From behind the projections of `forward_normal_prepare` on."""
+        from sglang.srt.model_executor.forward_context import (
+            ForwardContext,
+            forward_context,
+        )
+
+        sizes = self.prefill.sizes
+        latent = latent.clone()
+        # As in SGLang, views of wider rows.
+        k_pe = torch.cat([latent, rope], -1)[:, None, sizes.latent :]
+        with forward_context(ForwardContext(rank.backend)):
+            rank.backend.init_forward_metadata(batch)
+            # As the hook of the forward method does, and then the method.
+            form = expanded_form(dispatch.prefill_batch(batch))
+            rank.backend.prefill.prepare(batch, form)
+            if form is PrefillForm.ONE_SHOT:
+                batch.mha_one_shot, core = True, module.forward_normal_one_shot_core
+            else:
+                core = module.forward_normal_chunked_kv_core
+            module._set_mla_kv_buffer(None, latent, k_pe, batch)
+            if batch.mha_one_shot:
+                latent, k_pe = module._get_mla_kv_buffer(
+                    batch.fetch_mha_one_shot_kv_indices(), q.dtype, batch
+                )
+            kv = module.kv_b_proj(latent)[0].view(len(latent), rank.local_heads, -1)
+            k_nope, v = kv.split([sizes.nope, sizes.v], dim=-1)
+            k = module._concat_and_cast_mha_k(k_nope, k_pe, batch)
+            out = core(q[:, rank.own].contiguous(), k, v, batch)
+        return out.view(len(q), rank.local_heads, sizes.v)
+
+    def _check_pools(self) -> None:
+        """Every position that a rank owns lies at its slot, bit for bit."""
+        for number, rank in enumerate(self.ranks):
+            for name in self.served.rows:
+                slots = self.served.local_slots(name, number)
+                _, latent, rope = self.truth.of(name)
+                wanted = torch.cat([latent, rope], -1)[list(slots)]
+                keys = rank.pool.get_key_buffer(0).double()
+                got = keys[list(slots.values()), 0]
+                assert torch.equal(got, self.truth.stored(wanted)), name
+
+    def _move(self, step: Step) -> None:
+        """The scheduler gives requests other slots; their latents go along."""
+        for name in step.tokens:
+            every = range(self.prefill.dcp_size)
+            old = [list(self.served.local_slots(name, r).values()) for r in every]
+            self.served.relocate(name)
+            for r, before in enumerate(old):
+                buffer = self.ranks[r].pool.kv_buffer[0]
+                after = list(self.served.local_slots(name, r).values())
+                buffer[after] = buffer[before]
+
+
+@contextmanager
+def surroundings(prefill: Prefill) -> Iterator[None]:
+    """SGLang's process-wide state, DCP on."""
+    from sglang.srt.runtime_context import get_parallel
+
+    with (
+        sglang_context(prefill.device),
+        get_parallel().override(attn_tp_size=prefill.dcp_size),
+        mock.patch.object(dispatch, "find_context", object),
+        mock.patch.dict("os.environ", {CAPACITY: str(prefill.capacity)}),
+    ):
+        yield
+
+
+def serve(
+    prefill: Prefill,
+    steps: list[Step] = SCRIPT,
+    make_backend: Callable[[Case, Any], Any] = real_backend,
+) -> Group:
+    """A life of requests, prefill upon prefill."""
+    with surroundings(prefill):
+        group = Group(prefill, make_backend)
+        for step in steps:
+            group.run(step)
+    return group
+
+
+def cases_of(base: Prefill, capacity: int) -> dict[str, Prefill]:
+    """What the tests with and without a GPU have in common."""
+    named = {
+        f"dcp{dcp}-page{page}": replace(base, dcp_size=dcp, page_size=page)
+        for dcp, page in ((2, 1), (2, 16), (4, 64), (8, 1))
+    }
+    for dcp, page in ((2, 1), (4, 16)):
+        named[f"prefix-chunks-dcp{dcp}-page{page}"] = replace(
+            base, dcp_size=dcp, page_size=page, capacity=capacity
+        )
+    return named

@@ -1,0 +1,39 @@
+"""A plugin that lets all ranks of a server share GPU 0, over gloo.
+
+NCCL refuses two ranks on one GPU. Kernels, pools and plans are those of a GPU; only the
+collectives differ, so decode runs eagerly and `symm_a2a` cannot run.
+"""
+
+from __future__ import annotations
+
+from helpers import teacher_forcing
+
+FLAGS = "--disable-cuda-graph --disable-custom-all-reduce"
+
+_SHARED = """
+
+def on_gpu_zero(original, self, server_args, port_args, gpu_id, *args, **kwargs):
+    return original(self, server_args, port_args, 0, *args, **kwargs)
+
+
+def over_gloo(original, device):
+    return "gloo"
+
+
+def without_nccl(original, *args, **kwargs):
+    return original(*args, **{**kwargs, "use_pynccl": False})
+
+
+def load():
+    load_forced()
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    for target, hook in {
+        "managers.scheduler.Scheduler.__init__": on_gpu_zero,
+        "distributed.bootstrap.get_default_distributed_backend": over_gloo,
+        "distributed.parallel_state.init_model_parallel_group": without_nccl,
+    }.items():
+        HookRegistry.register(f"sglang.srt.{target}", hook, HookType.AROUND)
+"""
+
+PLUGIN = teacher_forcing.PLUGIN.replace("def load():", "def load_forced():") + _SHARED

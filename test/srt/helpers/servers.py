@@ -1,0 +1,48 @@
+"""Live CPU servers for tests, and plugins for them that exist in one test only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from helpers.gloo_ranks import python_path
+from sglang_dcp.demo.server import ServerProcess
+
+READY_SECONDS = 600
+
+
+def launched(
+    model: Path, flags: str, env: Mapping[str, str] | None = None
+) -> ServerProcess:
+    """A float32 server to enter: entering starts it and waits for nothing.
+
+    For servers that start side by side: a start is mostly one core's work.
+    """
+    args = ["--dtype", "float32", "--random-seed", "0", *flags.split()]
+    return ServerProcess(model, args, env=env, grace=0.0)
+
+
+@contextmanager
+def server(
+    model: Path, flags: str, env: Mapping[str, str] | None = None
+) -> Iterator[ServerProcess]:
+    """A float32 server that answers; gone with all its processes afterwards."""
+    with launched(model, flags, env) as running:
+        running.wait_ready(READY_SECONDS)
+        yield running
+
+
+def plugin_folder(folder: Path, name: str, source: str) -> dict[str, str]:
+    """Environment in which SGLang finds a plugin `name` whose module is `source`.
+
+    `source` defines `load()`.
+    """
+    (folder / f"{name}.py").write_text(source)
+    info = folder / f"{name}-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
+    (info / "entry_points.txt").write_text(
+        f"[sglang.srt.plugins]\n{name} = {name}:load\n"
+    )
+    return {"PYTHONPATH": python_path(folder)}

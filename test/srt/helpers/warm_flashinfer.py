@@ -1,0 +1,97 @@
+"""Compile, all at once, the kernels that the GPU tests call and that are built when used.
+
+`python warm_flashinfer.py bf16:bf16:128 bf16:fp8:128 bf16:bf16:mla ...`, each query dtype
+: K/V dtype : head size, or `mla` for DeepSeek's latents. FlashInfer compiles a kernel when
+it is first planned, a minute at a time; with this they are built side by side. What is in
+its cache already costs nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp8": torch.float8_e4m3fn,
+}
+# No position encoding, window, soft cap or fp16 reduction.
+PLAIN = (0, False, False)
+LATENT, ROPE = 512, 64
+# K and V of a head in a prefill by MHA.
+EXPANDED = 192, 128
+
+
+def heads_of(dim: int, q: torch.dtype, kv: torch.dtype) -> dict[str, Any]:
+    """Decode, paged and ragged prefill with heads of one size."""
+    from flashinfer.jit.attention import (
+        gen_batch_decode_module,
+        gen_batch_prefill_module,
+    )
+
+    sizes = (q, torch.int32, dim, dim, *PLAIN)
+    return {
+        f"decode {q} {kv} {dim}": gen_batch_decode_module(q, kv, *sizes),
+        f"paged {q} {kv} {dim}": gen_batch_prefill_module("fa2", q, kv, *sizes, False),
+        # New tokens among themselves are in the query's dtype.
+        f"ragged {q} {dim}": gen_batch_prefill_module("fa3", q, q, *sizes, False),
+    }
+
+
+def latents(q: torch.dtype, kv: torch.dtype) -> dict[str, Any]:
+    """FlashInfer's MLA kernel of this GPU, over the cache and over new tokens, and MHA."""
+    from flashinfer.jit.attention import (
+        gen_batch_mla_module,
+        gen_batch_prefill_module,
+    )
+    from flashinfer.utils import determine_mla_backend
+
+    backend = determine_mla_backend(torch.device("cuda"))
+    absorbed = {
+        f"mla {q} {cached}": gen_batch_mla_module(
+            backend, q, cached, q, torch.int32, LATENT, ROPE, False
+        )
+        for cached in (kv, q)
+    }
+    sizes = (q, torch.int32, *EXPANDED, *PLAIN)
+    mha = gen_batch_prefill_module("fa3", q, q, *sizes, False)
+    return {**absorbed, f"mha {q}": mha}
+
+
+def build_latent_write(kv: torch.dtype) -> None:
+    """SGLang's own kernel that writes latents, of 768 tokens on."""
+    from sglang.jit_kernel.set_mla_kv_buffer import can_use_set_mla_kv_buffer
+
+    if not can_use_set_mla_kv_buffer(LATENT * kv.itemsize, ROPE * kv.itemsize):
+        raise RuntimeError(f"SGLang's write of {kv} latents does not compile")
+
+
+def main(kinds: list[str]) -> None:
+    specs: dict[str, Any] = {}
+    writes: set[torch.dtype] = set()
+    for kind in kinds:
+        q_name, kv_name, dim = kind.split(":")
+        q, kv = DTYPES[q_name], DTYPES[kv_name]
+        if dim == "mla":
+            specs |= latents(q, kv)
+            writes.add(kv)
+        else:
+            specs |= heads_of(int(dim), q, kv)
+    jobs: list[Callable[[], Any]] = [
+        # Each by itself, as FlashInfer will: a common build leaves another ninja log, and
+        # then everything would be compiled again.
+        *(lambda spec=spec: spec.build(verbose=False) for spec in specs.values()),
+        *(lambda kv=kv: build_latent_write(kv) for kv in writes),
+    ]
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        for done in [pool.submit(job) for job in jobs]:
+            done.result()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

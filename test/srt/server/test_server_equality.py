@@ -1,0 +1,224 @@
+"""Live servers, end to end: DCP = tp 1 = Hugging Face transformers, in fp32.
+
+Only here do scheduler, radix tree, allocator, chunked prefill, overlap, model code,
+head sharding, pool and exchange meet. Every case runs the whole request set of `e2e.py`
+and checks what the server says of its own capacity afterwards.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+from urllib.error import HTTPError
+
+import pytest
+
+from helpers import request_set
+from helpers.servers import server
+from sglang_dcp.demo.client import Reply, http_json
+from sglang_dcp.demo.server import ServerProcess
+from sglang_dcp.demo.tiny_model import make_tiny_model
+
+pytestmark = pytest.mark.server
+
+# SGLang's leak check at idle is on by default, this one after every batch is not.
+CHECK_EVERY_BATCH = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layout; `flags` beside model, device and dtype.
+
+    With `fills_pool`, prompts about as long as the pool are sent, too.
+    """
+
+    kind: str
+    flags: str
+    max_total_tokens: int = 4096
+    page_size: int = 1
+    dcp_size: int = 2
+    fills_pool: bool = False
+
+    @property
+    def per_rank(self) -> int:
+        """KV tokens of a rank: SGLang rounds the pool down to whole logical pages."""
+        page = self.page_size * self.dcp_size
+        return self.max_total_tokens // page * page
+
+
+CASES = {
+    # A decode inside a prefill batch is the one prefix that is no multiple of DCP.
+    "llama-2kv-tp2-dcp2-a2a-chunk64-mixed": Case(
+        "llama-2kv",
+        "--tp 2 --dcp-size 2 --dcp-comm-backend a2a --chunked-prefill-size 64 "
+        "--enable-mixed-chunk",
+    ),
+    # 300 tokens a rank: requests of 397 and 399 are longer than one rank's pool, and
+    # eight at once (1111) evict what the radix tree holds.
+    "llama-8kv-tp2-dcp2-ag_rs-replicated-page4-eviction": Case(
+        "llama-8kv",
+        "--tp 2 --dcp-size 2 --dcp-replicate-q-proj --page-size 4 "
+        "--chunked-prefill-size 64",
+        max_total_tokens=300,
+        page_size=4,
+        fills_pool=True,
+    ),
+    "llama-odd-tp2-dcp2-a2a-no-overlap": Case(
+        "llama-odd",
+        "--tp 2 --dcp-size 2 --dcp-comm-backend a2a --disable-overlap-schedule",
+    ),
+    "qwen2-tp2-attn-tp1-ag_rs-replicated-no-radix": Case(
+        "qwen2",
+        "--tp 2 --attn-tp-size 1 --dcp-replicate-q-proj --disable-radix-cache",
+    ),
+    "qwen3-tp2-attn-tp1-a2a-replicated-chunk64": Case(
+        "qwen3",
+        "--tp 2 --attention-tensor-parallel-size 1 --dcp-comm-backend a2a "
+        "--dcp-replicate-q-proj --chunked-prefill-size 64",
+    ),
+    "qwen3-moe-tp2-dcp2-a2a": Case(
+        "qwen3-moe", "--tp 2 --dcp-size 2 --dcp-comm-backend a2a"
+    ),
+    "mla-dense-tp2-dcp2-ag_rs-page4": Case(
+        "mla-dense",
+        "--tp 2 --decode-context-parallel-size 2 --page-size 4",
+        page_size=4,
+    ),
+    "mla-moe-tp2-dcp2-a2a-replicated-chunk64": Case(
+        "mla-moe",
+        "--tp 2 --dcp-size 2 --dcp-comm-backend a2a --dcp-replicate-q-proj "
+        "--chunked-prefill-size 64",
+    ),
+    "mla-v3-tp2-dcp2-ag_rs-replicated-page4-chunk64-mixed": Case(
+        "mla-v3",
+        "--tp 2 --dcp-size 2 --dcp-replicate-q-proj --page-size 4 "
+        "--chunked-prefill-size 64 --enable-mixed-chunk",
+        page_size=4,
+    ),
+    "mla-glm-tp2-dcp2-a2a-replicated-chunk64": Case(
+        "mla-glm",
+        "--tp 2 --dcp-size 2 --dcp-comm-backend a2a --dcp-replicate-q-proj "
+        "--chunked-prefill-size 64",
+    ),
+    "llama-2kv-tp4-attn-tp2-a2a-replicated": Case(
+        "llama-2kv",
+        "--tp 4 --attn-tp-size 2 --dcp-comm-backend a2a --dcp-replicate-q-proj",
+    ),
+    "llama-8kv-tp4-attn-tp2-ag_rs-chunk64": Case(
+        "llama-8kv", "--tp 4 --attn-tp-size 2 --chunked-prefill-size 64"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What tp 1 answers to the request set."""
+
+    requests: list[request_set.Request]
+    replies: list[Reply]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Checkpoint of a kind, made once."""
+    root = tmp_path_factory.mktemp("models")
+    return lambda kind: make_tiny_model(root / kind, kind)
+
+
+@pytest.fixture(scope="module")
+def reference(
+    models: Callable[[str], Path], request: pytest.FixtureRequest
+) -> Iterator[Callable[[str], Reference]]:
+    """tp 1 without DCP flags, once a kind and compared with transformers.
+
+    They run beside the DCP servers: a start is mostly one core's work.
+    """
+    tests = [i for i in request.session.items if isinstance(i, pytest.Function)]
+    cases = [
+        cast(Case, i.callspec.params["case"])
+        for i in tests
+        if i.function is test_equal_to_tp1
+    ]
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        runs = {
+            kind: pool.submit(_run_reference, models(kind))
+            for kind in dict.fromkeys(case.kind for case in cases)
+        }
+        yield lambda kind: runs[kind].result()
+        pool.shutdown(cancel_futures=True)
+
+
+def _run_reference(model: Path) -> Reference:
+    requests = request_set.build_requests()
+    flags = "--tp 1 --attention-backend torch_native --max-total-tokens 4096"
+    with server(model, flags) as tp1:
+        replies = request_set.run_requests(tp1.base_url, requests)
+    oracle = request_set.hf_reference(model, requests)
+    request_set.assert_equal_to_reference(requests, replies, oracle)
+    return Reference(requests, replies)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_equal_to_tp1(
+    case: Case,
+    models: Callable[[str], Path],
+    reference: Callable[[str], Reference],
+) -> None:
+    flags = f"{case.flags} --max-total-tokens {case.max_total_tokens} --enable-metrics"
+    with server(models(case.kind), flags, CHECK_EVERY_BATCH) as dcp:
+        replies = request_set.run_requests(dcp.base_url, request_set.build_requests())
+        info = http_json(f"{dcp.base_url}/server_info")
+        metrics = _metrics(dcp)
+        if case.fills_pool:
+            _check_longest_prompts(dcp, case)
+        log = dcp.log_path.read_text(errors="replace")
+    want = reference(case.kind)
+    request_set.assert_equal_to_reference(want.requests, replies, want.replies)
+    logical = case.per_rank * case.dcp_size
+    assert info["max_total_num_tokens"] == logical
+    assert info["dcp"]["layout"]["attn_tp_size"] == info["attn_tp_size"]
+    assert metrics["sglang:max_total_num_tokens"] == logical
+    assert f"KV tokens: {case.per_rank} per rank, {logical} in all" in log
+    assert "leak" not in log.lower()
+    print(f"max |d logprob| {request_set.max_difference(replies, want.replies):.2e}")
+
+
+def _check_longest_prompts(dcp: ServerProcess, case: Case) -> None:
+    """Those that reach into the last two logical pages are refused, and block no one."""
+    page = case.page_size * case.dcp_size
+    bound = case.per_rank * case.dcp_size - 2 * page
+
+    def ask(tokens: int) -> int:
+        sampling = {"max_new_tokens": 3, "ignore_eos": True}
+        payload = {"input_ids": [65] * tokens, "sampling_params": sampling}
+        answer = http_json(f"{dcp.base_url}/generate", payload, timeout=60)
+        return len(answer["output_ids"])
+
+    for tokens in (bound, bound + 1, bound + page, bound + 2 * page, bound + 3 * page):
+        with pytest.raises(HTTPError) as caught:
+            ask(tokens)
+        assert caught.value.code == 400, tokens
+    assert ask(bound - 1) == ask(5) == 3
+
+
+def _metrics(dcp: ServerProcess) -> dict[str, float]:
+    """Gauges of rank 0 by name."""
+    import urllib.request
+
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(f"{dcp.base_url}/metrics", timeout=30) as answer:
+        lines = answer.read().decode().splitlines()
+    found: dict[str, Any] = {}
+    for line in lines:
+        if line.startswith("sglang:") and " " in line:
+            name, value = line.rsplit(" ", 1)
+            found.setdefault(name.split("{")[0], float(value))
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__, "-s"]))

@@ -1,0 +1,287 @@
+"""What the four flags mean: sizes that imply each other, and SGLang's `ServerArgs`.
+
+Only this file catches a flag that is parsed but lost on the way (command line, Engine,
+pickle to a scheduler, `/server_info`), and a default that changes without DCP.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import pickle
+import sys
+from typing import Any
+
+import pytest
+
+from sglang_dcp.config import DcpConfig, DcpConfigError, resolve_config
+from sglang_dcp.distributed.topology import Layout
+from sglang_dcp.hooks import verify
+
+
+def resolve(tp: int, dcp: int | None, attn_tp: int | None, **more: Any) -> Any:
+    flags = {"comm_backend": "ag_rs", "replicate_q_proj": False, **more}
+    return resolve_config(tp_size=tp, dcp_size=dcp, attn_tp_size=attn_tp, **flags)
+
+
+@pytest.mark.parametrize(
+    ("tp", "dcp", "attn_tp", "wanted"),
+    [
+        pytest.param(8, 4, None, (4, 2), id="dcp-implies-attn-tp"),
+        pytest.param(8, None, 2, (4, 2), id="attn-tp-implies-dcp"),
+        pytest.param(8, 4, 2, (4, 2), id="both-agree"),
+        pytest.param(6, 3, None, (3, 2), id="three"),
+        pytest.param(4, None, 1, (4, 1), id="attn-tp-1"),
+        pytest.param(4, 4, None, (4, 1), id="all-ranks"),
+        pytest.param(8, None, None, None, id="no-flag"),
+        pytest.param(8, 1, None, None, id="dcp-1"),
+        pytest.param(8, None, 8, None, id="attn-tp-is-tp"),
+        pytest.param(8, 1, 8, None, id="both-off"),
+        pytest.param(1, 1, 1, None, id="tp-1"),
+    ],
+)
+def test_sizes(
+    tp: int, dcp: int | None, attn_tp: int | None, wanted: tuple[int, int] | None
+) -> None:
+    config = resolve(tp, dcp, attn_tp)
+    if wanted is None:
+        assert config is None
+        return
+    assert (config.dcp_size, config.attn_tp_size) == wanted
+    assert config.tp_size == tp and config.layout == Layout(tp, wanted[1])
+    assert (config.comm_backend, config.replicate_q_proj) == ("ag_rs", False)
+
+
+@pytest.mark.parametrize("comm_backend", ["ag_rs", "a2a"])
+@pytest.mark.parametrize("replicate", [False, True], ids=["gather", "replicate"])
+def test_every_combination_of_backend_and_replication(
+    comm_backend: str, replicate: bool
+) -> None:
+    config = resolve(4, 2, None, comm_backend=comm_backend, replicate_q_proj=replicate)
+    assert config == DcpConfig(Layout(4, 2), comm_backend, replicate)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "more", "parts"),
+    [
+        pytest.param((8, 3, None), {}, ["--dcp-size 3", "8", "1, 2, 4, 8"], id="dcp-3"),
+        pytest.param((8, 0, None), {}, ["--dcp-size 0", "1, 2, 4, 8"], id="dcp-0"),
+        pytest.param((8, -2, None), {}, ["--dcp-size -2"], id="dcp-negative"),
+        pytest.param((4, 8, None), {}, ["--dcp-size 8", "--tp-size 4"], id="dcp-8"),
+        pytest.param((6, None, 4), {}, ["--attn-tp-size 4", "1, 2, 3, 6"], id="attn-4"),
+        pytest.param(
+            (8, 4, 4),
+            {},
+            ["--attn-tp-size 4", "--dcp-size 4", "--tp-size 8", "give one of the two"],
+            id="disagree",
+        ),
+        pytest.param((0, 1, None), {}, ["--tp-size 0", "at least 1"], id="no-ranks"),
+        pytest.param(
+            (4, None, None),
+            {"comm_backend": "a2a"},
+            ["--dcp-comm-backend a2a", "needs --dcp-size > 1", "drop the flag"],
+            id="backend-without-dcp",
+        ),
+        pytest.param(
+            (4, 1, 4),
+            {"replicate_q_proj": True},
+            ["--dcp-replicate-q-proj", "needs --dcp-size > 1", "drop the flag"],
+            id="replication-without-dcp",
+        ),
+    ],
+)
+def test_refusal_names_flag_value_and_hint(
+    sizes: tuple[int, int | None, int | None], more: dict[str, Any], parts: list[str]
+) -> None:
+    with pytest.raises(DcpConfigError) as caught:
+        resolve(*sizes, **more)
+    assert [part for part in parts if part not in str(caught.value)] == []
+
+
+def test_off_is_the_parent_in_every_field(
+    server_args: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = server_args()
+    parent = type(ours).__mro__[1]
+    # The hooks of this process read it from whatever arguments they are given.
+    monkeypatch.setattr(parent, "dcp", None, raising=False)
+    assert type(ours).__name__ == "DcpServerArgs" and parent.__name__ == "ServerArgs"
+    theirs = parent(model_path=ours.model_path, device="cpu", random_seed=1)
+    names = [field.name for field in dataclasses.fields(parent)]
+    assert {n: getattr(ours, n) for n in names} == {
+        n: getattr(theirs, n) for n in names
+    }
+    assert ours.dcp is None and ours.dcp_size == 1 and ours.attn_tp_size is None
+    sized = server_args(page_size=4, chunked_prefill_size=101, tp_size=4, dcp_size=1)
+    assert (sized.page_size, sized.chunked_prefill_size) == (4, 101)
+    assert sized.dcp is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "layout"),
+    [
+        pytest.param({"dcp_size": 2}, Layout(4, 2), id="dcp"),
+        pytest.param({"attn_tp_size": 1}, Layout(4, 1), id="attn-tp"),
+    ],
+)
+def test_on_counts_pages_in_logical_tokens(
+    flags: dict[str, Any], layout: Layout, server_args: Any
+) -> None:
+    args = server_args(tp_size=4, page_size=6, chunked_prefill_size=101, **flags)
+    assert args.dcp == DcpConfig(layout, page_size=6)
+    assert args.page_size == 6 * layout.dcp_size
+    assert args.chunked_prefill_size == 101 // args.page_size * args.page_size
+    assert args.dcp_size == layout.dcp_size
+    assert args.attn_tp_size == layout.attn_tp_size
+    assert args.attention_backend == "torch_native"
+    assert args.cuda_graph_config.prefill.backend == "disabled"
+    assert not args.post_capture_kv_sizing_planned()
+
+
+@pytest.mark.parametrize(
+    ("chunk", "wanted"),
+    [
+        pytest.param(64, 64, id="whole-pages"),
+        pytest.param(69, 64, id="cut"),
+        pytest.param(8, 8, id="one-page"),
+        pytest.param(-1, -1, id="no-chunks"),
+    ],
+)
+def test_chunks_are_whole_logical_pages(
+    chunk: int, wanted: int, server_args: Any
+) -> None:
+    args = server_args(tp_size=4, dcp_size=2, page_size=4, chunked_prefill_size=chunk)
+    assert args.chunked_prefill_size == wanted
+
+
+def test_chunk_below_a_logical_page_is_refused(server_args: Any) -> None:
+    with pytest.raises(DcpConfigError, match="--chunked-prefill-size 4 .* at least 8"):
+        server_args(tp_size=4, dcp_size=2, page_size=4, chunked_prefill_size=4)
+
+
+def test_dcp_itself_is_no_argument(server_args: Any) -> None:
+    with pytest.raises(DcpConfigError, match="do not pass it"):
+        server_args(dcp=DcpConfig(Layout(2, 1)))
+
+
+def test_pickled_arguments_require_the_hooks(
+    server_args: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify, "_required", False)
+    off = pickle.loads(pickle.dumps(server_args()))
+    assert off.dcp is None and not verify.hooks_required()
+    args = server_args(
+        tp_size=4, dcp_size=2, dcp_comm_backend="a2a", dcp_replicate_q_proj=True
+    )
+    data = pickle.dumps(args)
+    assert not verify.hooks_required()
+    copied = pickle.loads(data)
+    assert verify.hooks_required()
+    assert copied == args and type(copied) is type(args)
+    assert copied.dcp == DcpConfig(Layout(4, 2), "a2a", True)
+
+
+def test_server_info_can_show_it(server_args: Any) -> None:
+    shown = dataclasses.asdict(server_args(tp_size=4, dcp_size=2))["dcp"]
+    assert json.loads(json.dumps(shown)) == {
+        "layout": {"tp_size": 4, "attn_tp_size": 2},
+        "comm_backend": "ag_rs",
+        "replicate_q_proj": False,
+        "page_size": 1,
+    }
+
+
+@pytest.fixture
+def parse(server_args: Any, tiny_llama: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The arguments that a command line makes, through SGLang's own parser."""
+    from sglang.srt.server_args import prepare_server_args
+
+    # It would close pytest's own handlers.
+    monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
+    start = ["--model-path", tiny_llama, "--device", "cpu"]
+    return lambda line: prepare_server_args(start + line.split())
+
+
+@pytest.mark.parametrize(
+    ("dcp_flag", "attn_flag"),
+    [
+        pytest.param("--dcp-size", "--attn-tp-size", id="short"),
+        pytest.param(
+            "--decode-context-parallel-size",
+            "--attention-tensor-parallel-size",
+            id="long",
+        ),
+    ],
+)
+def test_command_line(dcp_flag: str, attn_flag: str, parse: Any) -> None:
+    wanted = DcpConfig(Layout(4, 2), "a2a", True)
+    more = "--tp-size 4 --dcp-comm-backend a2a --dcp-replicate-q-proj"
+    for sizes in (f"{dcp_flag} 2", f"{attn_flag} 2", f"{dcp_flag} 2 {attn_flag} 2"):
+        assert parse(f"{more} {sizes}").dcp == wanted
+    assert parse("--tp-size 4").dcp is None
+
+
+def test_help_shows_the_flags(plugins: None) -> None:
+    from sglang.srt.server_args import ServerArgs
+
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    shown = parser.format_help()
+    for flag in (
+        "--dcp-size",
+        "--decode-context-parallel-size",
+        "--attn-tp-size",
+        "--attention-tensor-parallel-size",
+        "--dcp-comm-backend",
+        "--dcp-replicate-q-proj",
+    ):
+        assert flag in shown
+
+
+@pytest.mark.parametrize(
+    ("line", "parts"),
+    [
+        pytest.param(
+            "--tp-size 4 --dcp-size 3", ["--dcp-size 3", "1, 2, 4"], id="size"
+        ),
+        pytest.param(
+            "--tp-size 4 --dcp-size 2 --dcp-comm-backend symm_a2a",
+            [
+                "--dcp-comm-backend symm_a2a",
+                "NVIDIA GPUs",
+                "use --dcp-comm-backend a2a",
+            ],
+            id="backend",
+        ),
+        pytest.param(
+            "--tp-size 4 --dcp-size 2 --attention-backend fa3",
+            ["--attention-backend fa3", "use torch_native"],
+            id="attention",
+        ),
+    ],
+)
+def test_refused_command_line_exits_with_one_line(
+    line: str, parts: list[str], parse: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        parse(line)
+    assert caught.value.code == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("sglang-dcp: error: ") and shown.count("\n") == 1
+    assert [part for part in parts if part not in shown] == []
+
+
+def test_engine_uses_the_same_class(plugins: None) -> None:
+    import sglang
+    from sglang.srt import server_args as module
+
+    from sglang_dcp.hooks.dcp_server_args import DcpServerArgs
+
+    assert sglang.Engine.server_args_class is DcpServerArgs is module.ServerArgs
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__]))

@@ -1,0 +1,182 @@
+"""One rank's pool under a scheduler that counts logical tokens.
+
+Only this file looks at the two numbers side by side: logical tokens for the scheduler
+are `dcp_size` times the rows of a rank, and pages of both describe the same memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from helpers.backend_ranks import sglang_context
+from sglang_dcp.config import DcpConfig, DcpConfigError
+from sglang_dcp.context import DcpContext, set_context
+from sglang_dcp.distributed.topology import Layout
+from sglang_dcp.layers.kv_pool import (
+    bound_input,
+    build_kv_pool,
+    config_from_budget,
+    enable_fused_set_kv_buffer,
+    write_kv,
+)
+
+CONFIGS = {
+    "dcp2": DcpConfig(Layout(4, 2), page_size=4),
+    "dcp3": DcpConfig(Layout(6, 2), "a2a", True, page_size=1),
+    "dcp8": DcpConfig(Layout(8, 1), page_size=16),
+}
+each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+
+
+@dataclasses.dataclass
+class Budget:
+    """The part of SGLang's `MemoryPoolConfig` that matters here."""
+
+    max_total_num_tokens: int
+    max_running_requests: int = 7
+
+
+def configurator(config: DcpConfig | None, tp_rank: int = 0) -> Any:
+    args = SimpleNamespace(
+        dcp=config,
+        device="cuda",
+        attention_backend="torch_native",
+        kv_cache_dtype="auto",
+    )
+    return SimpleNamespace(
+        server_args=args,
+        ps=SimpleNamespace(tp_rank=tp_rank),
+        kv_cache_dtype=torch.bfloat16,
+        model_dtype=torch.bfloat16,
+        use_mla_backend=False,
+    )
+
+
+class Builder:
+    """SGLang's pool builder: notes how it was called."""
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+        self.pool = SimpleNamespace(page_size="logical")
+
+    def __call__(self, kvc: Any, **kwargs: Any) -> Any:
+        self.calls.append((kvc, kwargs))
+        return self.pool
+
+
+@each_config
+def test_scheduler_sees_the_tokens_of_all_ranks(config: DcpConfig) -> None:
+    budget = Budget(480)
+    seen = config_from_budget(budget, configurator(config), 123, cap_tokens=9)
+    assert seen == Budget(480 * config.dcp_size)
+    assert budget == Budget(480), "SGLang's own object is not changed"
+
+
+def worker_of(config: DcpConfig | None, page_size: int) -> Any:
+    return SimpleNamespace(server_args=SimpleNamespace(dcp=config, page_size=page_size))
+
+
+@each_config
+def test_no_prompt_reaches_into_the_last_two_pages(config: DcpConfig) -> None:
+    page = config.page_size * config.dcp_size
+    worker = worker_of(config, page)
+    info = 9 * page + page - 1, "prefill", "running", "queued", 77, 9 * page - 6, "seed"
+    assert bound_input(info, worker) == (*info[:5], 7 * page, "seed")
+    # The context may be shorter than the pool.
+    short = (*info[:5], 3, "seed")
+    assert bound_input(short, worker) == short
+    with pytest.raises(DcpConfigError, match="2 pages of .* too few for any request"):
+        bound_input((2 * page, *info[1:]), worker)
+
+
+@each_config
+def test_a_rank_holds_its_share(config: DcpConfig) -> None:
+    builder, kvc = Builder(), configurator(config)
+    logical = config_from_budget(Budget(480), kvc).max_total_num_tokens
+    pool = build_kv_pool(
+        builder, kvc, max_total_num_tokens=logical, mha_pool_class=int, quant_method=3
+    )
+    assert pool is builder.pool and pool.page_size == config.page_size
+    wanted = dict(max_total_num_tokens=480, mha_pool_class=int, quant_method=3)
+    assert builder.calls == [(kvc, wanted)]
+
+
+def test_off_is_the_very_same_object() -> None:
+    budget, builder, kvc = Budget(480), Builder(), configurator(None)
+    assert config_from_budget(budget, kvc) is budget
+    info = (480, 0, 0, 0, 479, 474, 0)
+    assert bound_input(info, worker_of(None, 16)) is info
+    pool = build_kv_pool(builder, kvc, max_total_num_tokens=481, mha_pool_class=int)
+    assert pool is builder.pool and pool.page_size == "logical"
+    wanted = dict(max_total_num_tokens=481, mha_pool_class=int)
+    assert builder.calls == [(kvc, wanted)]
+
+
+@pytest.mark.parametrize("tp_rank", [0, 1], ids=["rank0", "rank1"])
+def test_layout_is_logged_once(tp_rank: int, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "sglang_dcp")
+    kvc = configurator(CONFIGS["dcp3"], tp_rank)
+    build_kv_pool(Builder(), kvc, max_total_num_tokens=900)
+    if tp_rank:
+        assert caplog.messages == []
+        return
+    [line] = caplog.messages
+    for part in (
+        "6 ranks = attn_tp 2 x dcp 3",
+        "comm backend a2a",
+        "Q projection replicated",
+        "300 per rank, 900 in all",
+    ):
+        assert part in line
+
+
+def test_fused_write_is_off_with_dcp_alone() -> None:
+    asked: list[str] = []
+
+    def original(batch: Any) -> bool:
+        asked.append(batch)
+        return True
+
+    assert enable_fused_set_kv_buffer(original, "batch") is True
+    set_context(DcpContext(CONFIGS["dcp2"], 0))
+    assert enable_fused_set_kv_buffer(original, "batch") is False
+    assert asked == ["batch"]
+
+
+def test_kv_dtype_of_the_checkpoint() -> None:
+    """`auto` may still mean fp8, which SGLang reads from the checkpoint."""
+    kvc = configurator(DcpConfig(Layout(2, 1)))
+    kvc.kv_cache_dtype = torch.float8_e4m3fn
+    kvc.server_args.attention_backend = "fa3"
+    build_kv_pool(Builder(), kvc, max_total_num_tokens=64)
+    kvc.server_args.attention_backend = "torch_native"
+    with pytest.raises(DcpConfigError, match="--kv-cache-dtype auto .*float8_e4m3fn"):
+        build_kv_pool(Builder(), kvc, max_total_num_tokens=64)
+    # What a backend reads of latents is another matter.
+    kvc.server_args.attention_backend, kvc.use_mla_backend = "fa3", True
+    with pytest.raises(DcpConfigError, match="fa3 has no kernel for fp8 latents"):
+        build_kv_pool(Builder(), kvc, max_total_num_tokens=64)
+
+
+def test_latents_are_written_as_they_are() -> None:
+    """Each layer of an fp8 checkpoint has scales, 1.0 where it brings none."""
+    from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
+
+    scale = torch.tensor(0.5)
+    layer = SimpleNamespace(layer_id=0, k_scale=scale, v_scale=scale)
+    keys = torch.arange(12.0).view(2, 1, 6)
+    with sglang_context("cpu"):
+        pool = MLATokenToKVPool(8, 1, torch.float32, 4, 2, 1, "cpu", False)
+        write_kv(pool, layer, torch.tensor([3, 5]), keys.clone(), keys[..., :4])
+    assert torch.equal(pool.get_key_buffer(0)[[3, 5]], keys)
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__]))

@@ -1,0 +1,61 @@
+"""What a scheduler process sets up before it starts NCCL."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from typing import Any
+
+import pytest
+
+from sglang_dcp.hooks import scheduler
+
+MIXING = "NCCL_GRAPH_MIXING_SUPPORT"
+DCP = {"tp_size": 2, "dcp_size": 2}
+WIDE = {"tp_size": 4, "dcp_size": 2}
+
+pytestmark = pytest.mark.usefixtures("plugins")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "before", "after"),
+    [
+        pytest.param({}, None, None, id="dcp-off"),
+        pytest.param(DCP, None, "0", id="dcp-on"),
+        pytest.param(DCP, "1", "1", id="user-value"),
+        pytest.param({**WIDE, "ep_size": 4}, None, "0", id="ep-is-tp"),
+        # SGLang would turn mixing off: what DCP sets keeps NCCL's default.
+        pytest.param({**WIDE, "ep_size": 2}, None, "1", id="ep-within-tp"),
+    ],
+)
+def test_nccl_graph_mixing(
+    arguments: dict[str, Any],
+    before: str | None,
+    after: str | None,
+    server_args: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with monkeypatch.context() as patch:
+        # Set and deleted through the patch, so that what was there before comes back.
+        patch.setenv(MIXING, before or "")
+        if before is None:
+            patch.delenv(MIXING)
+        scheduler.configure_scheduler_process(server_args(**arguments), 0, 1)
+        assert os.environ.get(MIXING) == after
+
+
+def test_dcp_size_is_the_users_until_a_scheduler_has_it(server_args: Any) -> None:
+    """The log and /server_info read it; SGLang's own DCP must not."""
+    args = server_args(**DCP)
+    assert (args.dcp_size, dataclasses.asdict(args)["dcp_size"]) == (2, 2)
+    assert "dcp_size=2," in repr(args)
+    scheduler.configure_scheduler_process(args, 0, 1)
+    assert args.dcp_size == 1
+    plain = server_args()
+    scheduler.configure_scheduler_process(plain, 0, 1)
+    assert plain.dcp_size == 1
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__]))

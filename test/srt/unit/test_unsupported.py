@@ -1,0 +1,632 @@
+"""Every combination that does not work with DCP is refused, by name, before it starts.
+
+Only this file catches a table entry that never fires: each entry must be the first to
+speak for one case here, so an entry without a case fails.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from sglang.srt.configs.load_config import LoadFormat
+
+from sglang_dcp.config import DcpConfig, DcpConfigError
+from sglang_dcp.distributed.topology import Layout
+from sglang_dcp.layers.backends.capabilities import FP8, Requirement
+from sglang_dcp.layers.backends.registry import backend_names, backends
+from sglang_dcp.support.backends import check_backend, default_backend
+from sglang_dcp.support.models import (
+    GQA_ARCHITECTURES,
+    MLA_ARCHITECTURES,
+    UNSUPPORTED_MODELS,
+    check_model,
+)
+from sglang_dcp.support.rules import Unsupported
+from sglang_dcp.support.server import UNSUPPORTED_SERVER_ARGS, check_server_args
+
+FINE_SERVER = dict(
+    device="cpu",
+    page_size=None,
+    context_length=None,
+    max_total_tokens=None,
+    load_format="auto",
+    quantization_param_path=None,
+    enable_symm_mem=False,
+    debug_cuda_graph=False,
+    cuda_graph_backend_decode=None,
+    enable_flexkv=False,
+    radix_cache_backend=None,
+    enable_torch_compile=False,
+    enable_deterministic_inference=False,
+    model_impl="auto",
+    moe_a2a_backend="none",
+    moe_dense_tp_size=None,
+    enable_attn_tp_input_scattered=False,
+    enable_single_batch_overlap=False,
+    torchao_config="",
+    cpu_offload_gb=0,
+    offload_group_size=-1,
+    enable_mis=False,
+    speculative_algorithm=None,
+    disaggregation_mode="null",
+    enable_hierarchical_cache=False,
+    enable_lmcache=False,
+    enable_unified_memory=False,
+    enable_hisparse=False,
+    enable_page_major_kv_layout=False,
+    prefill_only_disable_kv_cache=False,
+    kv_cache_dtype="auto",
+    attn_cp_size=1,
+    enable_prefill_cp=False,
+    enable_dp_attention=False,
+    pp_size=1,
+    nnodes=1,
+    enable_lora=None,
+    enable_two_batch_overlap=False,
+    enable_pdmux=False,
+    dllm_algorithm=None,
+    kv_canary="none",
+    dcp=DcpConfig(Layout(4, 2)),
+    elastic_ep_backend=None,
+    use_ray=False,
+    attention_backend="torch_native",
+    prefill_attention_backend=None,
+    decode_attention_backend=None,
+)
+
+# Flag, the changed server argument, and what the message shows after the flag.
+SERVER_CASES: dict[str, tuple[dict[str, Any], str]] = {
+    "--page-size": ({"page_size": -1}, " -1"),
+    "--context-length": ({"context_length": 0}, " 0"),
+    "--max-total-tokens": ({"max_total_tokens": -5}, " -5"),
+    "--device": ({"device": "xpu"}, " xpu"),
+    "--load-format": ({"load_format": LoadFormat.SHARDED_STATE}, " sharded_state"),
+    "--quantization-param-path": ({"quantization_param_path": "kv.json"}, " kv.json"),
+    "--enable-symm-mem": ({"enable_symm_mem": True}, ""),
+    "--debug-cuda-graph": ({"debug_cuda_graph": True}, ""),
+    "--cuda-graph-backend-decode": (
+        {"cuda_graph_backend_decode": "breakable"},
+        " breakable",
+    ),
+    "--enable-flexkv": ({"enable_flexkv": True}, ""),
+    "--radix-cache-backend": ({"radix_cache_backend": "mine"}, " mine"),
+    "--enable-torch-compile": ({"enable_torch_compile": True}, ""),
+    "--enable-deterministic-inference": ({"enable_deterministic_inference": True}, ""),
+    "--model-impl": ({"model_impl": "transformers"}, " transformers"),
+    "--moe-a2a-backend": ({"moe_a2a_backend": "deepep"}, " deepep"),
+    "--moe-dense-tp-size": ({"moe_dense_tp_size": 1}, " 1"),
+    "--enable-attn-tp-input-scattered": ({"enable_attn_tp_input_scattered": True}, ""),
+    "--enable-single-batch-overlap": ({"enable_single_batch_overlap": True}, ""),
+    "--torchao-config": ({"torchao_config": "int4wo-128"}, " int4wo-128"),
+    "--cpu-offload-gb": ({"cpu_offload_gb": 4}, " 4"),
+    "--offload-group-size": ({"offload_group_size": 2}, " 2"),
+    "--enable-mis": ({"enable_mis": True}, ""),
+    "--speculative-algorithm": ({"speculative_algorithm": "EAGLE"}, " EAGLE"),
+    "--disaggregation-mode": ({"disaggregation_mode": "decode"}, " decode"),
+    "--enable-hierarchical-cache": ({"enable_hierarchical_cache": True}, ""),
+    "--enable-lmcache": ({"enable_lmcache": True}, ""),
+    "--enable-unified-memory": ({"enable_unified_memory": True}, ""),
+    "--enable-hisparse": ({"enable_hisparse": True}, ""),
+    "--enable-page-major-kv-layout": ({"enable_page_major_kv_layout": True}, ""),
+    "--prefill-only-disable-kv-cache": ({"prefill_only_disable_kv_cache": True}, ""),
+    "--kv-cache-dtype": ({"kv_cache_dtype": "fp8_e5m2"}, " fp8_e5m2"),
+    "--attention-context-parallel-size": ({"attn_cp_size": 2}, " 2"),
+    "--enable-prefill-cp": ({"enable_prefill_cp": True}, ""),
+    "--enable-dp-attention": ({"enable_dp_attention": True}, ""),
+    "--pp-size": ({"pp_size": 2}, " 2"),
+    "--nnodes": ({"nnodes": 2}, " 2"),
+    "--enable-lora": ({"enable_lora": True}, ""),
+    "--enable-two-batch-overlap": ({"enable_two_batch_overlap": True}, ""),
+    "--enable-pdmux": ({"enable_pdmux": True}, ""),
+    "--dllm-algorithm": ({"dllm_algorithm": "LowConfidence"}, " LowConfidence"),
+    "--kv-canary": ({"kv_canary": "raise"}, " raise"),
+    "--elastic-ep-backend": ({"elastic_ep_backend": "mooncake"}, " mooncake"),
+    "--use-ray": ({"use_ray": True}, ""),
+    "SGLANG_USE_HND_KVCACHE": ({}, " 1"),
+}
+
+
+def fine_model(**changes: Any) -> SimpleNamespace:
+    """The part of `ModelConfig` that is read, of a model with 8 heads and 2 K/V heads."""
+    from sglang.srt.configs.model_config import AttentionArch
+
+    text = dict(num_attention_heads=8, layer_types=None, sliding_window=None)
+    text.update(changes.pop("text", {}))
+    kv_heads = changes.pop("kv_heads", 2)
+    architecture = changes.pop("architecture", "LlamaForCausalLM")
+    fields = dict(
+        has_attention_sinks=False,
+        is_hybrid_swa=False,
+        is_encoder_decoder=False,
+        attention_arch=AttentionArch.MHA,
+        quantization=None,
+        hf_text_config=SimpleNamespace(**text),
+        hf_config=SimpleNamespace(architectures=[architecture]),
+        get_total_num_kv_heads=lambda: kv_heads,
+    )
+    return SimpleNamespace(**{**fields, **changes})
+
+
+MODEL_CASES: dict[str, tuple[dict[str, Any], str]] = {
+    "encoder-decoder": (
+        {"is_encoder_decoder": True},
+        "LlamaForCausalLM (cross attention)",
+    ),
+    "sinks": ({"has_attention_sinks": True}, "LlamaForCausalLM (attention sinks)"),
+    "hybrid-swa": (
+        {"is_hybrid_swa": True},
+        "LlamaForCausalLM (sliding window layers)",
+    ),
+    "swa-layer": (
+        {"text": {"layer_types": ["full_attention", "sliding_attention"]}},
+        "LlamaForCausalLM (sliding window layers)",
+    ),
+    "swa-mistral": (
+        {"text": {"sliding_window": 4096}},
+        "LlamaForCausalLM (sliding_window 4096)",
+    ),
+    "dsa": (
+        {"architecture": "DeepseekV32ForCausalLM", "text": {"index_topk": 2048}},
+        "DeepseekV32ForCausalLM (index_topk 2048)",
+    ),
+    "architecture": ({"architecture": "GptOssForCausalLM"}, "GptOssForCausalLM"),
+}
+CONFIG = DcpConfig(Layout(4, 2))
+
+
+def first_to_speak(table: tuple[Unsupported, ...], subject: Any) -> Unsupported:
+    return next(entry for entry in table if entry.value(subject) is not None)
+
+
+def server_subject(flag: str, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    if flag == "SGLANG_USE_HND_KVCACHE":
+        monkeypatch.setenv(flag, "1")
+    return SimpleNamespace(**{**FINE_SERVER, **SERVER_CASES[flag][0]})
+
+
+def test_each_server_entry_has_a_case() -> None:
+    assert sorted(entry.flag for entry in UNSUPPORTED_SERVER_ARGS) == sorted(
+        SERVER_CASES
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "device", "message"),
+    [
+        pytest.param(
+            DcpConfig(Layout(16, 1), "symm_a2a"),
+            "cuda",
+            "--dcp-comm-backend symm_a2a serves up to 8 DCP ranks, not 16; use a2a",
+            id="too-many-ranks",
+        ),
+        pytest.param(
+            DcpConfig(Layout(4, 2), "symm_a2a"),
+            "cpu",
+            "--dcp-comm-backend symm_a2a does not .* other NVIDIA GPUs; use .* ag_rs",
+            id="needs-a-gpu",
+        ),
+        pytest.param(
+            DcpConfig(Layout(4, 2), "nccl"),
+            "cpu",
+            "--dcp-comm-backend nccl is unknown; use one of ag_rs, a2a, symm_a2a",
+            id="unknown",
+        ),
+    ],
+)
+def test_comm_backend(config: DcpConfig, device: str, message: str) -> None:
+    changes = {"dcp": config, "device": device, "attention_backend": None}
+    with pytest.raises(DcpConfigError, match=message):
+        check_server_args(SimpleNamespace(**{**FINE_SERVER, **changes}))
+
+
+def test_an_unknown_comm_backend_is_named_without_dcp_too(server_args: Any) -> None:
+    with pytest.raises(DcpConfigError, match="--dcp-comm-backend nccl is unknown"):
+        server_args(dcp_comm_backend="nccl")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"load_format": "remote"},
+        {"load_format": "remote_instance"},
+        {"device": "npu"},
+        {"cuda_graph_backend_decode": "tc_piecewise"},
+    ],
+    ids=str,
+)
+def test_other_values_that_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(DcpConfigError, match=next(iter(changes.values()))):
+        check_server_args(SimpleNamespace(**{**FINE_SERVER, **changes}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"load_format": LoadFormat.DUMMY},
+        {"cuda_graph_backend_decode": "full"},
+        {"cuda_graph_backend_decode": "disabled"},
+    ],
+    ids=str,
+)
+def test_values_beside_refused_ones(changes: dict[str, Any]) -> None:
+    check_server_args(SimpleNamespace(**{**FINE_SERVER, **changes}))
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_prefill_graphs_go_before_memory_is_set_aside_for_them(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU there are none, and nothing is said."""
+    from sglang_dcp.hooks import server_args, verify
+
+    monkeypatch.setattr(verify, "verify_hooks", lambda: None)
+    changes = dict(device=device, disable_prefill_cuda_graph=False)
+    args = SimpleNamespace(**{**FINE_SERVER, **changes, "attention_backend": None})
+    server_args.prepare(args)
+    assert args.disable_prefill_cuda_graph == (device == "cuda")
+
+
+def test_rocm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    fine = {**FINE_SERVER, "attention_backend": "triton"}
+    check_server_args(SimpleNamespace(**{**FINE_SERVER, "device": "cpu"}))
+    with pytest.raises(DcpConfigError, match=r"--device cuda \(ROCm\)"):
+        check_server_args(SimpleNamespace(**{**fine, "device": "cuda"}))
+
+
+@pytest.mark.parametrize("flag", SERVER_CASES)
+def test_server_flag(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = server_subject(flag, monkeypatch)
+    entry = first_to_speak(UNSUPPORTED_SERVER_ARGS, subject)
+    assert entry.flag == flag and entry.reason and entry.hint
+    with pytest.raises(DcpConfigError) as caught:
+        check_server_args(subject)
+    message = str(caught.value)
+    assert message.startswith(f"{flag}{SERVER_CASES[flag][1]} does not work with DCP: ")
+    assert message.endswith(f"{entry.reason}; {entry.hint}")
+
+
+def test_each_model_entry_has_a_case() -> None:
+    spoke = {
+        first_to_speak(UNSUPPORTED_MODELS, fine_model(**changes))
+        for changes, _ in MODEL_CASES.values()
+    }
+    assert spoke == set(UNSUPPORTED_MODELS)
+
+
+@pytest.mark.parametrize("name", MODEL_CASES)
+def test_model(name: str) -> None:
+    changes, shown = MODEL_CASES[name]
+    with pytest.raises(DcpConfigError) as caught:
+        check_model(fine_model(**changes), CONFIG)
+    assert str(caught.value).startswith(f"--model-path {shown} does not work with DCP")
+    assert "serve this model without DCP" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({}, id="all-defaults"),
+        pytest.param({"kv_cache_dtype": "bfloat16"}, id="bfloat16"),
+        pytest.param({"kv_cache_dtype": "bf16"}, id="bf16"),
+        pytest.param({"kv_cache_dtype": "fp8_e4m3"}, id="fp8"),
+        pytest.param({"kv_canary": None}, id="no-canary"),
+        pytest.param({"attention_backend": None}, id="no-backend-named"),
+        pytest.param({"decode_attention_backend": "torch_native"}, id="decode-backend"),
+    ],
+)
+def test_fine_servers_are_not_refused(
+    changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SGLANG_USE_HND_KVCACHE", raising=False)
+    check_server_args(SimpleNamespace(**{**FINE_SERVER, **changes}))
+
+
+@pytest.mark.parametrize("phase", ["", "prefill-", "decode-"], ids=str)
+def test_attention_backend_without_backend(phase: str) -> None:
+    name = f"{phase.replace('-', '_')}attention_backend"
+    subject = SimpleNamespace(**{**FINE_SERVER, name: "fa3"})
+    with pytest.raises(DcpConfigError, match=f"--{phase}attention-backend fa3") as e:
+        check_server_args(subject)
+    assert "on device cpu" in str(e.value) and "use torch_native" in str(e.value)
+
+
+def on_gpu(**more: Any) -> Requirement:
+    return Requirement("cuda", **{"dtype": torch.bfloat16, **more})
+
+
+def on_mla(**more: Any) -> Requirement:
+    return on_gpu(**{"mla": True, "head_dim": (512, 64), **more})
+
+
+GPU_BACKENDS = {
+    "fa3": ("fa3", on_gpu(head_dim=128), None),
+    "fa3-96": ("fa3", on_gpu(head_dim=96), None),
+    "fa3-fp16": ("fa3", on_gpu(dtype=torch.float16), None),
+    "fa3-fp8": ("fa3", on_gpu(kv_dtype=FP8), None),
+    "triton": ("triton", on_gpu(head_dim=80), None),
+    "flashinfer": ("flashinfer", on_gpu(head_dim=64, kv_dtype=FP8), None),
+    "bf16-named": ("triton", on_gpu(kv_dtype=torch.bfloat16), None),
+    "torch_native-fp32": ("torch_native", on_gpu(dtype=torch.float32), None),
+    "unknown": (
+        "flex_attention",
+        on_gpu(),
+        "--attention-backend flex_attention .*use fa3, flashinfer, triton, torch_n",
+    ),
+    "flashmla": (
+        "flashmla",
+        on_mla(),
+        "--attention-backend flashmla .*shards without a key; use fa3, flashinfer, t",
+    ),
+    "fa3-mla": ("fa3", on_mla(), None),
+    "fa3-mla-fp16": ("fa3", on_mla(dtype=torch.float16), None),
+    "flashinfer-mla": ("flashinfer", on_mla(), None),
+    "flashinfer-mla-fp8": ("flashinfer", on_mla(kv_dtype=FP8), None),
+    "torch_native-mla": ("torch_native", on_mla(head_dim=(64, 16)), None),
+    "triton-mla": (
+        "triton",
+        on_mla(),
+        "--attention-backend triton .*latent attention; use fa3, flashinfer, torch_n",
+    ),
+    "flashinfer-mla-heads": ("flashinfer", on_mla(local_heads=16), None),
+    "flashinfer-mla-12-heads": (
+        "flashinfer",
+        on_mla(local_heads=12),
+        "--attention-backend flashinfer .*divide 128, not 12; use fa3, torch_native",
+    ),
+    "small-latent": (
+        "flashinfer",
+        on_mla(head_dim=(64, 16)),
+        "--model-path kv_lora_rank 64, qk_rope_head_dim 16 .*use --att.* torch_native",
+    ),
+    "flashinfer-80": (
+        "flashinfer",
+        on_gpu(head_dim=80),
+        "--model-path head_dim 80 .*flashinfer.*; use --attention-backend triton or torch_native",
+    ),
+    "fa3-320": (
+        "fa3",
+        on_gpu(head_dim=320),
+        "--model-path head_dim 320 .*; use --attention-backend triton or torch_native",
+    ),
+    "torch_native-fp8": (
+        "torch_native",
+        on_gpu(kv_dtype=FP8),
+        "--kv-cache-dtype float8_e4m3fn .*torch_native.*; use --attention-backend fa3",
+    ),
+    "fa3-mla-fp8": (
+        "fa3",
+        on_mla(kv_dtype=FP8),
+        "--kv-cache-dtype float8_e4m3fn .*copy the whole pool.*backend flashinfer$",
+    ),
+    "mla-fp8-of-fp16": (
+        "flashinfer",
+        on_mla(dtype=torch.float16, kv_dtype=FP8),
+        "--kv-cache-dtype float8_e4m3fn .*bfloat16 models alone; use --kv-cache-dtype a",
+    ),
+    "nothing-serves": (
+        "fa3",
+        Requirement("cpu", dtype=torch.bfloat16, head_dim=64, kv_dtype=FP8),
+        "--kv-cache-dtype float8_e4m3fn .*torch_native.*; use --kv-cache-dtype auto",
+    ),
+    "bf16-cache-of-fp16": (
+        "triton",
+        on_gpu(dtype=torch.float16, kv_dtype=torch.bfloat16),
+        "--kv-cache-dtype bfloat16 .*; use --kv-cache-dtype auto",
+    ),
+    **{
+        f"{name}-fp32": (
+            name,
+            on_gpu(dtype=torch.float32),
+            f"--dtype float32 .*{name}.*16-bit.*; use --attention-backend torch_nat",
+        )
+        for name in ("fa3", "flashinfer", "triton")
+    },
+}
+
+
+@pytest.mark.parametrize("name, need, message", GPU_BACKENDS.values(), ids=GPU_BACKENDS)
+def test_attention_backends_of_a_gpu(
+    name: str, need: Requirement, message: str | None
+) -> None:
+    if message is None:
+        check_backend(name, need)
+        return
+    with pytest.raises(DcpConfigError, match=message):
+        check_backend(name, need)
+
+
+def test_backends_of_two_phases() -> None:
+    named = {"attention_backend": "fa3", "decode_attention_backend": "triton"}
+    subject = SimpleNamespace(**{**FINE_SERVER, "device": "cuda", **named})
+    with pytest.raises(DcpConfigError, match="name one backend"):
+        check_server_args(subject)
+
+
+def test_a_default_exists_for_every_device_and_kind_of_attention() -> None:
+    for device in (None, "cpu", "cuda"):
+        for mla in (False, True):
+            assert backend_names(Requirement(device, mla))
+
+
+DEFAULTS = {
+    "preferred": ("fa3", on_gpu(head_dim=128), "fa3", ""),
+    "another-can": ("fa3", on_gpu(head_dim=320), "triton", "not fa3.*no kernel"),
+    "no-hopper": ("flashinfer", on_gpu(head_dim=80), "triton", "not flashinfer"),
+    "without-backend": (
+        "trtllm_mha",
+        on_gpu(head_dim=64),
+        "flashinfer",
+        "no DCP backend",
+    ),
+    "mla": ("fa3", on_mla(), "fa3", ""),
+    "mla-fp8": ("fa3", on_mla(kv_dtype=FP8), "flashinfer", "not fa3.*fp8 latents"),
+    "mla-small": ("fa3", on_mla(head_dim=(64, 16)), "torch_native", "not fa3.*no kern"),
+    "cpu": (None, Requirement("cpu"), "torch_native", ""),
+    # Chosen for want of another, and then refused with the reason.
+    "none-can": ("fa3", on_gpu(dtype=torch.float32, kv_dtype=FP8), "fa3", ""),
+}
+
+
+@pytest.mark.parametrize(
+    "preferred, need, chosen, why", DEFAULTS.values(), ids=DEFAULTS
+)
+def test_default_backend_says_why(
+    preferred: str | None,
+    need: Requirement,
+    chosen: str,
+    why: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "sglang_dcp")
+    assert default_backend(preferred, need) == chosen
+    [line] = caplog.messages
+    assert f"using {chosen}" in line and re.search(why, line)
+    assert ("not" in line.split(chosen)[1]) == bool(why)
+
+
+def test_every_backend_is_a_hook_and_has_a_file_of_its_name() -> None:
+    from sglang_dcp.hooks.table import HOOKS
+
+    hooks = {hook.target for hook in HOOKS}
+    for mla in (False, True):
+        for name, found in backends(mla).items():
+            [_] = [t for t in hooks if t.endswith(f"ATTENTION_BACKENDS[{name}]")]
+            module = found.__module__.rpartition(".")[2]
+            assert module in (name, f"{name}_mla" if mla else name)
+
+
+def test_every_mla_backend_has_a_hook_that_chooses_the_forward_method() -> None:
+    from sglang_dcp.hooks.table import HOOKS
+
+    hooks = {hook.target.rpartition(".")[2] for hook in HOOKS}
+    assert {f"_handlers[{name}]" for name in backends(mla=True)} <= hooks
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *(
+            pytest.param({"architecture": name}, id=name)
+            for name in GQA_ARCHITECTURES + MLA_ARCHITECTURES
+        ),
+        # Qwen2 carries a window that it does not use.
+        pytest.param(
+            {"text": {"sliding_window": 4096, "use_sliding_window": False}},
+            id="unused-window",
+        ),
+        pytest.param(
+            {"text": {"layer_types": ["full_attention"] * 2}}, id="full-layers"
+        ),
+        pytest.param({"kv_heads": 1}, id="kv-head-replicated"),
+        pytest.param({"quantization": "fp8"}, id="quantized"),
+    ],
+)
+def test_fine_models_are_not_refused(changes: dict[str, Any]) -> None:
+    check_model(fine_model(**changes), CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("layout", "heads", "kv_heads", "message"),
+    [
+        pytest.param(
+            Layout(4, 2),
+            6,
+            2,
+            r"--tp-size 4 does not divide the model's 6 query heads. Use --tp-size 2 "
+            r"\(--dcp-size 2\) or --tp-size 3",
+            id="q-heads",
+        ),
+        pytest.param(
+            Layout(3, 1),
+            8,
+            2,
+            r"--tp-size 3 does not .* --tp-size 8 \(--dcp-size 2, 4, 8\)",
+            id="q-heads-beyond-tp",
+        ),
+        pytest.param(
+            Layout(4, 2),
+            12,
+            3,
+            r"--attn-tp-size 2 .*Use --tp-size 4 \(--dcp-size 4\)",
+            id="kv-heads",
+        ),
+        pytest.param(Layout(4, 2), 8, 3, "8 query heads and 3 KV", id="ratio"),
+    ],
+)
+def test_heads_that_do_not_divide(
+    layout: Layout, heads: int, kv_heads: int, message: str
+) -> None:
+    model = fine_model(text={"num_attention_heads": heads}, kv_heads=kv_heads)
+    with pytest.raises(DcpConfigError, match=message):
+        check_model(model, DcpConfig(layout))
+
+
+def test_mla_has_one_head_whatever_its_config_says() -> None:
+    from sglang.srt.configs.model_config import AttentionArch
+
+    model = fine_model(attention_arch=AttentionArch.MLA, kv_heads=3)
+    check_model(model, CONFIG)
+
+
+def test_replicated_q_of_a_quantized_model() -> None:
+    config = DcpConfig(Layout(4, 2), replicate_q_proj=True)
+    check_model(fine_model(), config)
+    with pytest.raises(DcpConfigError, match="--dcp-replicate-q-proj .* fp8.*drop"):
+        check_model(fine_model(quantization="fp8"), config)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        pytest.param({name: value, **more}, message, id=name)
+        for name, value, message, more in (
+            ("speculative_algorithm", "NGRAM", "--speculative-algorithm NGRAM", {}),
+            ("disaggregation_mode", "prefill", "--disaggregation-mode prefill", {}),
+            ("enable_hierarchical_cache", True, "--enable-hierarchical-cache ", {}),
+            ("enable_dp_attention", True, "--enable-dp-attention ", {"dp_size": 2}),
+            ("kv_cache_dtype", "fp8_e5m2", "--kv-cache-dtype fp8_e5m2", {}),
+            ("attention_backend", "fa3", "--attention-backend fa3 .*use torch", {}),
+            ("prefill_attention_backend", "triton", "--prefill-att.* triton", {}),
+            ("enable_lora", True, "--enable-lora ", {}),
+        )
+    ],
+)
+def test_through_the_real_constructor(
+    arguments: dict[str, Any], message: str, server_args: Any
+) -> None:
+    with pytest.raises(DcpConfigError, match=message):
+        server_args(tp_size=4, dcp_size=2, **arguments)
+
+
+def test_sglang_defaults_are_the_fine_values(server_args: Any) -> None:
+    """What this file calls fine is what SGLang has when no flag is given."""
+    args = server_args(tp_size=4, dcp_size=2)
+    fine = {**FINE_SERVER, "dcp": args.dcp, "page_size": 2, "context_length": None}
+    assert {name: getattr(args, name) for name in fine} == fine
+
+
+def test_real_model_config_with_a_window(
+    server_args: Any, tiny_llama: str, tmp_path: Path
+) -> None:
+    """SGLang reads the model while it resolves its arguments: refused before weights."""
+    config = json.loads((Path(tiny_llama) / "config.json").read_text())
+    config.update(architectures=["MistralForCausalLM"], model_type="mistral")
+    config.update(sliding_window=64)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        DcpConfigError, match=r"--model-path MistralForCausalLM \(sliding_window 64\)"
+    ):
+        server_args(tp_size=4, dcp_size=2, model_path=str(tmp_path))
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__]))
