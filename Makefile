@@ -1,4 +1,5 @@
-# make demo | test | test-fast | test-gpu | bench | bench-checks | bench-exchange | bench-serving | patch-lint | patch-export | lint | format | clean
+# make demo | test | test-fast | test-gpu | mutations | lint | format | ci | clean
+#      bench | bench-checks | bench-exchange | bench-serving | patch-lint | patch-export
 #
 # demo and test install what they need into .venv first.
 
@@ -7,24 +8,36 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= .cache/bench
 STAMP := $(VENV)/.installed
-SOURCES := python test/srt benchmark
+SOURCES := python test benchmark setup.py
 
 # Servers start three times faster with .pyc files.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-fast test-gpu bench bench-checks bench-exchange bench-serving patch-lint patch-export lint format clean
+.PHONY: demo test test-fast test-gpu mutations lint format ci clean \
+	bench bench-checks bench-exchange bench-serving patch-lint patch-export
 
 demo: $(STAMP)
 	$(BIN)/python -m sglang_dcp.demo
 
+# Two files at a time: most of what a test waits for is one core's work.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest -m "not server"
+	$(PYTEST) -m "not server"
 
 test-gpu: $(STAMP)
-	$(BIN)/python -m pytest -s test/srt/test_*_gpu*.py test/srt/test_split_lse.py
+	$(BIN)/python -m pytest -s test/srt/gpu test/srt/unit/test_split_lse.py
+
+# Applies each change of test/mutations to a copy and expects a test to fail.
+mutations: $(STAMP)
+	$(BIN)/python test/mutations/run.py $(ARGS)
+
+# Builds wheel and sdist, and runs the command line from the wheel in an environment of its own.
+ci: lint test
+	bash .ci/wheel.sh $(BIN)
 
 bench: $(STAMP)
 	$(BIN)/python benchmark/bench_decode.py $(OUT)/decode.csv $(ARGS)
@@ -55,10 +68,11 @@ format: $(VENV)/.lint
 	$(BIN)/isort -q $(SOURCES)
 	$(BIN)/black -q $(SOURCES)
 
-$(STAMP): setup.cfg pyproject.toml
+$(STAMP): setup.cfg setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; \
 	  sys.exit(None if (3, 11) <= v <= (3, 12) else \
 	  "sglang-dcp needs Python 3.11 or 3.12, $(PYTHON) is %d.%d: make PYTHON=python3.12" % v)'
+	@echo "Installing SGLang and the test tools into $(VENV): 9 GB, 1 to 5 minutes."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check uv
 	$(BIN)/uv pip install -q --python $(BIN)/python -e '.[test]'
