@@ -19,14 +19,11 @@ unexport PYTHONDONTWRITEBYTECODE
 demo: $(STAMP)
 	$(BIN)/python -m sglang_dcp.demo
 
-# Two files at a time: most of what a test waits for is one core's work.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
-
 test: $(STAMP)
-	$(PYTEST)
+	$(BIN)/python -m pytest
 
 test-fast: $(STAMP)
-	$(PYTEST) -m "not server"
+	$(BIN)/python -m pytest -m "not server"
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -s test/srt/gpu test/srt/unit/test_split_lse.py

@@ -22,13 +22,9 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, _PATHS))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks each test with its level, and puts live servers first.
-
-    Beside them, other workers have the short files left.
-    """
+    """Marks each test with its level, the name of its folder."""
     for item in items:
         item.add_marker(item.path.parent.name)
-    items.sort(key=lambda item: item.path.parent.name != "server")
 
 
 @pytest.fixture(autouse=True)
