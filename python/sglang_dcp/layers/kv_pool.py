@@ -73,9 +73,9 @@ def explain_input_bound(
     page = context.config.page_size * context.config.dcp_size
     return (
         f"Input length ({len(req.origin_input_ids)} tokens) must be below "
-        f"{max_req_input_len} tokens: the smaller of the context length and the KV pool "
-        f"without its last two pages of {page} tokens (page-size x dcp-size). Use a "
-        "shorter input, more KV memory or a smaller --page-size"
+        f"{max_req_input_len} tokens. The limit comes from the context length and from "
+        f"the KV pool without its last two pages of {page} tokens (page-size x dcp-size). "
+        "Use a shorter input, more KV memory or a smaller --page-size"
     )
 
 

@@ -24,6 +24,7 @@ from sglang_dcp.layers.kv_pool import (
     build_kv_pool,
     config_from_budget,
     enable_fused_set_kv_buffer,
+    explain_input_bound,
     write_kv,
 )
 
@@ -176,6 +177,18 @@ def test_latents_are_written_as_they_are() -> None:
         pool = MLATokenToKVPool(8, 1, torch.float32, 4, 2, 1, "cpu", False)
         write_kv(pool, layer, torch.tensor([3, 5]), keys.clone(), keys[..., :4])
     assert torch.equal(pool.get_key_buffer(0)[[3, 5]], keys)
+
+
+def test_a_prompt_as_long_as_the_bound_is_told_so() -> None:
+    """SGLang's own message says that 512 tokens exceed 512."""
+    req = SimpleNamespace(origin_input_ids=[1] * 512)
+    theirs = "Input length (512 tokens) exceeds the maximum allowed length (512 tokens)"
+    assert explain_input_bound(theirs, req, 512, False) == theirs
+    set_context(DcpContext(DcpConfig(Layout(4, 2), page_size=8), tp_rank=0))
+    assert explain_input_bound(None, req, 513, False) is None
+    said = explain_input_bound(theirs, req, 512, False)
+    assert said is not None and "must be below 512 tokens" in said
+    assert "two pages of 16 tokens" in said and "exceeds" not in said
 
 
 if __name__ == "__main__":
