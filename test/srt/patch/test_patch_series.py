@@ -229,7 +229,9 @@ def test_lint_names_a_missing_field(field: str, copied: Path) -> None:
     ("old", "new", "fault"),
     [
         pytest.param(b"[PATCH] cpu:", b"[PATCH] gpu:", "Subject is", id="name"),
-        pytest.param(b"Forwarded: no", b"Forwarded: ", "Forwarded is empty", id="empty"),
+        pytest.param(
+            b"Forwarded: no", b"Forwarded: ", "Forwarded is empty", id="empty"
+        ),
         pytest.param(b"Last-Update: 20", b"Last-Update: ", "YYYY-MM-DD", id="date"),
         pytest.param(b"\n@@ -", b"\n@@ +", "no hunk at", id="no-hunk"),
         pytest.param(b",6 +", b",7 +", "is cut", id="miscount"),
