@@ -363,7 +363,8 @@ def check(base: Path, mutation: Mutation) -> Verdict:
 def fault_unmutated(base: Path, mutations: Iterable[Mutation]) -> str:
     """Return what pytest prints if a named test fails without a mutation, or ""."""
     check_imported(base)
-    lines = dict.fromkeys(line for m in mutations for line in m.caught_by)
+    # By file, so that the ranks of a test file start once.
+    lines = sorted({line for mutation in mutations for line in mutation.caught_by})
     runs = [[line for line in lines if " -k " not in line]]
     runs += [arguments_of(line) for line in lines if " -k " in line]
     for selection in filter(None, runs):
