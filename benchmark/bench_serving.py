@@ -76,7 +76,7 @@ def server_flags(options: argparse.Namespace, layout: Layout) -> list[str]:
     if options.max_total_tokens:
         flags += ["--max-total-tokens", str(options.max_total_tokens)]
     if options.device == "cuda":
-        flags += ["--cuda-graph-max-bs", str(most)]
+        flags += ["--cuda-graph-max-bs-decode", str(most)]
     if layout.dcp_size > 1:
         flags += ["--dcp-size", str(layout.dcp_size)]
     if layout.dcp_size > 1 and not layout.is_upstream:

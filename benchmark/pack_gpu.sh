@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Archives for run_gpu.sh, made where there is a package index and no GPU, in three to five minutes:
+# Archives for run_gpu.sh, made where there is a package index and no GPU, in five to ten minutes:
 #
 #   benchmark/pack_gpu.sh TOOLS OUT
 #
-# TOOLS  folder of make_stack.py, make_fa3.py and jit-cache.tar.xz, which came with the issues
-#        (shared/gpu); they are no part of this repository
+# TOOLS  folder of make_stack.py, make_fa3.py, make_overlay.py and jit-cache.tar.xz, which came
+#        with the issues (shared/gpu); they are no part of this repository
 # OUT    folder; it gets stack.tar.xz, cache.tar.xz and dist.tar (the package's entry point) for
-#        the first call, fa3.tar.xz for the second, and work/, which may go
+#        the first call, fa3.tar.xz and overlay-*.tar.xz for the second, and work/, which may go
+# OVERLAYS  newer releases whose sources run on that stack (0.5.23), see RELEASE in run_gpu.sh
 # KEEP   more kernels of FlashAttention-3 than make_fa3.py keeps, `(head dim, value dim, "type")`
 #        separated by commas; default: prefill of DeepSeek by MHA. A kernel that is left out ends
 #        the process that calls it.
@@ -14,6 +15,7 @@ set -euo pipefail
 tools=$(realpath "$1")
 out=$(realpath -m "$2")
 KEEP=${KEEP:-'(64, 512, "half_t"), (192, 128, "bfloat16_t"), (192, 128, "half_t")'}
+OVERLAYS=${OVERLAYS-0.5.23}
 cd "$(dirname "$0")/.."
 work=$out/work
 mkdir -p "$work"
@@ -30,6 +32,18 @@ line='    keep = {(64, 64, "bfloat16_t"), (128, 128, "bfloat16_t"), "aux"}'
 grep -qxF "$line" "$tools/make_fa3.py"
 sed "s/^${line//\"/\\\"}\$/&\n    keep |= {$KEEP}/" "$tools/make_fa3.py" >"$work/make_fa3.py"
 python3 "$work/make_fa3.py" "$work/venv" "$out/fa3.tar.xz" --mla
+
+for release in $OVERLAYS; do
+  sources=$work/sglang-$release
+  rm -rf "$sources"
+  "$work/venv/bin/uv" pip install -q --python "$work/venv/bin/python" --no-deps --target "$sources" "sglang==$release"
+  # Its kernel is for SM100 only, which SGLang asks after it has imported CUTLASS DSL, which the
+  # stack leaves out. A stub named `cutlass` would not do: FlashInfer looks whether there is one.
+  dual=$sources/sglang/srt/layers/dual_gemm.py
+  grep -q is_cuda "$dual"
+  sed -i 's/\bis_cuda\b/is_sm100_supported/' "$dual"
+  "$tools/make_overlay.py" "$sources" "$out/overlay-$release.tar.xz"
+done
 
 install -m 644 "$tools/jit-cache.tar.xz" "$out/cache.tar.xz"
 # Elsewhere: building leaves a folder in the tree.

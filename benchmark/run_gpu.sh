@@ -2,13 +2,15 @@
 # On a bare GPU machine without network: unpack SGLang, run GPU tests, measure. One call ends by
 # itself within LIMIT seconds, and what it has by then is in $OUT/logs.tgz, rewritten as logs grow,
 # so that a call that is cut off brings it back too. Variables:
-#   SITE   folder for what is unpacked (required), first on PYTHONPATH
+#   SITE   folder for what is unpacked (required), on PYTHONPATH before what the image has
 #   STACK  archive of SGLang and what it needs beside torch, unpacked into SITE
 #   DIST   archive of this package's dist-info, with its entry point, unpacked into SITE
 #   CACHE  archives of compiled kernels, unpacked into $HOME; they name SITE by its path
 #   FA3    archive of FlashAttention-3, unpacked into SITE
+#   OVERLAY  archive of a newer SGLang's sources, unpacked beside SITE, into SITE-RELEASE
 #   AOT    archive of aot/NAME/NAME.so, FlashInfer's kernels compiled elsewhere (DESIGN.md)
 #          each once; they do not fit one call, so the first call carries some, the next the rest
+#   RELEASE  of OVERLAY: this SGLang runs, with the rest of STACK; without it STACK's own does
 #   WARM   kinds for test/srt/helpers/warm_flashinfer.py, compiled once, beside what follows, also beside
 #          the next call; servers and what is timed wait for them
 #   OUT    folder for logs.tgz (required)
@@ -27,11 +29,21 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 : "${SITE:?}" "${OUT:?}"
+# The stack's own release would run, and pass for the newer one.
+[[ -z ${OVERLAY:-} ]] || : "${RELEASE:?}"
 PARTS=${PARTS-kernels exchange symm backends}
 LIMIT=${LIMIT:-550}
 SERVING_ARGS=${SERVING_ARGS:---concurrency 8 --input-lens 4096}
 unset PYTHONDONTWRITEBYTECODE
-export PYTHONPATH=$SITE:$PWD/python:$PWD/test/srt:$PWD/benchmark PYTHONUNBUFFERED=1 OMP_NUM_THREADS=4
+overlay=${RELEASE:+$SITE-$RELEASE}
+export PYTHONPATH=${overlay:+$overlay:}$SITE:$PWD/python:$PWD/test/srt:$PWD/benchmark
+export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=4
+if [[ -n $overlay ]]; then
+  # The stack's kernels are older than the release asks for, and its FlashInfer has no
+  # `autotune_v2`. The release's radix tree in Rust is built for another torch.
+  export SGLANG_SKIP_SGL_KERNEL_VERSION_CHECK=1 SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND=python
+  export SGLANG_DCP_TEST_SERVER_FLAGS=${SGLANG_DCP_TEST_SERVER_FLAGS---disable-flashinfer-autotune}
+fi
 # By default in /tmp, from where `caches` would not take it.
 export TORCHINDUCTOR_CACHE_DIR=$HOME/.cache/torchinductor
 began=$SECONDS
@@ -78,11 +90,19 @@ unpack "${DIST:-}" "$SITE"
 for archive in ${CACHE:-}; do unpack "$archive" "$HOME"; done
 unpack "${FA3:-}" "$SITE"
 unpack "${AOT:-}" "$SITE/flashinfer/data"
-if [[ ! -e $SITE/.compiled && -d $SITE/sglang ]]; then
-  # Many processes import SGLang at once: compile it once before.
-  python3 -m compileall -q -j 0 "$SITE" >/dev/null 2>&1
-  touch "$SITE/.compiled"
-  say compiled
+[[ -z $overlay ]] || unpack "${OVERLAY:-}" "$overlay"
+for folder in "$SITE" $overlay; do
+  if [[ ! -e $folder/.compiled && -d $folder/sglang ]]; then
+    # Many processes import SGLang at once: compile it once before.
+    python3 -m compileall -q -j 0 "$folder" >/dev/null 2>&1
+    touch "$folder/.compiled"
+    say "compiled $folder"
+  fi
+done
+if [[ -n $overlay ]]; then
+  # Also where a later call names RELEASE and no earlier one unpacked it.
+  found=$(python3 -c 'import importlib.metadata as m; print(m.version("sglang"))')
+  [[ $found == "$RELEASE" ]] || { say "SGLang is $found, not $RELEASE"; exit 1; }
 fi
 
 if [[ -n ${WARM:-} && ! -e $SITE/.warming ]]; then
@@ -142,7 +162,7 @@ run_servers() {
   wanted "$name" && run_tests "$name" "$limit" -s ${K:+-k "$K"} "${tests}${file}.py"
   pack
 }
-run_servers shared 400 server_gpu_shared
+run_servers shared 530 server_gpu_shared
 run_servers server 270 server_gpu
 run_servers bf16 530 server_gpu_bf16
 run_servers mla 530 server_gpu_mla
@@ -182,7 +202,8 @@ fi
 }
 if wanted caches; then
   # Without TorchInductor's, a first group of DeepSeek-V2 servers captured for 44 to 75 s.
-  mapfile -t caches < <(cd "$HOME" && ls -d .triton/cache .cache/tvm-ffi .cache/flashinfer .cache/torchinductor)
+  mapfile -t caches < <(cd "$HOME" &&
+    ls -d .triton/cache .cache/{tvm-ffi,flashinfer,sglang/jit,torchinductor} 2>/dev/null)
   tar -C "$HOME" -cJf "$OUT/caches.tar.xz" --exclude='*.o' "${caches[@]}" || failed caches
   say "caches: $(du -h "$OUT/caches.tar.xz" | cut -f1)"
 fi

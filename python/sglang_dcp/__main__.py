@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import Optional, Sequence
 
 from sglang_dcp import __version__
@@ -18,6 +19,13 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("status", help=text, description=text)
     text = "Record the hashes of the installed SGLang as a known release."
     commands.add_parser("record", help=text, description=text)
+    text = "Print what changed for the hooks; exit with 1 if one no longer fits."
+    command = commands.add_parser("compare", help=text, description=text)
+    for side in ("old", "new"):
+        text = "a wheel of SGLang, or a folder with the package"
+        command.add_argument(side, type=Path, metavar=side.upper(), help=text)
+        text = "for a folder that does not tell its version"
+        command.add_argument(f"--{side}-version", metavar="X.Y.Z", help=text)
     text = "Write the hooks into SGLang's source, and take them out again."
     patch.add_commands(commands.add_parser("patch", help=text, description=text))
     return parser
@@ -28,6 +36,10 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     parsed = _parser().parse_args(arguments)
     if parsed.command == "patch":
         return patch.run(parsed)
+    if parsed.command == "compare":
+        from sglang_dcp.hooks.compare import compare
+
+        return compare(parsed.old, parsed.new, parsed.old_version, parsed.new_version)
     from sglang_dcp.hooks import commands
 
     return {"status": commands.status, "record": commands.record}[parsed.command]()

@@ -7,8 +7,6 @@ from typing import Optional
 
 from sglang_dcp.distributed.topology import Layout, divisors
 
-DEFAULT_COMM_BACKEND = "ag_rs"
-
 
 class DcpConfigError(ValueError):
     """A flag cannot be served. The message names the flag, its value and a hint."""
@@ -33,7 +31,7 @@ class DcpConfig:
     """
 
     layout: Layout
-    comm_backend: str = DEFAULT_COMM_BACKEND
+    comm_backend: str = "ag_rs"
     replicate_q_proj: bool = False
     page_size: int = 1
 
@@ -49,6 +47,11 @@ class DcpConfig:
     def tp_size(self) -> int:
         return self.layout.tp_size
 
+    @property
+    def logical_page_size(self) -> int:
+        """Tokens of a page as SGLang counts them."""
+        return self.page_size * self.dcp_size
+
 
 def dcp_of(server_args: object) -> Optional[DcpConfig]:
     """Return the config of a server's arguments, or None with DCP off.
@@ -63,13 +66,14 @@ def resolve_config(
     tp_size: int,
     dcp_size: Optional[int],
     attn_tp_size: Optional[int],
-    comm_backend: str,
-    replicate_q_proj: bool,
+    comm_backend: Optional[str] = None,
+    replicate_q_proj: Optional[bool] = None,
+    default_comm_backend: str = "ag_rs",
 ) -> Optional[DcpConfig]:
     """Turn flags into a config, or None if they leave DCP off.
 
-    A size is None if the user did not give the flag. Either size implies the other. If
-    both are given, `attn_tp_size * dcp_size` must be `tp_size`.
+    An argument is None if the user did not give the flag. Either size implies the other.
+    If both are given, `attn_tp_size * dcp_size` must be `tp_size`.
 
     Raises
     ------
@@ -79,9 +83,10 @@ def resolve_config(
     """
     layout = _resolve_layout(tp_size, dcp_size, attn_tp_size)
     if layout is not None and layout.dcp_size > 1:
-        return DcpConfig(layout, comm_backend, replicate_q_proj)
+        backend = comm_backend or default_comm_backend
+        return DcpConfig(layout, backend, bool(replicate_q_proj))
     for flag, given in (
-        (f"--dcp-comm-backend {comm_backend}", comm_backend != DEFAULT_COMM_BACKEND),
+        (f"--dcp-comm-backend {comm_backend}", comm_backend),
         ("--dcp-replicate-q-proj", replicate_q_proj),
     ):
         if given:

@@ -8,6 +8,7 @@ from typing import Any, Iterator
 
 import pytest
 
+from helpers.server_args import resolve_server_args
 from sglang_dcp import context
 
 # Test files are their own workers: child processes must find what setup.cfg's
@@ -45,7 +46,7 @@ def plugins() -> None:
 
 @pytest.fixture
 def server_args(plugins: None, tiny_llama: str) -> Iterator[Any]:
-    """Construct SGLang's `ServerArgs` for the tiny model; the environment is put back.
+    """Make SGLang's resolved `ServerArgs` for the tiny model; the environment is put back.
 
     The class is looked up as SGLang does, so it is ours where the plugin was loaded.
     """
@@ -53,7 +54,7 @@ def server_args(plugins: None, tiny_llama: str) -> Iterator[Any]:
 
     def make(**arguments: Any) -> Any:
         common = {"model_path": tiny_llama, "device": "cpu", "random_seed": 1}
-        return module.ServerArgs(**{**common, **arguments})
+        return resolve_server_args(module.ServerArgs(**{**common, **arguments}))
 
     before = dict(os.environ)
     yield make

@@ -2,6 +2,7 @@
 
 import ctypes
 import itertools
+import json
 import os
 import signal
 import socket
@@ -15,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from http.client import HTTPException
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, Any
 
 import psutil
 
@@ -55,8 +56,9 @@ class ServerProcess:
     ) -> None:
         self.port, group_port = _free_port_pair()
         self.base_url = f"http://127.0.0.1:{self.port}"
+        self._model_path = str(model_path)
         self.command = [sys.executable, "-m", "sglang.launch_server"]
-        self.command += ["--model-path", str(model_path), "--device", device]
+        self.command += ["--model-path", self._model_path, "--device", device]
         self.command += ["--host", "127.0.0.1", "--port", str(self.port)]
         self.command += ["--nccl-port", str(group_port), *args]
         self._grace = grace
@@ -122,11 +124,39 @@ class ServerProcess:
                 )
             if on_tick is not None:
                 on_tick(waited)
-            # /health_generate returns 503 during warm-up, then runs one token through
-            # every rank. /model_info answers before the ranks are ready.
-            if _answers(f"{self.base_url}/health_generate"):
+            if self._is_ready():
                 return time.monotonic() - begin
             time.sleep(_POLL_SECONDS)
+
+    def _is_ready(self) -> bool:
+        """Whether this very server answers, and has generated a token.
+
+        Raises ServerFailed if it serves another model.
+        """
+        # Another server may have taken the port in between, and would answer too.
+        if not self._listens():
+            return False
+        # /health_generate returns 503 during warm-up, then runs one token through
+        # every rank. /model_info answers before the ranks are ready.
+        if _fetch(f"{self.base_url}/health_generate") is None:
+            return False
+        served = json.loads(_fetch(f"{self.base_url}/model_info") or b"{}")
+        if served.get("model_path") != self._model_path:
+            raise ServerFailed(
+                f"{self.base_url} serves {served.get('model_path')}, "
+                f"not {self._model_path}"
+            )
+        return True
+
+    def _listens(self) -> bool:
+        """Whether a process of this server's group listens on the server's port."""
+        assert self._process is not None
+        return any(
+            connection.status == psutil.CONN_LISTEN
+            and connection.laddr.port == self.port
+            for member in _members(self._process.pid)
+            for connection in _connections(member)
+        )
 
     def wait_exit(self, timeout: float) -> int:
         """Wait until the server ends by itself and return its exit status.
@@ -229,13 +259,21 @@ def _is_free(port: int) -> bool:
     return True
 
 
-def _answers(url: str) -> bool:
+def _fetch(url: str) -> bytes | None:
+    """Return the body of an answer with status 200, or None."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(url, timeout=10) as answer:
-            return bool(answer.status == 200)
+            return bytes(answer.read()) if answer.status == 200 else None
     except (urllib.error.URLError, HTTPException, OSError):
-        return False
+        return None
+
+
+def _connections(process: psutil.Process) -> list[Any]:
+    try:
+        return list(process.net_connections("tcp"))
+    except psutil.NoSuchProcess:
+        return []
 
 
 def _members(group: int) -> list[psutil.Process]:

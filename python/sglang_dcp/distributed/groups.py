@@ -10,6 +10,8 @@ from __future__ import annotations
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Callable, ContextManager, Iterator, List
 
+from sglang_dcp.releases.api import sglang_api
+
 if TYPE_CHECKING:
     from sglang.srt.distributed.parallel_state import GroupCoordinator
 
@@ -98,10 +100,10 @@ def _new_group(
         backend,
         use_pynccl=use_pynccl,
         use_custom_allreduce=False,
-        use_mscclpp_allreduce=False,
         use_torch_symm_mem_allreduce=False,
         use_message_queue_broadcaster=False,
         group_name=name,
+        **sglang_api().group_options(),
     )
 
 

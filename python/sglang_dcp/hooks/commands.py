@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sglang_dcp.config import DcpConfigError
+from sglang_dcp.releases.installed import sglang_version
 
 
 def status() -> int:
@@ -14,7 +15,6 @@ def status() -> int:
         drifted_reliances,
         hook_states,
         problems,
-        sglang_version,
     )
 
     load_plugins()
@@ -38,7 +38,7 @@ def status() -> int:
 def record() -> int:
     """Record the hashes of the installed SGLang, which is a new release or a fork."""
     from sglang_dcp.hooks import verify
-    from sglang_dcp.hooks.table import CPU_HOOKS, HOOKS, RELIES_ON
+    from sglang_dcp.hooks.table import CPU_HOOKS, HOOKS, relied_files, rows_of
     from sglang_dcp.releases import (
         FileHashes,
         Release,
@@ -47,9 +47,9 @@ def record() -> int:
         write_release,
     )
 
-    version, root = verify.sglang_version(), verify.package_root()
-    paths = {verify.target_file(hook) for hook in HOOKS + CPU_HOOKS}
-    paths |= {root / name for name in RELIES_ON}
+    version, root = sglang_version(), verify.package_root()
+    paths = {verify.target_file(hook) for hook in rows_of(HOOKS + CPU_HOOKS)}
+    paths |= {root / name for name in relied_files()}
     found = {
         path.relative_to(root).as_posix(): FileHashes(verify.file_hash(path))
         for path in paths

@@ -11,23 +11,24 @@ from typing import Any, Callable
 
 import torch
 
+from sglang_dcp.releases.api import sglang_api
+
 IS_CPU = True
 _BIND = "SGLANG_CPU_OMP_THREADS_BIND"
 
 
-def init_threads_binding(*, tp_rank: int, tp_size: int) -> None:
+def init_threads_binding(**sizes: int) -> None:
     """Hook: `init_threads_binding`; sets a core list for every rank.
 
     SGLang gives each rank a NUMA node, and stops if there are more ranks than nodes.
     """
     from sglang.srt.utils.numa_utils import get_cpu_ids_by_node
 
-    if _BIND in os.environ or tp_size <= len(get_cpu_ids_by_node()):
+    ranks = sglang_api().binding_ranks(sizes)
+    if _BIND in os.environ or ranks <= len(get_cpu_ids_by_node()):
         return
     cores = sorted(os.sched_getaffinity(0))
-    os.environ[_BIND] = "|".join(
-        cores_of_rank(cores, r, tp_size) for r in range(tp_size)
-    )
+    os.environ[_BIND] = "|".join(cores_of_rank(cores, r, ranks) for r in range(ranks))
 
 
 def cores_of_rank(cores: list[int], rank: int, ranks: int) -> str:

@@ -57,6 +57,11 @@ def hook(*names: str) -> Callable[[T], T]:
     return install
 
 
+def is_patched() -> bool:
+    """Whether SGLang's source holds hooks, as far as its modules are loaded."""
+    return bool(_INSTALLED)
+
+
 def is_inline(hook: Hook) -> bool:
     """Whether SGLang's source holds this hook. Imports the module of its target."""
     importlib.import_module(hook.module)

@@ -10,12 +10,13 @@ import torch
 
 from sglang_dcp.config import dcp_of
 from sglang_dcp.context import DcpContext, clear_context, find_context, set_context
+from sglang_dcp.releases.api import sglang_api
 
 logger = logging.getLogger(__name__)
 
 
 def configure_scheduler_process(
-    server_args: Any, gpu_id: int, tp_rank: int, *args: Any, **kwargs: Any
+    server_args: Any, gpu_id: int, *args: Any, **kwargs: Any
 ) -> None:
     """Hook: `configure_scheduler_process`, the first call after the plugins were loaded.
 
@@ -27,13 +28,13 @@ def configure_scheduler_process(
     config = dcp_of(server_args)
     if config is None:
         return
-    from sglang_dcp.hooks.server_args import hide_dcp_size
     from sglang_dcp.hooks.verify import exit_unless_verified
 
     exit_unless_verified()
-    hide_dcp_size(server_args)
-    _stop_nccl_graph_mixing(server_args)
-    set_context(DcpContext(config, tp_rank))
+    api = sglang_api()
+    api.hide_dcp_size(server_args)
+    _stop_nccl_graph_mixing(api.resolved(server_args))
+    set_context(DcpContext(config, api.scheduler_tp_rank(args, kwargs)))
 
 
 def _stop_nccl_graph_mixing(server_args: Any) -> None:

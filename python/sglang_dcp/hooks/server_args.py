@@ -1,171 +1,136 @@
 """SGLang's `ServerArgs` with the DCP flags as real fields, for plugin and patched trees.
 
 As fields, the flags appear in `--help`, `sgl.Engine(...)` and `/server_info` in SGLang's
-usual way. SGLang's own `dcp_size` is 1 while it resolves its arguments, and in every
-scheduler. Otherwise its models, pools and allocators would divide slots by `dcp_size` a
-second time. Our code reads the layout from `dcp`.
+usual way. The layout that they mean is `args.dcp`, which our code reads. This module has
+the rules. `server_args_dataclass` and `server_args_struct` tie them to the two forms that
+SGLang's class has.
 """
 
-# No lazy annotations: SGLang would evaluate them with the names of another module.
+from __future__ import annotations
 
-import argparse
 import dataclasses
 import logging
 import os
 import sys
-from typing import Annotated, Any, Callable, Optional
+from contextlib import contextmanager
+from typing import Any, Callable, Iterator, Optional
 
-from sglang_dcp.config import (
-    DEFAULT_COMM_BACKEND,
-    DcpConfig,
-    DcpConfigError,
-    resolve_config,
-)
+from sglang_dcp.config import DcpConfig, DcpConfigError, dcp_of, resolve_config
+from sglang_dcp.releases.api import sglang_api
 
 logger = logging.getLogger(__name__)
+
+# Not a field, so it is neither a flag nor an argument that a user could pass.
+_CONFIG = "_dcp_config"
 
 
 def extend_server_args(base: Any, module: str, name: str) -> Any:
     """Make a subclass of SGLang's `ServerArgs` that understands the DCP flags.
 
-    Without a DCP flag it behaves as `base`. Its constructor raises `DcpConfigError` for
-    sizes that disagree, and for anything that DCP does not support.
+    Without a DCP flag it behaves as `base`. With one, resolving it raises
+    `DcpConfigError` for sizes that disagree, and for anything that DCP does not support.
 
     Parameters
     ----------
     base : type
-        SGLang's class.
+        SGLang's class: a dataclass, or a record of `msgspec`.
     module, name : str
         Where the result can be imported from. Pickles name it so.
     """
-    from sglang.srt.arg_groups.arg_utils import Arg
+    if dataclasses.is_dataclass(base):
+        from sglang_dcp.hooks.server_args_dataclass import extend_dataclass
 
-    @dataclasses.dataclass
-    class DcpServerArgs(base):
-        dcp_size: Annotated[
-            Optional[int],
-            Arg(
-                help="Decode context parallelism: ranks that share K/V heads and split "
-                "the sequence. Divides --tp-size. Default: tp-size / attn-tp-size.",
-                aliases=["--decode-context-parallel-size"],
-            ),
-        ] = None
-        attn_tp_size: Annotated[
-            Optional[int],
-            Arg(
-                help="Ranks over which K/V heads are sharded; the rest of --tp-size "
-                "splits the sequence. attn-tp-size x dcp-size = tp-size, and either "
-                "implies the other.",
-                aliases=["--attention-tensor-parallel-size"],
-            ),
-        ] = None
-        dcp_comm_backend: Annotated[
-            str,
-            Arg(
-                help="How the ranks' partial attention outputs are combined: "
-                f"{_described_exchanges()}."
-            ),
-        ] = DEFAULT_COMM_BACKEND
-        dcp_replicate_q_proj: Annotated[
-            bool,
-            Arg(
-                help="Hold the Q projection at attn-tp width, so that decode gathers no "
-                "queries. Costs dcp-size times the Q weights of a rank."
-            ),
-        ] = False
-        dcp: Annotated[Optional[DcpConfig], Arg(no_cli=True)] = None
+        return extend_dataclass(base, module, name)
+    from sglang_dcp.hooks.server_args_struct import extend_struct
 
-        def __post_init__(self) -> None:
-            _post_init(self, super().__post_init__)
-
-        @classmethod
-        def from_cli_args(cls, args: argparse.Namespace) -> Any:
-            """Build from the command line. An error prints one line and exits with 2."""
-            try:
-                return super().from_cli_args(args)
-            except DcpConfigError as error:
-                print(f"sglang-dcp: error: {error}", file=sys.stderr)
-                sys.exit(2)
-
-        def post_capture_kv_sizing_planned(self) -> bool:
-            """Return False with DCP on: the resize takes one rank's tokens for logical ones.
-
-            Every scheduler calls it. So it also ends a scheduler in which no hook of ours
-            ran, which no hook could notice.
-            """
-            if self.dcp is None:
-                return super().post_capture_kv_sizing_planned()
-            _exit_without_context()
-            return False
-
-        def _get_default_attn_backend(
-            self, use_mla_backend: bool, model_config: Any
-        ) -> str:
-            """Return SGLang's choice, or with DCP on one that can serve the model."""
-            preferred = super()._get_default_attn_backend(use_mla_backend, model_config)
-            if self.dcp is None:
-                return preferred
-            return _default_backend(self, preferred, model_config, use_mla_backend)
-
-        def __setstate__(self, state: dict[str, Any]) -> None:
-            """Unpickle in a scheduler. From now on a missing hook ends the process."""
-            self.__dict__.update(state)
-            if self.dcp is not None:
-                from sglang_dcp.hooks.verify import require_hooks
-
-                require_hooks()
-
-    DcpServerArgs.__module__ = module
-    DcpServerArgs.__name__ = DcpServerArgs.__qualname__ = name
-    return DcpServerArgs
+    return extend_struct(base, module, name)
 
 
-def _described_exchanges() -> str:
-    from sglang_dcp.distributed.exchange import EXCHANGES
-
-    return "; ".join(f"{name}, {found.summary}" for name, found in EXCHANGES.items())
-
-
-def _post_init(args: Any, original: Callable[[], None]) -> None:
-    """Set `args.dcp` from the flags and let SGLang resolve `args`."""
-    if args.dcp is not None:
-        raise DcpConfigError("dcp is derived from --dcp-size; do not pass it")
-    args.dcp = _resolve(args)
-    args.dcp_size = 1
-    if args.dcp is None:
-        original()
-        return
-    prepare(args)
-    original()
-    finish(args)
+def config_of(args: Any) -> Optional[DcpConfig]:
+    """Return the layout, or None with DCP off or before the flags were resolved."""
+    return args.__dict__.get(_CONFIG)
 
 
-def _default_backend(args: Any, preferred: str, model: Any, mla: bool) -> str:
-    from sglang_dcp.support.backends import default_backend, requirement_of
-
-    return default_backend(preferred, requirement_of(args, model, mla))
+def set_config(args: Any, config: Optional[DcpConfig]) -> None:
+    args.__dict__[_CONFIG] = config
 
 
-def _resolve(args: Any) -> Optional[DcpConfig]:
-    from sglang_dcp.support.server import check_comm_backend
+def resolve(args: Any) -> Optional[DcpConfig]:
+    """Return what the flags mean, or None if they leave DCP off.
 
-    check_comm_backend(args.dcp_comm_backend)
+    Raises
+    ------
+    DcpConfigError
+        A flag is unknown, or the flags disagree.
+    """
+    from sglang_dcp.support.server import check_comm_backend, default_comm_backend
+
+    if args.dcp_comm_backend is not None:
+        check_comm_backend(args.dcp_comm_backend)
     return resolve_config(
         tp_size=args.tp_size,
         dcp_size=args.dcp_size,
         attn_tp_size=args.attn_tp_size,
         comm_backend=args.dcp_comm_backend,
         replicate_q_proj=args.dcp_replicate_q_proj,
+        default_comm_backend=default_comm_backend(args.device),
     )
 
 
-def _exit_without_context() -> None:
-    from sglang_dcp.context import find_context
+@contextmanager
+def exit_on_error() -> Iterator[None]:
+    """Turn `DcpConfigError` into one line on stderr and exit status 2."""
+    try:
+        yield
+    except DcpConfigError as error:
+        print(f"sglang-dcp: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def default_attn_backend(
+    original: Callable[..., str], args: Any, use_mla_backend: bool, model_config: Any
+) -> str:
+    """Hook: `get_default_attn_backend`; with DCP on, one that can serve the model."""
+    preferred = original(args, use_mla_backend, model_config)
+    if dcp_of(args) is None:
+        return preferred
+    from sglang_dcp.support.backends import default_backend, requirement_of
+
+    return default_backend(
+        preferred, requirement_of(args, model_config, use_mla_backend)
+    )
+
+
+def post_capture_kv_sizing_planned(original: Callable[..., bool], args: Any) -> bool:
+    """Hook: `post_capture_kv_sizing_planned`; False with DCP on.
+
+    The resize takes one rank's tokens for logical ones.
+    """
+    return dcp_of(args) is None and original(args)
+
+
+def require_hooks_of(args: Any) -> None:
+    """Demand that hooks are live from now on, if these arguments have DCP on."""
+    if args.dcp is not None:
+        from sglang_dcp.hooks.verify import require_hooks
+
+        require_hooks()
+
+
+def exit_without_plugin() -> None:
+    """End a process that has the arguments of a DCP server and not its hooks.
+
+    Raises
+    ------
+    SystemExit
+    """
+    from sglang_dcp.hooks.inline import is_patched
+    from sglang_dcp.hooks.install import is_loaded
     from sglang_dcp.hooks.verify import hooks_required
 
-    if hooks_required() and find_context() is None:
+    if hooks_required() and not (is_loaded() or is_patched()):
         sys.exit(
-            "sglang-dcp: error: the plugin did not load in this scheduler process; "
+            "sglang-dcp: error: the plugin did not load in this process; "
             "read its log, and check SGLANG_PLUGINS"
         )
 
@@ -186,7 +151,7 @@ def prepare(args: Any) -> None:
         args.prefill_attention_backend,
         args.decode_attention_backend,
     )
-    # On a GPU, SGLang calls `_get_default_attn_backend` once it knows the model.
+    # On a GPU, SGLang asks for its default once it knows the model.
     on_cpu = args.device == "cpu" or (
         args.device is None and not torch.accelerator.is_available()
     )
@@ -204,33 +169,29 @@ def finish(args: Any) -> None:
     from sglang_dcp.support.backends import requirement_of
     from sglang_dcp.support.server import check_server_args
 
-    if args.model_path.lower() in ("none", "dummy"):
+    api = sglang_api()
+    resolved = api.resolved(args)
+    if resolved.model_path.lower() in ("none", "dummy"):
         return
-    model = args.get_model_config()
-    check_server_args(args, requirement_of(args, model, args.use_mla_backend()))
-    _turn_off_prefill_graph(args)
-    _keep_nccl_graph_mixing(args)
-    page_size = args.page_size or 1
-    config = dataclasses.replace(args.dcp, page_size=page_size)
-    logical = page_size * config.dcp_size
-    if args.device != "cpu" and logical & (logical - 1):
+    model = api.model_config(args)
+    check_server_args(resolved, requirement_of(resolved, model, api.uses_mla(args)))
+    if api.turn_off_prefill_graph(args):
+        logger.info("DCP: prefill CUDA graph turned off")
+    _keep_nccl_graph_mixing(resolved)
+    page_size = resolved.page_size or 1
+    set_config(args, dataclasses.replace(args.dcp, page_size=page_size))
+    logical = page_size * args.dcp.dcp_size
+    if resolved.device != "cpu" and logical & (logical - 1):
         raise DcpConfigError(
-            f"--page-size {page_size} x --dcp-size {config.dcp_size} is {logical}: "
+            f"--page-size {page_size} x --dcp-size {args.dcp.dcp_size} is {logical}: "
             "SGLang's GPU allocator needs a power of two; choose others"
         )
-    args.override(
+    api.declare(
+        args,
         "dcp.logical_pages",
-        dcp=config,
-        dcp_size=config.dcp_size,
-        attn_tp_size=config.attn_tp_size,
         page_size=logical,
-        chunked_prefill_size=_align_chunk(args.chunked_prefill_size, logical),
+        chunked_prefill_size=_align_chunk(resolved.chunked_prefill_size, logical),
     )
-
-
-def hide_dcp_size(args: Any) -> None:
-    """Set SGLang's `dcp_size` to 1 in a scheduler process (see the module docstring)."""
-    args.override("dcp.own_dcp_off", dcp_size=1)
 
 
 def _align_chunk(chunk: Optional[int], page: int) -> Optional[int]:
@@ -245,15 +206,6 @@ def _align_chunk(chunk: Optional[int], page: int) -> Optional[int]:
     aligned = chunk // page * page
     logger.info("DCP: chunked_prefill_size %d -> %d, whole pages", chunk, aligned)
     return aligned
-
-
-def _turn_off_prefill_graph(args: Any) -> None:
-    from sglang.srt.model_executor.cuda_graph_config import Backend
-
-    prefill = args.cuda_graph_config.prefill
-    if prefill.backend != Backend.DISABLED:
-        logger.info("DCP: prefill CUDA graph (%s) turned off", prefill.backend)
-        prefill.backend = Backend.DISABLED
 
 
 def _keep_nccl_graph_mixing(args: Any) -> None:

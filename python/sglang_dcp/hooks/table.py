@@ -14,7 +14,9 @@ import importlib
 import pkgutil
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, Optional, Protocol, TypeVar
+
+from sglang_dcp.releases.installed import in_range, sglang_version
 
 
 class Kind(Enum):
@@ -43,6 +45,8 @@ class Hook:
         `module:attribute` of this package, imported when the hook is installed.
     why : str
         What goes wrong without it.
+    since, until : str, optional
+        The first release of SGLang with this target, and the first one without it.
     """
 
     name: str
@@ -50,6 +54,8 @@ class Hook:
     kind: Kind
     ours: str
     why: str
+    since: Optional[str] = None
+    until: Optional[str] = None
 
     @property
     def module(self) -> str:
@@ -70,6 +76,7 @@ class Hook:
 
 
 _SRT = "sglang.srt"
+_UPDATER = f"{_SRT}.model_executor.model_runner_components.weight_updater.WeightUpdater"
 
 HOOKS: tuple[Hook, ...] = (
     (
@@ -121,6 +128,7 @@ HOOKS: tuple[Hook, ...] = (
             Kind.AROUND,
             "sglang_dcp.hooks.scheduler:group_all_to_all_single",
             "code of other projects would lack PyNccl in graphs, and could not run on CPU",
+            until="0.5.17",
         ),
         Hook(
             "all-to-all-pynccl",
@@ -129,6 +137,23 @@ HOOKS: tuple[Hook, ...] = (
             Kind.ATTRIBUTE,
             "sglang_dcp.distributed.all_to_all:pynccl_all_to_all_single",
             "code of other projects would miss the method, which 0.5.16 lacks",
+            until="0.5.17",
+        ),
+        Hook(
+            "attention-default",
+            f"{_SRT}.arg_groups.model_override_base.get_default_attn_backend",
+            Kind.AROUND,
+            "sglang_dcp.hooks.server_args:default_attn_backend",
+            "SGLang would choose a backend that cannot serve the model with DCP",
+            since="0.5.23",
+        ),
+        Hook(
+            "kv-pool-post-capture",
+            f"{_SRT}.arg_groups.overrides.post_capture_kv_sizing_planned",
+            Kind.AROUND,
+            "sglang_dcp.hooks.server_args:post_capture_kv_sizing_planned",
+            "the resize after graph capture would take one rank's tokens for logical ones",
+            since="0.5.23",
         ),
         Hook(
             "kv-heads-config",
@@ -243,13 +268,28 @@ HOOKS: tuple[Hook, ...] = (
     + tuple(
         Hook(
             f"q-replication-{source}",
-            f"{_SRT}.model_executor.model_runner_components.weight_updater"
-            f".WeightUpdater.update_weights_from_{source}",
+            f"{_UPDATER}.update_weights_from_{source}",
             Kind.AROUND,
             "sglang_dcp.layers.q_replication:around_weight_update",
             "a weight update would not reach the replicated Q weights",
+            until=until,
         )
-        for source in ("disk", "distributed", "tensor", "ipc")
+        for source, until in (
+            ("disk", None),
+            ("distributed", "0.5.23"),
+            ("tensor", "0.5.23"),
+            ("ipc", None),
+        )
+    )
+    + (
+        Hook(
+            "q-replication-end",
+            f"{_UPDATER}.end_weight_update",
+            Kind.AROUND,
+            "sglang_dcp.layers.q_replication:around_weight_update",
+            "tensors and broadcasts of an update would not reach the replicated Q weights",
+            since="0.5.23",
+        ),
     )
 )
 
@@ -295,6 +335,7 @@ CPU_HOOKS: tuple[Hook, ...] = (
         Kind.ATTRIBUTE,
         "sglang_dcp.hooks.cpu:ALLOC_EXTEND",
         "the paged allocator has only Triton kernels",
+        until="0.5.23",
     ),
     Hook(
         "cpu-alloc-decode",
@@ -302,41 +343,82 @@ CPU_HOOKS: tuple[Hook, ...] = (
         Kind.ATTRIBUTE,
         "sglang_dcp.hooks.cpu:ALLOC_DECODE",
         "the paged allocator has only Triton kernels",
+        until="0.5.23",
     ),
 )
 
 
-# No hook touches these files, but our backends, local batch and models repeat what is in
-# them, so `verify` checks their hashes too.
-RELIES_ON: tuple[str, ...] = (
-    "kernels/ops/attention/decode_attention.py",
-    "kernels/ops/attention/extend_attention.py",
-    "kernels/ops/kvcache/kv_indices.py",
-    "kernels/ops/kvcache/mla_buffer.py",
-    "srt/layers/attention/base_attn_backend.py",
-    "srt/layers/attention/flashattention_backend.py",
-    "srt/layers/attention/flashinfer_backend.py",
-    "srt/layers/attention/triton_backend.py",
-    "srt/layers/dcp/comm.py",
-    "srt/layers/radix_attention.py",
-    "srt/mem_cache/memory_pool.py",
-    "srt/model_executor/forward_batch_deepseek_mha_mixin.py",
-    "srt/model_executor/forward_batch_info.py",
-    "srt/model_executor/runner/decode_cuda_graph_runner.py",
-    "srt/model_executor/runner/eager_runner.py",
-    "srt/models/deepseek_common/attention_forward_methods/forward_mla.py",
-    "srt/models/deepseek_common/utils.py",
-    "srt/models/deepseek_v2.py",
-    "srt/models/glm4_moe_lite.py",
-    "srt/models/llama.py",
-    "srt/models/qwen2.py",
-    "srt/models/qwen3.py",
-    "srt/models/qwen3_moe.py",
+@dataclass(frozen=True)
+class ReliedFile:
+    """A file of SGLang that no hook touches, and that our code repeats or calls into.
+
+    `path` is below the `sglang` package. `since` and `until` are those of `Hook`.
+    """
+
+    path: str
+    since: Optional[str] = None
+    until: Optional[str] = None
+
+
+# Our backends, local batch and models repeat what is in these files, so `verify` checks
+# their hashes too.
+RELIES_ON: tuple[ReliedFile, ...] = (
+    ReliedFile("kernels/ops/attention/decode_attention.py"),
+    ReliedFile("kernels/ops/attention/extend_attention.py"),
+    ReliedFile("kernels/ops/attention/kv_indices.py", since="0.5.23"),
+    ReliedFile("kernels/ops/kvcache/kv_indices.py", until="0.5.23"),
+    ReliedFile("kernels/ops/kvcache/mla_buffer.py"),
+    ReliedFile("srt/layers/attention/base_attn_backend.py"),
+    ReliedFile("srt/layers/attention/flashattention_backend.py"),
+    ReliedFile("srt/layers/attention/flashinfer_backend.py"),
+    ReliedFile("srt/layers/attention/triton_backend.py"),
+    ReliedFile("srt/layers/dcp/comm.py"),
+    ReliedFile("srt/layers/radix_attention.py"),
+    ReliedFile("srt/mem_cache/memory_pool.py"),
+    ReliedFile("srt/model_executor/forward_batch_deepseek_mha_mixin.py"),
+    ReliedFile("srt/model_executor/forward_batch_info.py"),
+    ReliedFile("srt/model_executor/runner/decode_cuda_graph_runner.py"),
+    ReliedFile("srt/model_executor/runner/eager_runner.py"),
+    ReliedFile("srt/models/deepseek_common/attention_forward_methods/forward_mla.py"),
+    ReliedFile("srt/models/deepseek_common/utils.py"),
+    ReliedFile("srt/models/deepseek_v2.py"),
+    ReliedFile("srt/models/glm4_moe_lite.py"),
+    ReliedFile("srt/models/llama.py"),
+    ReliedFile("srt/models/qwen2.py"),
+    ReliedFile("srt/models/qwen3.py"),
+    ReliedFile("srt/models/qwen3_moe.py"),
+    ReliedFile("srt/arg_groups/arg_utils.py", since="0.5.23"),
+    ReliedFile("srt/arg_groups/pipeline.py", since="0.5.23"),
+    ReliedFile("srt/mem_cache/kv_index_translator.py", since="0.5.23"),
+    ReliedFile("srt/runtime_context.py", since="0.5.23"),
 )
+
+
+class _Ranged(Protocol):
+    @property
+    def since(self) -> Optional[str]: ...
+
+    @property
+    def until(self) -> Optional[str]: ...
+
+
+_Row = TypeVar("_Row", bound=_Ranged)
+
+
+def rows_of(rows: tuple[_Row, ...], version: Optional[str] = None) -> tuple[_Row, ...]:
+    """Return the rows that hold for a release of SGLang: the installed one by default."""
+    release = version or sglang_version()
+    return tuple(row for row in rows if in_range(release, row.since, row.until))
 
 
 def active_hooks() -> tuple[Hook, ...]:
     """Return the hooks of this machine. Those for CPU join if torch sees no accelerator."""
     import torch
 
-    return HOOKS if torch.accelerator.is_available() else HOOKS + CPU_HOOKS
+    on_gpu = torch.accelerator.is_available()
+    return rows_of(HOOKS if on_gpu else HOOKS + CPU_HOOKS)
+
+
+def relied_files() -> tuple[str, ...]:
+    """Return the files of the installed release that our code relies on."""
+    return tuple(row.path for row in rows_of(RELIES_ON))

@@ -18,8 +18,9 @@ from typing import Any, Iterable, NamedTuple
 
 from sglang_dcp.config import DcpConfigError
 from sglang_dcp.hooks import inline
-from sglang_dcp.hooks.table import RELIES_ON, Hook, Kind, active_hooks
+from sglang_dcp.hooks.table import Hook, Kind, active_hooks, relied_files
 from sglang_dcp.releases import UnknownRelease, load_release
+from sglang_dcp.releases.installed import sglang_version
 
 logger = logging.getLogger(__name__)
 
@@ -55,13 +56,6 @@ def require_hooks() -> None:
 
 def hooks_required() -> bool:
     return _required
-
-
-def sglang_version() -> str:
-    """Return the version of the installed SGLang."""
-    from importlib.metadata import version
-
-    return version("sglang")
 
 
 def target_file(hook: Hook) -> Path:
@@ -221,10 +215,10 @@ def problems(states: Iterable[HookState]) -> list[str]:
 
 
 def drifted_reliances() -> list[str]:
-    """Return one line for each file of `RELIES_ON` that is not known."""
+    """Return one line for each file of `relied_files` that is not known."""
     return [
         f"{name} is not the file of sglang {sglang_version()} that DCP was written against"
-        for name in _drifted(RELIES_ON)
+        for name in _drifted(relied_files())
     ]
 
 
@@ -247,7 +241,7 @@ def verify_hooks() -> None:
         return
     version = sglang_version()
     drifted = {state.file for state in states if state.state == "drifted"}
-    drifted.update(_drifted(RELIES_ON))
+    drifted.update(_drifted(relied_files()))
     raise DcpConfigError(
         f"cannot run with DCP on this SGLang: {'; '.join(found)}. Reinstall "
         f"sglang=={version} unchanged, or run without DCP flags{_drift_hint(drifted)}"

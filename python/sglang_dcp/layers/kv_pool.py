@@ -14,6 +14,8 @@ from typing import Any, Callable, Optional
 import torch
 
 from sglang_dcp.config import DcpConfigError, dcp_of
+from sglang_dcp.context import get_context
+from sglang_dcp.releases.api import sglang_api
 
 logger = logging.getLogger(__name__)
 
@@ -44,15 +46,16 @@ def bound_input(info: tuple[Any, ...], worker: Any) -> tuple[Any, ...]:
     DcpConfigError
         The pool is too small for any request.
     """
-    args = worker.server_args
-    if dcp_of(args) is None:
+    config = dcp_of(worker.server_args)
+    if config is None:
         return info
-    pages = info[_TOKENS] // args.page_size
-    bound = min(info[_INPUT_BOUND], (pages - 2) * args.page_size)
+    page = config.logical_page_size
+    pages = info[_TOKENS] // page
+    bound = min(info[_INPUT_BOUND], (pages - 2) * page)
     if bound <= 0:
         raise DcpConfigError(
             f"--max-total-tokens: {info[_TOKENS]} KV tokens are {pages} pages of "
-            f"{args.page_size} (page-size x dcp-size), too few for any request; give the pool "
+            f"{page} (page-size x dcp-size), too few for any request; give the pool "
             "more memory, or use a smaller --page-size"
         )
     return (*info[:_INPUT_BOUND], bound, *info[_INPUT_BOUND + 1 :])
@@ -70,7 +73,7 @@ def explain_input_bound(
     context = find_context()
     if message is None or context is None:
         return message
-    page = context.config.page_size * context.config.dcp_size
+    page = context.config.logical_page_size
     return (
         f"Input length ({len(req.origin_input_ids)} tokens) must be below "
         f"{max_req_input_len} tokens. The limit comes from the context length and from "
@@ -100,7 +103,7 @@ def build_kv_pool(
     local = max_total_num_tokens // config.dcp_size
     pool = original(kvc, max_total_num_tokens=local, **kwargs)
     pool.page_size = config.page_size
-    if kvc.ps.tp_rank == 0:
+    if get_context().tp_rank == 0:
         logger.info(
             "DCP layout: %d ranks = attn_tp %d x dcp %d, comm backend %s, "
             "Q projection %s, attention backend %s, page %d, "
@@ -110,7 +113,7 @@ def build_kv_pool(
             config.dcp_size,
             config.comm_backend,
             "replicated" if config.replicate_q_proj else "gathered",
-            kvc.server_args.attention_backend,
+            sglang_api().resolved(kvc.server_args).attention_backend,
             config.page_size,
             local,
             max_total_num_tokens,
@@ -126,7 +129,7 @@ def _check_kv_dtype(kvc: Any) -> None:
     from sglang_dcp.layers.backends.capabilities import Requirement
     from sglang_dcp.layers.backends.registry import find_mismatch
 
-    args = kvc.server_args
+    args = sglang_api().resolved(kvc.server_args)
     mla = kvc.use_mla_backend
     need = Requirement(args.device, mla, kvc.model_dtype, kv_dtype=kvc.kv_cache_dtype)
     problem = find_mismatch(args.attention_backend, need)

@@ -133,6 +133,8 @@ class LocalBatchBuilder:
             local.extend_prefix_lens = local.seq_lens
             local.extend_prefix_lens_cpu = local.seq_lens_cpu.tolist()
         local.out_cache_loc = out.out_cache_loc
+        # Since 0.5.19 SGLang plans reads and writes of an iteration, by logical slots.
+        local.kv_loc_plan = None
         return local
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from sglang_dcp.config import DcpConfigError
+from sglang_dcp.releases.api import sglang_api
 
 
 def after_load_model(result: Any, runner: Any, *args: Any, **kwargs: Any) -> Any:
@@ -213,8 +214,7 @@ class _ReplicatedMla(_ReplicatedAttention):
         self._layer.quant_method = self._method
         self._prepare = module.forward_absorb_prepare
         module.forward_absorb_prepare = self._prepare_replicated
-        # That kernel reads the layer's weight directly and would bypass quant_method.
-        module.use_min_latency_q_b_gemm = False
+        sglang_api().keep_quant_method_of_q_b(module)
         self._replicated = False
         self._w_kc: Optional[torch.Tensor] = None
 

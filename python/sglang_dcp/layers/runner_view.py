@@ -41,19 +41,62 @@ class RunnerView(_Overlay):
     def __init__(
         self, runner: Any, local_table: torch.Tensor, config: DcpConfig
     ) -> None:
-        model = runner.model_config
-        heads = model.num_attention_heads * config.dcp_size
-        text = _Overlay(model.hf_text_config, num_attention_heads=heads)
         super().__init__(
             runner,
             page_size=config.page_size,
             req_to_token_pool=SimpleNamespace(
                 req_to_token=local_table, size=runner.req_to_token_pool.size
             ),
-            model_config=_Overlay(
-                model,
-                num_attention_heads=heads,
-                hf_text_config=text,
-                context_len=local_table.shape[1],
+            model_config=_model_view(
+                runner.model_config, config.dcp_size, local_table.shape[1]
             ),
+            **_local_translator(runner, local_table, config.page_size),
         )
+
+
+def _model_view(model: Any, dcp_size: int, positions: int) -> _Overlay:
+    """Return SGLang's `ModelConfig` with the heads and positions of an inner backend."""
+    heads = model.num_attention_heads * dcp_size
+    replaced: dict[str, Any] = {
+        "num_attention_heads": heads,
+        "hf_text_config": _Overlay(model.hf_text_config, num_attention_heads=heads),
+        "context_len": positions,
+    }
+    if hasattr(model, "get_max_num_attention_heads"):
+        # A bound method reads its own object, not the attributes replaced above.
+        most = model.get_max_num_attention_heads() * dcp_size
+        replaced["get_max_num_attention_heads"] = lambda: most
+    return _Overlay(model, **replaced)
+
+
+def _local_translator(
+    runner: Any, local_table: torch.Tensor, page_size: int
+) -> dict[str, Any]:
+    """Replace the runner's translator, if its release reads slots through one.
+
+    The runner's own holds the logical table. The new one hands out local slots as they
+    are.
+
+    Raises
+    ------
+    RuntimeError
+        SGLang would translate or divide local slots once more.
+    """
+    if not hasattr(runner, "kv_index_translator"):
+        return {}
+    from sglang.srt.mem_cache.kv_index_translator import KVIndexTranslator
+
+    translator = KVIndexTranslator(
+        req_to_token=local_table,
+        token_to_kv_pool_allocator=runner.token_to_kv_pool_allocator,
+        token_to_kv_pool=runner.token_to_kv_pool,
+        page_size=page_size,
+        device=runner.device,
+        is_draft_worker=runner.is_draft_worker,
+    )
+    if translator.needs_read_translate:
+        raise RuntimeError(
+            "SGLang would translate the slots of a rank's pool once more: it has a "
+            "unified memory pool, or its own decode context parallelism is on"
+        )
+    return {"kv_index_translator": translator}

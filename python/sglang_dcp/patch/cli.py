@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Sequence
 
@@ -11,7 +12,7 @@ from sglang_dcp.patch import commands
 from sglang_dcp.patch.error import PatchError
 from sglang_dcp.patch.export import export_series, import_series
 from sglang_dcp.patch.lint import lint
-from sglang_dcp.patch.manifest import versions
+from sglang_dcp.releases.installed import sglang_version
 
 _ON_A_TREE = {
     "status": commands.status,
@@ -30,7 +31,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     verbs.add_parser("lint", help="Check headers, series, budget and hashes.")
     command = verbs.add_parser("import", help="Make a checkout with the series.")
     command.add_argument("target", type=Path, metavar="DIR")
-    command.add_argument("--version", default=versions()[-1] if versions() else None)
+    command.add_argument("--version", help="Default: that of the installed SGLang.")
     command = verbs.add_parser("export", help="Make the series of a checkout.")
     command.add_argument("--target", type=Path, metavar="DIR", required=True)
     command.add_argument("--base", default="base", metavar="REV")
@@ -59,5 +60,12 @@ def _run(parsed: argparse.Namespace) -> int:
     if parsed.verb == "lint":
         return lint()
     if parsed.verb == "import":
-        return import_series(parsed.target, parsed.version)
+        return import_series(parsed.target, parsed.version or _installed())
     return export_series(parsed.target, parsed.base, parsed.wheel)
+
+
+def _installed() -> str:
+    try:
+        return sglang_version()
+    except PackageNotFoundError:
+        raise PatchError("cannot tell the version of sglang; pass --version") from None

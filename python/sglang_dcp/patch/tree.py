@@ -98,15 +98,17 @@ def _below(target: Path) -> list[Path]:
 def read_tree(root: Path) -> Tree:
     """Read the touched files below `root`, for the series that knows most of them.
 
+    If no series knows any, it is the newest.
+
     Raises
     ------
     PatchError
         There is no series, or one that does not match the release's hashes.
     """
-    trees = [_read(root, load_series(version)) for version in versions()]
+    trees = [_read(root, load_series(version)) for version in reversed(versions())]
     if not trees:
         raise PatchError(f"no patch series in {folder_of('')}; reinstall sglang-dcp")
-    return min(trees, key=lambda tree: len(tree.named(UNKNOWN)))
+    return max(trees, key=lambda tree: sum(s != UNKNOWN for s in tree.states.values()))
 
 
 def _read(root: Path, series: Series) -> Tree:

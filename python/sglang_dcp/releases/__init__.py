@@ -13,6 +13,8 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
+from sglang_dcp.releases.installed import by_number
+
 FOLDER = Path(__file__).parent
 
 
@@ -62,11 +64,7 @@ def file_of(version: str) -> Path:
 
 def known_versions() -> list[str]:
     """List the versions of SGLang that have a JSON file, oldest first."""
-    return sorted((path.stem for path in FOLDER.glob("*.json")), key=_by_number)
-
-
-def _by_number(version: str) -> list[int]:
-    return [int(part) if part.isdigit() else 0 for part in version.split(".")]
+    return sorted((path.stem for path in FOLDER.glob("*.json")), key=by_number)
 
 
 def load_release(version: str) -> Release:

@@ -6,51 +6,26 @@ and no state of the process, so a test can pass any object with these attributes
 
 from __future__ import annotations
 
-from typing import Any, Callable, Optional
+from typing import Any, Optional
 
 from sglang_dcp.config import DcpConfig, DcpConfigError
 from sglang_dcp.distributed.exchange import Exchange, exchange_class
 from sglang_dcp.layers.backends.capabilities import Requirement
 from sglang_dcp.support.backends import check_backend
-from sglang_dcp.support.rules import Unsupported, check_rules, raise_unsupported
-
-
-def _set(name: str) -> Callable[[Any], Optional[Any]]:
-    """Make a rule's `value` that applies to any truthy value of a server argument."""
-    return lambda args: getattr(args, name) or None
-
-
-def _below(name: str, least: int) -> Callable[[Any], Optional[Any]]:
-    def value(args: Any) -> Optional[Any]:
-        given = getattr(args, name)
-        return given if given is not None and given < least else None
-
-    return value
-
-
-def _above_one(name: str) -> Callable[[Any], Optional[Any]]:
-    return lambda args: getattr(args, name) if getattr(args, name) > 1 else None
-
-
-def _disaggregation(args: Any) -> Optional[str]:
-    return None if args.disaggregation_mode == "null" else args.disaggregation_mode
-
-
-def _offload_groups(args: Any) -> Optional[int]:
-    return args.offload_group_size if args.offload_group_size > 0 else None
-
-
-def _canary(args: Any) -> Optional[str]:
-    return None if args.kv_canary in (None, "none") else args.kv_canary
-
+from sglang_dcp.support.rules import (
+    DROP,
+    Unsupported,
+    above,
+    below,
+    check_rules,
+    flag_of,
+    given,
+    raise_unsupported,
+    switched_on,
+)
 
 # The `capabilities` of an attention backend say which of these it reads.
 _KV_DTYPES = ("auto", "bfloat16", "bf16", "fp8_e4m3")
-
-
-def _packed_kv(args: Any) -> Optional[str]:
-    return None if args.kv_cache_dtype in _KV_DTYPES else args.kv_cache_dtype
-
 
 # These formats copy whole parameters of a rank, without a check of their shape.
 _LOADS_OF_SHARDS = ("sharded_state", "remote", "remote_instance")
@@ -71,39 +46,68 @@ def _device(args: Any) -> Optional[str]:
     return None if args.device in (None, "cpu") else args.device
 
 
+def _disaggregation(args: Any) -> Optional[str]:
+    return None if args.disaggregation_mode == "null" else args.disaggregation_mode
+
+
 def _decode_graph(args: Any) -> Optional[str]:
-    name = args.cuda_graph_backend_decode
+    """The JSON wins over the flag. Once resolved, it is an object with both in it."""
+    name, config = args.cuda_graph_backend_decode, args.cuda_graph_config
+    if isinstance(config, dict):
+        name = (config.get("decode") or {}).get("backend", name)
+    elif config is not None:
+        name = config.decode.backend
     return None if name in (None, "full", "disabled") else name
 
 
-def _moe_a2a(args: Any) -> Optional[str]:
-    return None if args.moe_a2a_backend == "none" else args.moe_a2a_backend
+def _speculation(args: Any) -> Optional[str]:
+    """With the other flag, the algorithm only names a way to capture hidden states."""
+    if args.enable_return_aux_hidden_states:
+        return None
+    name: Optional[str] = args.speculative_algorithm
+    return name or None
 
 
-def _other_model_impl(args: Any) -> Optional[str]:
-    return None if args.model_impl in ("auto", "sglang") else args.model_impl
+def _lora_paths(args: Any) -> Optional[bool]:
+    """SGLang turns LoRA on for them later, unless it was turned off by name."""
+    return True if args.lora_paths and args.enable_lora is not False else None
 
 
-def _hnd_layout(args: Any) -> Optional[str]:
-    from sglang.srt.environ import envs
-
-    return "1" if envs.SGLANG_USE_HND_KVCACHE.get() else None
-
-
-_DROP = "drop the flag, or run without --dcp-size / --attn-tp-size"
+def _late_weights(args: Any) -> Optional[str]:
+    """Without replicated Q weights, nothing of ours reads weights before they arrive."""
+    late = args.startup_weight_load_mode == "overlap"
+    return "overlap" if late and args.dcp.replicate_q_proj else None
 
 
-def _flag(name: str, reason: str, hint: str = _DROP) -> Unsupported:
-    """Make the rule for server argument `name`, for any truthy value."""
-    return Unsupported(f"--{name.replace('_', '-')}", _set(name), reason, hint)
+def _flag(
+    name: str,
+    reason: str,
+    hint: str = DROP,
+    *,
+    fine: tuple[str, ...] = (),
+    since: Optional[str] = None,
+    until: Optional[str] = None,
+) -> Unsupported:
+    """Make the rule for argument `name`, for any truthy value that is not in `fine`."""
+    return Unsupported(
+        flag_of(name), given(name, *fine), reason, hint, since=since, until=until
+    )
 
 
 def _at_least_one(name: str) -> Unsupported:
-    flag = f"--{name.replace('_', '-')}"
+    flag = flag_of(name)
     return Unsupported(
-        flag, _below(name, 1), "it must be at least 1", f"use {flag} 1 or more"
+        flag, below(name, 1), "it must be at least 1", f"use {flag} 1 or more"
     )
 
+
+_ACROSS_REPLICAS = (
+    "DCP groups are cut from the whole tensor-parallel group and would cross its "
+    "data-parallel replicas"
+)
+_SECOND_CUT = "prefill context parallelism cuts the sequence a second time"
+_DRAFT = "a draft token would be checked against one shard of the sequence"
+_LORA_HEADS = "adapters are cut by SGLang's own KV-head count"
 
 UNSUPPORTED_SERVER_ARGS: tuple[Unsupported, ...] = (
     _at_least_one("page_size"),
@@ -122,28 +126,66 @@ UNSUPPORTED_SERVER_ARGS: tuple[Unsupported, ...] = (
         "use --load-format auto and the whole checkpoint",
     ),
     _flag(
+        "weight_cache_mode",
+        "its daemon cuts K/V heads for tensor parallelism without DCP",
+        "use --weight-cache-mode off",
+        fine=("off",),
+        since="0.5.23",
+    ),
+    Unsupported(
+        "--startup-weight-load-mode",
+        _late_weights,
+        "--dcp-replicate-q-proj copies Q weights before they arrive",
+        "use --startup-weight-load-mode serial, or drop --dcp-replicate-q-proj",
+        since="0.5.23",
+    ),
+    _flag(
         "quantization_param_path",
         "its scales reach the write of K/V, but not every read",
     ),
-    _flag("enable_symm_mem", "not tested"),
+    _flag(
+        "enable_symm_mem",
+        "its eager collectives would run on the communicators of captured graphs, "
+        "which DCP forbids NCCL to serve (NCCL_GRAPH_MIXING_SUPPORT=0)",
+    ),
     _flag("debug_cuda_graph", "not tested"),
     Unsupported(
         "--cuda-graph-backend-decode",
         _decode_graph,
         "not tested",
-        "use --cuda-graph-backend-decode full",
+        "use --cuda-graph-backend-decode full, also in --cuda-graph-config",
+    ),
+    Unsupported(
+        "SGLANG_ENABLE_METADATA_GLUE_GRAPH",
+        switched_on("SGLANG_ENABLE_METADATA_GLUE_GRAPH"),
+        "it would replay the local batch of an earlier decode step",
+        "unset the variable",
+        since="0.5.23",
     ),
     _flag(
-        "speculative_algorithm",
-        "a draft token would be checked against one shard of the sequence",
+        "enable_nvidia_megakernel",
+        "its kernels run whole decode steps and know of no sharded sequence",
+        since="0.5.23",
     ),
+    _flag("speculative_algorithm", _DRAFT, until="0.5.23"),
+    Unsupported("--speculative-algorithm", _speculation, _DRAFT, DROP, since="0.5.23"),
     Unsupported(
         "--disaggregation-mode",
         _disaggregation,
         "KV transfer does not know which rank owns a token",
         "use --disaggregation-mode null",
     ),
+    _flag(
+        "enable_kv_cache_sharding",
+        "it shards the KV cache by pages, and DCP by positions",
+        since="0.5.23",
+    ),
     _flag("enable_hierarchical_cache", "host copies are indexed by logical slots"),
+    _flag(
+        "enable_unified_cache_external_linker",
+        "copies in the external store are indexed by logical slots",
+        since="0.5.23",
+    ),
     _flag("enable_lmcache", "LMCache is indexed by logical slots"),
     _flag("enable_flexkv", "FlexKV is indexed by logical slots"),
     _flag("radix_cache_backend", "a foreign cache may copy K/V by logical slots"),
@@ -155,26 +197,29 @@ UNSUPPORTED_SERVER_ARGS: tuple[Unsupported, ...] = (
         "enable_deterministic_inference",
         "merging a cached prefix changes the order of summation",
     ),
-    Unsupported(
-        "--model-impl",
-        _other_model_impl,
+    _flag(
+        "model_impl",
         "its projections do not take their heads from SGLang's layers",
         "use --model-impl auto",
+        fine=("auto", "sglang"),
     ),
-    Unsupported(
-        "--moe-a2a-backend",
-        _moe_a2a,
+    _flag(
+        "moe_a2a_backend",
         "tokens would be scattered over ranks that must all see them",
         "use --moe-a2a-backend none, with any --ep-size",
+        fine=("none",),
     ),
     _flag("moe_dense_tp_size", "tokens would be padded over the attention width"),
     _flag(
-        "enable_attn_tp_input_scattered", "attention would see a share of the tokens"
+        "enable_attn_tp_input_scattered",
+        "it pads a prefill with tokens that belong to no request",
     ),
     _flag("enable_single_batch_overlap", "not tested"),
-    _flag("torchao_config", "not tested"),
+    _flag("torchao_config", "not tested", until="0.5.23"),
     _flag("cpu_offload_gb", "not tested"),
-    Unsupported("--offload-group-size", _offload_groups, "not tested", _DROP),
+    Unsupported(
+        "--offload-group-size", above("offload_group_size", 0), "not tested", DROP
+    ),
     _flag(
         "enable_mis",
         "items would attend to each other: no attention backend masks them",
@@ -183,46 +228,60 @@ UNSUPPORTED_SERVER_ARGS: tuple[Unsupported, ...] = (
     _flag("enable_hisparse", "its pools are not sharded"),
     _flag("enable_page_major_kv_layout", "its page stride assumes logical pages"),
     _flag("prefill_only_disable_kv_cache", "there is no KV cache to shard"),
-    Unsupported(
-        "--kv-cache-dtype",
-        _packed_kv,
+    _flag(
+        "kv_cache_dtype",
         "no attention backend of this version reads it",
         "use --kv-cache-dtype auto or fp8_e4m3",
+        fine=_KV_DTYPES,
     ),
     Unsupported(
         "--attention-context-parallel-size",
-        _above_one("attn_cp_size"),
-        "prefill context parallelism cuts the sequence a second time",
+        above("attn_cp_size", 1),
+        _SECOND_CUT,
         "use --attention-context-parallel-size 1",
     ),
-    _flag(
-        "enable_prefill_cp",
-        "prefill context parallelism cuts the sequence a second time",
-    ),
+    _flag("enable_prefill_cp", _SECOND_CUT),
     _flag(
         "enable_dp_attention",
-        "DCP groups are cut from the whole tensor-parallel group and would cross its "
-        "data-parallel replicas",
+        _ACROSS_REPLICAS,
         "use --dp-size replicas without --enable-dp-attention",
     ),
     Unsupported(
+        "--dwdp-size",
+        above("dwdp_size", 1),
+        "it turns data-parallel attention on, and " + _ACROSS_REPLICAS,
+        "use --dwdp-size 1",
+        since="0.5.23",
+    ),
+    Unsupported(
+        "--attn-dp-size",
+        above("attn_dp_size", 1),
+        _ACROSS_REPLICAS,
+        "use --attn-dp-size 1, with any --dp-size",
+        since="0.5.23",
+    ),
+    Unsupported(
         "--pp-size",
-        _above_one("pp_size"),
+        above("pp_size", 1),
         "pipeline stages were not tested",
         "use --pp-size 1",
     ),
     Unsupported(
         "--nnodes",
-        _above_one("nnodes"),
+        above("nnodes", 1),
         "DCP groups over several nodes were not tested",
         "use one node",
     ),
-    _flag("enable_lora", "adapters are cut by SGLang's own KV-head count"),
+    _flag("enable_lora", _LORA_HEADS),
+    Unsupported("--lora-paths", _lora_paths, _LORA_HEADS, DROP),
     _flag("enable_two_batch_overlap", "two batches would share one local table"),
-    _flag("enable_pdmux", "not tested"),
+    _flag(
+        "enable_pdmux",
+        "prefill and decode would use one DCP group from two streams at once",
+    ),
     _flag("dllm_algorithm", "not causal"),
-    Unsupported(
-        "--kv-canary", _canary, "it checks logical slots against one rank's pool", _DROP
+    _flag(
+        "kv_canary", "it checks logical slots against one rank's pool", fine=("none",)
     ),
     _flag("elastic_ep_backend", "groups would change after start"),
     _flag(
@@ -232,15 +291,33 @@ UNSUPPORTED_SERVER_ARGS: tuple[Unsupported, ...] = (
     ),
     Unsupported(
         "SGLANG_USE_HND_KVCACHE",
-        _hnd_layout,
+        switched_on("SGLANG_USE_HND_KVCACHE"),
         "slots are written in NHD order",
         "unset the variable",
     ),
 )
 
 
+def default_comm_backend(device: Optional[str]) -> str:
+    """Return the exchange if the user names none. The device may not be chosen yet.
+
+    It is SGLang's default: one all-to-all on GPUs. gloo has both forms on CPUs.
+    """
+    import torch
+
+    on_cpu = device == "cpu" or not torch.accelerator.is_available()
+    return "ag_rs" if on_cpu else "a2a"
+
+
 def check_comm_backend(name: str) -> type[Exchange]:
     """Return the exchange of `--dcp-comm-backend`; `DcpConfigError` if it is unknown."""
+    if name == "fi_a2a":
+        raise_unsupported(
+            "--dcp-comm-backend",
+            name,
+            "FlashInfer's kernel needs memory that only MNNVL systems (Blackwell) map",
+            "use --dcp-comm-backend a2a, or symm_a2a on GPUs of one node",
+        )
     try:
         return exchange_class(name)
     except ValueError as error:

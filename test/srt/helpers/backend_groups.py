@@ -30,6 +30,7 @@ from helpers.backend_ranks import (
     sglang_context,
     stored_rows,
 )
+from helpers.parallel import attention_width
 
 ROWS = 9
 TOLERANCE = {None: 3e-2, FP8: 8e-2}
@@ -263,10 +264,8 @@ def serve(
     make_backend: Callable[[Case, Any], Any] = real_backend,
 ) -> Group:
     """A life of requests in eager forwards, then in captured decode steps."""
-    from sglang.srt.runtime_context import get_parallel
-
     with sglang_context(case.device):
-        with get_parallel().override(attn_tp_size=case.dcp_size):
+        with attention_width(case.dcp_size):
             group = Group(case, make_backend)
             run_steps(group, steps, group.eager)
             run_steps(group, replays, Graphs(group).replay)

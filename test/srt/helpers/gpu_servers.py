@@ -34,7 +34,7 @@ RUNNING = 64
 COMMON = (
     "--random-seed 0 --sampling-backend pytorch --log-level info "
     # Beyond the largest batch: a request amid its chunks takes a place of its own.
-    f"--max-running-requests {RUNNING + 8} --cuda-graph-max-bs {RUNNING} "
+    f"--max-running-requests {RUNNING + 8} --cuda-graph-max-bs-decode {RUNNING} "
     # Its rounding to 16 bit would hide a part of every distance.
     "--decode-log-interval 1 --enable-fp32-lm-head"
 )
@@ -111,7 +111,11 @@ def make_server(spec: Spec, folder: Path) -> ServerProcess:
     own.mkdir()
     plugin = plugin_folder(own, "forced_tokens", spec.plugin)["PYTHONPATH"]
     path = os.pathsep.join(filter(None, (plugin, os.environ.get("PYTHONPATH"))))
-    flags = " ".join((COMMON, spec.pool, teacher_forcing.CONTEXT_FLAGS, spec.flags))
+    # What this machine needs, whatever the case (`benchmark/run_gpu.sh`).
+    machine = os.environ.get("SGLANG_DCP_TEST_SERVER_FLAGS", "")
+    flags = " ".join(
+        (COMMON, spec.pool, teacher_forcing.CONTEXT_FLAGS, machine, spec.flags)
+    )
     return ServerProcess(
         spec.checkpoint(folder),
         flags.split(),

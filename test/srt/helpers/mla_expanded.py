@@ -8,6 +8,7 @@ one after the other: a first pass notes what each sends, a second gives it what 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from helpers.attention_oracle import Served, Shape, Step, extend, mixed, move
 from helpers.backend_ranks import Case, Rank, real_backend, sglang_context
+from helpers.parallel import attention_width
 from sglang_dcp.layers.mla import dispatch
 from sglang_dcp.layers.mla.form import PrefillForm, expanded_form
 
@@ -194,8 +196,15 @@ def batch_kind() -> type:
     from sglang.srt.model_executor.forward_batch_deepseek_mha_mixin import (
         ForwardBatchDeepSeekMHAMixin,
     )
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
-    return type("Batch", (ForwardBatchDeepSeekMHAMixin, SimpleNamespace), {})
+    # What SGLang's own batch has if nothing sets it: a release may read new fields.
+    defaults = {
+        field.name: field.default
+        for field in dataclasses.fields(ForwardBatch)
+        if field.default is not dataclasses.MISSING
+    }
+    return type("Batch", (ForwardBatchDeepSeekMHAMixin, SimpleNamespace), defaults)
 
 
 class Group:
@@ -333,11 +342,9 @@ class Group:
 @contextmanager
 def surroundings(prefill: Prefill) -> Iterator[None]:
     """SGLang's process-wide state, DCP on."""
-    from sglang.srt.runtime_context import get_parallel
-
     with (
         sglang_context(prefill.device),
-        get_parallel().override(attn_tp_size=prefill.dcp_size),
+        attention_width(prefill.dcp_size),
         mock.patch.object(dispatch, "find_context", object),
         mock.patch.dict("os.environ", {CAPACITY: str(prefill.capacity)}),
     ):

@@ -5,9 +5,11 @@ They take what the real ones take, and refuse what those would silently misread.
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 from typing import Any, Optional
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -28,25 +30,85 @@ def attend(
     return out.to(q.dtype), lse.float()
 
 
-class FlashInferMla:
-    """`BatchMLAPagedAttentionWrapper`: pages by plan, LSE in base 2."""
-
-    PLAN = (
-        "qo_indptr kv_indptr kv_indices kv_len_arr num_heads head_dim_ckv "
-        "head_dim_kpe page_size causal sm_scale q_data_type kv_data_type"
-    ).split()
+class LatentPlans:
+    """Plans for latents in the buffers of one object, and attention by the last of them."""
 
     def __init__(self) -> None:
-        self.plans: list[dict[str, Any]] = []
+        self.made: list[dict[str, Any]] = []
 
-    def plan(self, *args: Any) -> None:
-        plan = dict(zip(self.PLAN, args, strict=True))
-        for name in self.PLAN[:4]:
+    def add(self, plan: dict[str, Any]) -> None:
+        for name in ("qo_indptr", "kv_indptr", "kv_indices", "kv_len_arr"):
             assert plan[name].dtype == torch.int32, name
         tiles = plan["qo_indptr"].diff() * plan["num_heads"] / 128
         assert tiles.ceil().sum() <= 16384, "more work than a plan's buffers hold"
         assert not plan["causal"] or 128 % plan["num_heads"] == 0
-        self.plans.append(plan)
+        self.made.append(plan)
+
+    def attend(
+        self, q: tuple[Tensor, Tensor], keys: tuple[Tensor, Tensor], *scales: Any
+    ) -> tuple[Tensor, Tensor]:
+        """LSE in base 2. `scales`: ckv_scale and kpe_scale."""
+        plan = self.made[-1]
+        assert q[0].shape[1] == plan["num_heads"]
+        assert q[0].dtype == q[1].dtype == plan["q_data_type"]
+        assert keys[0].dtype == keys[1].dtype == plan["kv_data_type"]
+        assert keys[0].shape[1:] == (plan["page_size"], plan["head_dim_ckv"])
+        quantized = keys[0].itemsize == 1
+        assert scales == ((1.0, 1.0) if quantized else (None, None))
+        firsts = plan["kv_indptr"].tolist()
+        ends, lens = plan["qo_indptr"].tolist(), plan["kv_len_arr"].tolist()
+        how = plan["sm_scale"], plan["causal"]
+        return attend_pages(q, keys, ends, firsts, lens, plan["kv_indices"], how)
+
+
+def attend_pages(
+    q: tuple[Tensor, Tensor],
+    keys: tuple[Tensor, Tensor],
+    ends: list[int],
+    firsts: list[int],
+    lens: list[int],
+    pages: Tensor,
+    how: tuple[float, bool],
+) -> tuple[Tensor, Tensor]:
+    """Each request over its pages, from `pages[firsts[i]]` on; LSE in base 2."""
+    queries, values = torch.cat(q, -1), torch.cat(keys, -1)
+    parts = []
+    for i, length in enumerate(lens):
+        count = -(-length // values.shape[1])
+        where = pages[firsts[i] : firsts[i] + count].long()
+        own = values[where].flatten(0, 1)[:length, None]
+        latent = own[..., : keys[0].shape[-1]]
+        parts.append(attend(queries[ends[i] : ends[i + 1]], own, latent, *how))
+    outs, lses = zip(*parts)
+    return torch.cat(outs), torch.cat(lses) / torch.log(torch.tensor(2.0))
+
+
+class FlashInferMla:
+    """`BatchMLAPagedAttentionWrapper` of FlashInfer 0.6."""
+
+    def __init__(self) -> None:
+        self._plans = LatentPlans()
+
+    @property
+    def plans(self) -> list[dict[str, Any]]:
+        return self._plans.made
+
+    def plan(
+        self,
+        qo_indptr: Tensor,
+        kv_indptr: Tensor,
+        kv_indices: Tensor,
+        kv_len_arr: Tensor,
+        num_heads: int,
+        head_dim_ckv: int,
+        head_dim_kpe: int,
+        page_size: int,
+        causal: bool,
+        sm_scale: float,
+        q_data_type: torch.dtype,
+        kv_data_type: torch.dtype,
+    ) -> None:
+        self._plans.add({k: v for k, v in locals().items() if k != "self"})
 
     def run(
         self,
@@ -59,27 +121,143 @@ class FlashInferMla:
         ckv_scale: Optional[float] = None,
         kpe_scale: Optional[float] = None,
     ) -> tuple[Tensor, Tensor]:
-        plan = self.plans[-1]
-        assert return_lse and q_nope.shape[1] == plan["num_heads"]
-        assert q_nope.dtype == q_pe.dtype == plan["q_data_type"]
-        assert ckv_cache.dtype == kpe_cache.dtype == plan["kv_data_type"]
-        assert ckv_cache.shape[1:] == (plan["page_size"], plan["head_dim_ckv"])
-        quantized = ckv_cache.itemsize == 1
-        assert (ckv_scale, kpe_scale) == ((1.0, 1.0) if quantized else (None, None))
-        q, keys = torch.cat([q_nope, q_pe], -1), torch.cat([ckv_cache, kpe_cache], -1)
-        parts = []
-        ends = plan["qo_indptr"].tolist()
-        for i, length in enumerate(plan["kv_len_arr"].tolist()):
-            first = int(plan["kv_indptr"][i])
-            pages = -(-length // plan["page_size"])
-            where = plan["kv_indices"][first : first + pages].long()
-            own = keys[where].flatten(0, 1)[:length, None]
-            queries = q[ends[i] : ends[i + 1]]
-            values = own[..., : plan["head_dim_ckv"]]
-            how = plan["sm_scale"], plan["causal"]
-            parts.append(attend(queries, own, values, *how))
-        outs, lses = zip(*parts)
-        return torch.cat(outs), torch.cat(lses) / torch.log(torch.tensor(2.0))
+        assert return_lse
+        keys = ckv_cache, kpe_cache
+        return self._plans.attend((q_nope, q_pe), keys, ckv_scale, kpe_scale)
+
+
+class PlannedMla(LatentPlans):
+    """What a plan of FlashInfer 0.7 leaves behind: plans in the same buffers."""
+
+    def plan(
+        self,
+        *,
+        output_dtype: torch.dtype,
+        scale_mode: str,
+        use_profiler: bool,
+        **plan: Any,
+    ) -> None:
+        quantized = plan["kv_data_type"].itemsize == 1
+        assert scale_mode == ("kv-per-tensor" if quantized else "default")
+        assert output_dtype == plan["q_data_type"] and not use_profiler
+        self.add(plan)
+
+
+class FlashInferMlaContract:
+    """The same wrapper of FlashInfer 0.7: plans promise what `run` takes and returns."""
+
+    def __init__(self) -> None:
+        self.contracts: list[dict[str, Any]] = []
+        self._planned_backend: Any = None
+
+    @property
+    def plans(self) -> list[dict[str, Any]]:
+        return self._planned_backend.made
+
+    def plan(
+        self,
+        *,
+        metadata: Any,
+        num_heads: int,
+        head_dim_ckv: int,
+        head_dim_kpe: int,
+        page_size: int,
+        causal: bool,
+        sm_scale: float,
+        q_data_type: torch.dtype,
+        kv_data_type: torch.dtype,
+        query_layout: str = "packed",
+        kv_cache_layout: str = "packed",
+        lse_mode: str = "none",
+    ) -> None:
+        counts = -(-metadata.kv_len_arr // page_size)
+        assert torch.equal(metadata.kv_indptr.diff(), counts), "pages are not in a row"
+        self.contracts.append({k: v for k, v in locals().items() if k != "self"})
+        # In other buffers each time: a captured graph would not see this plan.
+        self._planned_backend = PlannedMla()
+
+    def run(
+        self,
+        *,
+        query: tuple[Tensor, Tensor],
+        kv_cache: tuple[Tensor, Tensor],
+        return_lse: bool = False,
+        ckv_scale: Optional[float] = None,
+        kpe_scale: Optional[float] = None,
+    ) -> tuple[Tensor, Tensor]:
+        assert type(query) is type(kv_cache) is tuple
+        contract = self.contracts[-1]
+        layouts = contract["query_layout"], contract["kv_cache_layout"]
+        assert return_lse and contract["lse_mode"] == "base2"
+        assert layouts == ("split", "split")
+        assert query[0].dtype == contract["q_data_type"]
+        assert kv_cache[0].dtype == contract["kv_data_type"]
+        return self._planned_backend.attend(query, kv_cache, ckv_scale, kpe_scale)
+
+
+class CompiledMla:
+    """What FlashInfer compiles for latents: plans and `run` below its wrapper.
+
+    As there, `run` knows of a plan what lies in the integer buffer, and the launch sizes
+    in `info`. `runs` notes the arguments: a captured graph keeps these, whatever comes.
+    """
+
+    def __init__(self) -> None:
+        self.runs: list[tuple[Any, ...]] = []
+
+    def plan(self, *args: Any) -> list[int]:
+        _, ints, _, ends, firsts, lens, heads, _, _ = args
+        assert ends.device.type == firsts.device.type == lens.device.type == "cpu"
+        count = torch.tensor([len(lens)], dtype=torch.int32)
+        rows = torch.cat([count, ends[: len(lens) + 1], firsts[: len(lens)], lens])
+        ints.view(torch.int32)[: len(rows)] = rows
+        return [heads]
+
+    def run(self, *args: Any) -> None:
+        self.runs.append(args)
+        _, ints, info, q_nope, q_pe, ckv, kpe, pages, out, lse, mask, *more = args
+        heads, page_size, sm_scale, base_on_e, *scales = more
+        assert info == [heads] and not base_on_e and page_size == ckv.shape[1]
+        # Per token ones, in 0.7.
+        assert scales[:2] == [1.0, 1.0] and not any(scales[2:])
+        plan = ints.view(torch.int32)
+        count = int(plan[0])
+        sizes = [1, count + 1, count, count]
+        _, ends, firsts, lens = plan[: sum(sizes)].split(sizes)
+        where = ends.tolist(), firsts.tolist(), lens.tolist()
+        found = attend_pages(
+            (q_nope, q_pe), (ckv, kpe), *where, pages, (sm_scale, mask == 1)
+        )
+        out.copy_(found[0])
+        lse.copy_(found[1])
+
+
+def installed_wrapper(compiled: CompiledMla, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The installed FlashInfer's own wrapper, on a CPU that it takes for a Hopper GPU.
+
+    Its kernels are `compiled`. On a CPU there is no pinned memory.
+    """
+    import flashinfer.mla
+
+    def empty(*size: Any, pin_memory: bool = False, **how: Any) -> Tensor:
+        return allocate(*size, **how)
+
+    allocate = torch.empty
+    monkeypatch.setattr(torch, "empty", empty)
+    stand_ins: dict[str, Any] = {
+        "get_batch_mla_module": lambda *args: compiled,
+        "get_compute_capability": lambda device: (9, 0),
+        "_get_compute_capability": lambda device: (9, 0),
+        "get_device_sm_count": lambda device: 132,
+        "is_sm90a_supported": lambda device: True,
+        "_get_fa_shared_memory_limits": lambda device: (233472, 232448),
+    }
+    for module_name, module in list(sys.modules.items()):
+        if module_name.startswith("flashinfer.mla"):
+            for name in stand_ins.keys() & vars(module).keys():
+                monkeypatch.setattr(module, name, stand_ins[name])
+    scratch = torch.empty(16, dtype=torch.uint8)
+    return flashinfer.mla.BatchMLAPagedAttentionWrapper(scratch, backend="fa3")
 
 
 class FlashInferMha:

@@ -16,6 +16,14 @@ def on_gpu_zero(original, self, server_args, port_args, gpu_id, *args, **kwargs)
     return original(self, server_args, port_args, 0, *args, **kwargs)
 
 
+def placed_on_gpu_zero(original, *args, ranks=None, **kwargs):
+    import msgspec
+
+    if ranks is not None:
+        ranks = msgspec.structs.replace(ranks, gpu_id=0)
+    return original(*args, ranks=ranks, **kwargs)
+
+
 def over_gloo(original, device):
     return "gloo"
 
@@ -26,10 +34,18 @@ def without_nccl(original, *args, **kwargs):
 
 def load():
     load_forced()
+    from sglang.srt import runtime_context
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    for target, hook in {
+    # Since 0.5.21 the launcher publishes a process's place, and the scheduler reads it.
+    placed = hasattr(runtime_context, "SpawnRanks")
+    place = {
+        "runtime_context.publish": placed_on_gpu_zero,
+    } if placed else {
         "managers.scheduler.Scheduler.__init__": on_gpu_zero,
+    }
+    for target, hook in {
+        **place,
         "distributed.bootstrap.get_default_distributed_backend": over_gloo,
         "distributed.parallel_state.init_model_parallel_group": without_nccl,
     }.items():

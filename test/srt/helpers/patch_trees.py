@@ -14,16 +14,18 @@ import pytest
 
 from sglang_dcp import releases
 from sglang_dcp.patch import manifest
-from sglang_dcp.patch.manifest import Series, load_series, versions
+from sglang_dcp.patch.manifest import Series, load_series
 from sglang_dcp.patch.tree import find_package, read_tree
+from sglang_dcp.releases.installed import sglang_version
 
 SITE = Path("lib/python3.11/site-packages")
+# The tests that need SGLang's files test the series of the release that is installed.
+VERSION = sglang_version()
 
 
 def series() -> Series:
-    """The one series."""
-    [version] = versions()
-    return load_series(version)
+    """The series for the installed release."""
+    return load_series(VERSION)
 
 
 def pristine() -> dict[str, bytes]:

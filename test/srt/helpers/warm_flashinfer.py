@@ -8,6 +8,8 @@ its cache already costs nothing.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -25,19 +27,28 @@ PLAIN = (0, False, False)
 LATENT, ROPE = 512, 64
 # K and V of a head in a prefill by MHA.
 EXPANDED = 192, 128
+# SGLang 0.5.23's and 0.5.16's.
+LATENT_WRITES = (
+    "sglang.kernels.ops.kvcache.set_mla_kv_buffer",
+    "sglang.jit_kernel.set_mla_kv_buffer",
+)
 
 
 def heads_of(dim: int, q: torch.dtype, kv: torch.dtype) -> dict[str, Any]:
     """Decode, paged and ragged prefill with heads of one size."""
+    from flashinfer import prefill
     from flashinfer.jit.attention import (
         gen_batch_decode_module,
         gen_batch_prefill_module,
     )
 
+    # FlashInfer 0.7 compiles FA2's for K and V of equal strides, by another name.
+    primary = "_gen_batch_prefill_primary_module"
+    gen_paged = getattr(prefill, primary, gen_batch_prefill_module)
     sizes = (q, torch.int32, dim, dim, *PLAIN)
     return {
         f"decode {q} {kv} {dim}": gen_batch_decode_module(q, kv, *sizes),
-        f"paged {q} {kv} {dim}": gen_batch_prefill_module("fa2", q, kv, *sizes, False),
+        f"paged {q} {kv} {dim}": gen_paged("fa2", q, kv, *sizes, False),
         # New tokens among themselves are in the query's dtype.
         f"ragged {q} {dim}": gen_batch_prefill_module("fa3", q, q, *sizes, False),
     }
@@ -49,9 +60,9 @@ def latents(q: torch.dtype, kv: torch.dtype) -> dict[str, Any]:
         gen_batch_mla_module,
         gen_batch_prefill_module,
     )
-    from flashinfer.utils import determine_mla_backend
+    from flashinfer.utils import is_sm90a_supported
 
-    backend = determine_mla_backend(torch.device("cuda"))
+    backend = "fa3" if is_sm90a_supported(torch.device("cuda")) else "fa2"
     absorbed = {
         f"mla {q} {cached}": gen_batch_mla_module(
             backend, q, cached, q, torch.int32, LATENT, ROPE, False
@@ -65,9 +76,9 @@ def latents(q: torch.dtype, kv: torch.dtype) -> dict[str, Any]:
 
 def build_latent_write(kv: torch.dtype) -> None:
     """SGLang's own kernel that writes latents, of 768 tokens on."""
-    from sglang.jit_kernel.set_mla_kv_buffer import can_use_set_mla_kv_buffer
-
-    if not can_use_set_mla_kv_buffer(LATENT * kv.itemsize, ROPE * kv.itemsize):
+    known = next(filter(importlib.util.find_spec, LATENT_WRITES))
+    module = importlib.import_module(known)
+    if not module.can_use_set_mla_kv_buffer(LATENT * kv.itemsize, ROPE * kv.itemsize):
         raise RuntimeError(f"SGLang's write of {kv} latents does not compile")
 
 

@@ -21,7 +21,7 @@ from typing import Any, Callable, Iterator
 import pytest
 
 from helpers import patch_trees
-from helpers.patch_trees import SITE, read_files, write_tree
+from helpers.patch_trees import SITE, VERSION, read_files, write_tree
 from sglang_dcp import releases
 from sglang_dcp.patch import cli, manifest, swap
 from sglang_dcp.patch.error import PatchError
@@ -285,7 +285,7 @@ def test_one_changed_line_is_refused(
     path.write_bytes(path.read_bytes() + b"\n")
     line = refused(command, package, capsys)
     assert f"1 of {COUNT} files" in line and "srt/models/utils.py" in line
-    assert "reinstall sglang==0.5.16" in line
+    assert f"reinstall sglang=={VERSION}" in line
     assert run("status", package) == 1
     assert "unknown   srt/models/utils.py" in capsys.readouterr().out
 
@@ -321,15 +321,17 @@ def test_after_a_new_install(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """`pip install -U` brings other files; the same release brings pristine ones."""
+    newest = len(load_series(manifest.versions()[-1]).files)
     assert run("apply", package) == 0
     left = swap._new_path(package / next(iter(pristine)))
     left.write_text("of a run that was killed\n")
-    info = package.parent / "sglang-0.5.17.dist-info"
+    info = package.parent / "sglang-99.0.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text("Name: sglang\nVersion: 0.5.17\n")
+    (info / "METADATA").write_text("Name: sglang\nVersion: 99.0\n")
     write_tree(package, {name: text + b"# newer\n" for name, text in pristine.items()})
     line = refused("apply", package, capsys)
-    assert "sglang 0.5.17 is installed there" in line and f"{COUNT} of {COUNT}" in line
+    assert "sglang 99.0 is installed there" in line
+    assert f"{newest} of {newest} files" in line
     assert run("status", package) == 1
     assert f"left over {left.relative_to(package)}" in capsys.readouterr().out
     write_tree(package, pristine)
@@ -410,7 +412,7 @@ LIES: dict[str, tuple[Spoil, str]] = {
 
 @pytest.fixture
 def copied_series(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    yield patch_trees.use_copies(tmp_path, monkeypatch) / "0.5.16"
+    yield patch_trees.use_copies(tmp_path, monkeypatch) / VERSION
 
 
 @pytest.mark.parametrize(("spoil", "fault"), LIES.values(), ids=LIES.keys())
@@ -428,7 +430,8 @@ def test_manifest_that_lies(
 def test_no_series(
     package: Path, copied_series: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.rmtree(copied_series)
+    for version in manifest.versions():
+        shutil.rmtree(copied_series.parent / version)
     assert "no patch series in" in refused("apply", package, capsys)
 
 

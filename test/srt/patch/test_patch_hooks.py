@@ -41,7 +41,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def half(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with one file of nineteen patched."""
+    """The same with one of the files patched."""
     package = patch_trees.linked_copy(tmp_path_factory.mktemp("half"))
     name = "srt/layers/linear.py"
     (package / name).write_bytes((tree / "sglang" / name).read_bytes())
@@ -99,10 +99,13 @@ def test_half_patched_is_refused(scripts: Scripts) -> None:
 IN_A_PATCHED_PROCESS = """
 import dataclasses, json, pickle, sys
 from types import SimpleNamespace as Namespace
+from unittest import mock
 import torch
 from sglang_dcp.hooks.server_args import DcpConfigError
 from sglang.srt.plugins import load_plugins
 from sglang.srt.plugins.hook_registry import HookRegistry
+from helpers.server_args import resolve_server_args
+from sglang_dcp.releases.api import sglang_api
 load_plugins()
 hooks = [hook for hooks in HookRegistry._hooks.values() for _, hook, _ in hooks]
 out = {"hooked": [h.__name__ for h in hooks if h.__module__.startswith("sglang_dcp")]}
@@ -112,13 +115,19 @@ from sglang_dcp.hooks import verify
 ServerArgs = module.ServerArgs
 out["class"] = ServerArgs.__module__
 out["engine"] = sglang.Engine.server_args_class is ServerArgs
-common = dict(model_path=sys.argv[1], device="cpu", random_seed=1, tp_size=2)
-off = ServerArgs(**common)
-out["off"] = [off.dcp, off.dcp_size, off.attn_tp_size, off.page_size]
-on = ServerArgs(**common, attn_tp_size=1, dcp_comm_backend="a2a", page_size=2)
-out["on"] = [on.dcp.dcp_size, on.dcp_size, on.dcp_comm_backend, on.page_size]
+def make(**flags):
+    common = dict(model_path=sys.argv[1], device="cpu", random_seed=1, tp_size=2)
+    args = resolve_server_args(ServerArgs(**common, **flags))
+    return args, sglang_api().resolved(args)
+off, seen = make()
+out["off"] = [off.dcp, seen.dcp_size, off.attn_tp_size, seen.page_size]
+on, seen = make(attn_tp_size=1, dcp_comm_backend="a2a", page_size=2)
+out["on"] = [on.dcp.dcp_size, on.dcp.comm_backend, seen.page_size]
+of_a_record = hasattr(on, "resolved_dict")
+shown = on.resolved_dict() if of_a_record else dataclasses.asdict(on)
+out["shown"] = [shown["dcp_size"], shown["attn_tp_size"], shown["dcp_comm_backend"]]
 try:
-    ServerArgs(**common, attn_tp_size=1, dcp_size=1)
+    make(attn_tp_size=1, dcp_size=1)
 except DcpConfigError as error:
     out["refused"] = str(error)
 before = verify.hooks_required()
@@ -127,25 +136,30 @@ out["required"] = [before, verify.hooks_required()]
 same = pickle.loads(pickle.dumps(on))
 out["required"].append(verify.hooks_required())
 out["pickled"] = type(same) is ServerArgs and same.dcp == on.dcp
-names = [field.name for field in dataclasses.fields(ServerArgs)]
-out["fields"] = names.count("dcp_size")
 
+from sglang.srt import runtime_context
 from sglang.srt.models import utils
 utils._is_cuda = True
 utils.get_token_to_kv_pool = lambda: Namespace(dtype=torch.bfloat16)
+# A release reads some of these names, and an unused one does no harm.
 utils.is_prefill_context_parallel_enabled = lambda: False
+utils.is_cp_active = lambda batch: False
 out["fused"] = []
 for size in (1, 2):
     utils.get_server_args = lambda: Namespace(dcp_size=size)
-    out["fused"].append(utils.enable_fused_set_kv_buffer(Namespace(dcp_kv_mask=None)))
+    parallel = Namespace(dcp_enabled=size > 1)
+    with mock.patch.object(runtime_context, "get_parallel", lambda: parallel):
+        found = utils.enable_fused_set_kv_buffer(Namespace(dcp_kv_mask=None))
+    out["fused"].append(found)
 
 parser = __import__("argparse").ArgumentParser()
 ServerArgs.add_cli_args(parser)
+out["flags"] = [a.option_strings for a in parser._actions if a.dest == "dcp_size"]
 flags = ["--model-path", sys.argv[1], "--device", "cpu", "--tp", "2"]
 more = ["--decode-context-parallel-size", "3"]
 print(json.dumps(out))
 sys.stdout.flush()
-ServerArgs.from_cli_args(parser.parse_args(flags + more))
+resolve_server_args(ServerArgs.from_cli_args(parser.parse_args(flags + more)))
 """
 
 
@@ -161,11 +175,12 @@ def test_patched_process(run: str, scripts: Scripts) -> None:
         "class": "sglang.srt.server_args",
         "engine": True,
         "off": [None, 1, None, 1],
-        "on": [2, 2, "a2a", 4],
+        "on": [2, "a2a", 4],
+        "shown": [2, 1, "a2a"],
         "required": [False, False, True],
         "pickled": True,
-        "fields": 1,
         "fused": [True, False],
+        "flags": [["--dcp-size", "--decode-context-parallel-size"]],
     }
     assert done.code == 2
     assert done.stderr.splitlines()[-1].startswith("sglang-dcp: error: --dcp-size 3 ")
@@ -180,18 +195,29 @@ own = torch.full((1, 2, 16), float("nan"))
 own[0, 1] = 1.0
 new = torch.empty(2, 1, 16)
 out, merged = kernels.correct_attn_out(own, lse, 1, None, new)
-print(json.dumps([out[:, 0, 0].tolist(), merged.tolist()]))
+print(json.dumps(out[:, 0, 0].tolist()))
+combine = getattr(kernels, "dcp_lse_combine_triton", None)
+if combine:
+    others = torch.ones(1, 2, 16)
+    both, _ = combine(torch.stack([others, own]), lse, is_lse_base_on_e=False)
+    print(json.dumps(both[0, :, 0].tolist()))
 """
 
 
 @pytest.mark.parametrize("fixed", [True, False], ids=["fixed", "unfixed"])
 def test_mla_merge_with_an_empty_rank(fixed: bool, scripts: Scripts) -> None:
-    """SGLang's Triton kernel in the interpreter; unfixed it shows the defect."""
+    """SGLang's Triton kernels in the interpreter; unfixed they show the defect.
+
+    A second one, which combines after an all-to-all, is not in every release.
+    """
     done = scripts["merge-fixed" if fixed else "merge-unfixed"].result()
     assert done.stdout, done.stderr[-3000:]
-    [empty, whole], _ = json.loads(done.stdout.splitlines()[-1])
+    (empty, whole), *combined = map(json.loads, done.stdout.splitlines())
     assert whole == pytest.approx(2 / 3)
     assert (empty == 0.0) == fixed
+    for empty, whole in combined:
+        assert whole == pytest.approx(1.0)
+        assert (empty == 1.0) == fixed
 
 
 WITHOUT_SGLANG = """

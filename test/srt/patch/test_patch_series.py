@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from helpers import patch_trees
-from helpers.patch_trees import read_files, write_tree
+from helpers.patch_trees import VERSION, read_files, write_tree
 from sglang_dcp import releases
 from sglang_dcp.patch import cli, lint, manifest
 from sglang_dcp.patch.error import PatchError
@@ -25,11 +25,12 @@ from sglang_dcp.patch.header import FIELDS, read_header
 from sglang_dcp.patch.manifest import folder_of, read_series
 from sglang_dcp.patch.unified import apply_hunks, read_patch
 
-FOLDER = folder_of("0.5.16")
+FOLDER = folder_of(VERSION)
 NAMES = read_series(FOLDER)
 FIXES = [name for name in NAMES if name.startswith("fix-")]
-WHEEL = "sglang-0.5.16-cp311-cp311-manylinux_2_34_x86_64.whl"
+WHEEL = releases.load_release(VERSION).wheel["name"]
 
+each_series = pytest.mark.parametrize("version", manifest.versions())
 each_patch = pytest.mark.parametrize("name", NAMES)
 
 
@@ -74,10 +75,18 @@ def test_fix_stands_alone(name: str, checkout: Path) -> None:
     assert b"sglang_dcp" not in git(checkout, "diff", "base", "HEAD")
 
 
-@each_patch
-def test_each_patch_leaves_no_trailing_blanks(name: str) -> None:
-    lines = (FOLDER / name).read_bytes().split(b"\n")
-    assert not [line for line in lines if line[:1] == b"+" and line != line.rstrip()]
+@each_series
+def test_no_patch_leaves_trailing_blanks(version: str) -> None:
+    lines = added_lines(version)
+    assert lines and not [line for line in lines if line != line.rstrip()]
+
+
+def added_lines(version: str) -> list[str]:
+    """Each line with a plus sign, of all patches of a series."""
+    folder = folder_of(version)
+    texts = [(folder / name).read_text() for name in read_series(folder)]
+    lines = [line for text in texts for line in text.split("\n")]
+    return [line for line in lines if line.startswith("+")]
 
 
 @each_patch
@@ -94,22 +103,20 @@ def test_each_prefix_of_the_series_compiles(name: str) -> None:
         assert (b"from sglang_dcp.hooks.inline import hook\n" in text) == uses, path
 
 
-def test_every_hook_is_in_the_series_once() -> None:
-    from sglang_dcp.hooks.table import CPU_HOOKS, HOOKS
+@each_series
+def test_the_series_has_the_hooks_of_its_release(version: str) -> None:
+    """Each once, and no other."""
+    from sglang_dcp.hooks.table import CPU_HOOKS, HOOKS, rows_of
 
-    added = b"".join(
-        line
-        for name in NAMES
-        for line in (FOLDER / name).read_bytes().splitlines(keepends=True)
-        if line.startswith(b"+")
-    ).decode()
-    for hook in HOOKS + CPU_HOOKS:
-        assert added.count(f'"{hook.name}"') == 1, hook.name
+    calls = re.findall(r"\bhook\(([^)]*)\)", "\n".join(added_lines(version)))
+    written = [name.strip(' "') for call in calls for name in call.split(",")]
+    wanted = [hook.name for hook in rows_of(HOOKS + CPU_HOOKS, version)]
+    assert sorted(written) == sorted(wanted)
 
 
 def test_lint_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["lint"]) == 0
-    assert capsys.readouterr().out == "1 series, 0 faults\n"
+    assert capsys.readouterr().out == f"{len(manifest.versions())} series, 0 faults\n"
 
 
 @pytest.fixture
@@ -132,14 +139,14 @@ def test_export_writes_the_same_bytes(
     for name in NAMES:
         git(checkout, "am", "-q", str(FOLDER / name))
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(hostile))
-    before, known = read_files(copied), releases.file_of("0.5.16").read_text()
+    before, known = read_files(copied), releases.file_of(VERSION).read_text()
     wheel = _wheel(tmp_path / WHEEL, patch_trees.pristine())
     arguments = ["export", "--target", str(checkout), "--wheel", str(wheel)]
-    (copied / "0.5.16" / "stray").write_text("of an earlier export")
+    (copied / VERSION / "stray").write_text("of an earlier export")
     assert cli.main(arguments) == 0
     assert read_files(copied) == before
     old = known.splitlines()
-    new = releases.file_of("0.5.16").read_text().splitlines()
+    new = releases.file_of(VERSION).read_text().splitlines()
     assert [a for a, b in zip(old, new) if a != b] == [old[4]] and '"sha256"' in old[4]
 
 
@@ -178,11 +185,11 @@ def test_what_does_not_load_leaves_the_series_as_it_is(
     monkeypatch.setattr("sglang_dcp.patch.export.read_folder", refuse)
     git(checkout, "am", "-q", str(FOLDER / NAMES[0]))
     wheel = _wheel(tmp_path / WHEEL, patch_trees.pristine())
-    before, known = read_files(copied), releases.file_of("0.5.16").read_text()
+    before, known = read_files(copied), releases.file_of(VERSION).read_text()
     assert cli.main(["export", "--target", str(checkout), "--wheel", str(wheel)]) == 2
     assert "does not load" in capsys.readouterr().err
     assert read_files(copied) == before
-    assert releases.file_of("0.5.16").read_text() == known
+    assert releases.file_of(VERSION).read_text() == known
 
 
 def test_export_of_nothing_is_refused(
@@ -198,25 +205,33 @@ def test_import_makes_a_commit_for_each_patch(tmp_path: Path) -> None:
 
     source = write_tree(tmp_path / "site" / "sglang", patch_trees.pristine())
     target = tmp_path / "checkout"
-    assert import_series(target, "0.5.16", source.parent) == 0
+    assert import_series(target, VERSION, source.parent) == 0
     assert len(git(target, "rev-list", "base..HEAD").split()) == len(NAMES)
     assert read_files(target / "python" / "sglang") == patch_trees.patched()
     with pytest.raises(PatchError, match="exists; name a new folder"):
-        import_series(target, "0.5.16", source.parent)
+        import_series(target, VERSION, source.parent)
+
+
+def test_import_takes_the_installed_release(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[Path, str]] = []
+    monkeypatch.setattr(cli, "import_series", lambda *given: made.append(given) or 0)
+    assert cli.main(["import", "here"]) == 0
+    assert cli.main(["import", "there", "--version", "9.9"]) == 0
+    assert made == [(Path("here"), VERSION), (Path("there"), "9.9")]
 
 
 def _spoil(copied: Path, name: str, old: bytes, new: bytes) -> list[str]:
     """Faults after one edit of a patch, whose hash the release then knows."""
-    folder = copied / "0.5.16"
+    folder = copied / VERSION
     text = (folder / name).read_bytes()
     assert old in text
     spoiled = text.replace(old, new, 1)
     (folder / name).write_bytes(spoiled)
-    hashes = releases.file_of("0.5.16")
+    hashes = releases.file_of(VERSION)
     known = hashes.read_text()
     known = known.replace(manifest.sha256(text), manifest.sha256(spoiled))
     hashes.write_text(known)
-    return lint.faults("0.5.16")
+    return lint.faults(VERSION)
 
 
 @pytest.mark.parametrize("field", FIELDS)
@@ -247,9 +262,9 @@ def test_lint_names_a_spoiled_patch(
 def test_lint_names_strays_budget_and_a_stale_readme(
     copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = copied / "0.5.16"
+    folder = copied / VERSION
     (folder / "notes.txt").write_text("x")
-    [fault] = lint.faults("0.5.16")
+    [fault] = lint.faults(VERSION)
     assert "notes.txt is not in the series" in fault
     (folder / "notes.txt").unlink()
     (copied / "README.md").write_text("by hand")
@@ -262,7 +277,7 @@ def test_lint_names_strays_budget_and_a_stale_readme(
     limit = sorted(added.values())[-3]
     monkeypatch.setattr(lint, "MAX_ADDED_LINES", limit)
     over = [name for name, lines in added.items() if lines > limit]
-    assert over and [fault.split()[0] for fault in lint.faults("0.5.16")] == over
+    assert over and [fault.split()[0] for fault in lint.faults(VERSION)] == over
 
 
 HEAD = b"Subject: x\n\ndiff --git a/f b/f\nindex 1..2 100644\n--- a/f\n+++ b/f\n"

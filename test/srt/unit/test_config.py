@@ -13,17 +13,21 @@ import logging
 import pickle
 import sys
 from typing import Any
+from unittest.mock import Mock, call
 
 import pytest
 
+from helpers.server_args import as_server_info, resolve_server_args
 from sglang_dcp.config import DcpConfig, DcpConfigError, resolve_config
 from sglang_dcp.distributed.topology import Layout
 from sglang_dcp.hooks import verify
+from sglang_dcp.hooks.server_args import post_capture_kv_sizing_planned
+from sglang_dcp.releases.api import sglang_api
+from sglang_dcp.support.server import default_comm_backend
 
 
 def resolve(tp: int, dcp: int | None, attn_tp: int | None, **more: Any) -> Any:
-    flags = {"comm_backend": "ag_rs", "replicate_q_proj": False, **more}
-    return resolve_config(tp_size=tp, dcp_size=dcp, attn_tp_size=attn_tp, **flags)
+    return resolve_config(tp_size=tp, dcp_size=dcp, attn_tp_size=attn_tp, **more)
 
 
 @pytest.mark.parametrize(
@@ -100,23 +104,56 @@ def test_refusal_names_flag_value_and_hint(
     assert [part for part in parts if part not in str(caught.value)] == []
 
 
-def test_off_is_the_parent_in_every_field(
-    server_args: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("given", [None, "ag_rs"])
+def test_the_default_backend_counts_only_where_none_is_given(given: str | None) -> None:
+    config = resolve(4, 2, None, comm_backend=given, default_comm_backend="a2a")
+    assert config.comm_backend == (given or "a2a")
+    assert resolve(4, None, None, default_comm_backend="a2a") is None
+
+
+@pytest.mark.parametrize(
+    ("device", "sees_gpu", "wanted"),
+    [("cpu", True, "ag_rs"), (None, False, "ag_rs"), (None, True, "a2a")],
+)
+def test_default_backend_is_sglangs(
+    device: str | None, sees_gpu: bool, wanted: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: sees_gpu)
+    assert default_comm_backend(device) == wanted
+
+
+def test_off_is_the_parent_in_every_field(server_args: Any) -> None:
     ours = server_args()
     parent = type(ours).__mro__[1]
-    # The hooks of this process read it from whatever arguments they are given.
-    monkeypatch.setattr(parent, "dcp", None, raising=False)
     assert type(ours).__name__ == "DcpServerArgs" and parent.__name__ == "ServerArgs"
-    theirs = parent(model_path=ours.model_path, device="cpu", random_seed=1)
-    names = [field.name for field in dataclasses.fields(parent)]
-    assert {n: getattr(ours, n) for n in names} == {
-        n: getattr(theirs, n) for n in names
+    theirs = resolve_server_args(
+        parent(model_path=ours.model_path, device="cpu", random_seed=1)
+    )
+    names = field_names(parent)
+    api = sglang_api()
+    assert {n: getattr(api.resolved(ours), n) for n in names} == {
+        n: getattr(api.resolved(theirs), n) for n in names
     }
     assert ours.dcp is None and ours.dcp_size == 1 and ours.attn_tp_size is None
     sized = server_args(page_size=4, chunked_prefill_size=101, tp_size=4, dcp_size=1)
-    assert (sized.page_size, sized.chunked_prefill_size) == (4, 101)
+    seen = api.resolved(sized)
+    assert (seen.page_size, seen.chunked_prefill_size) == (4, 101)
     assert sized.dcp is None
+
+
+def test_off_holds_before_it_is_resolved(plugins: None, tiny_llama: str) -> None:
+    """Other code publishes such arguments, and SGLang counts by their `dcp_size`."""
+    from sglang.srt.server_args import ServerArgs
+
+    args = ServerArgs(model_path=tiny_llama, device="cpu")
+    assert args.dcp_size == 1 and args.dcp is None
+
+
+def field_names(record: Any) -> list[str]:
+    """Fields of either form of `ServerArgs`."""
+    if dataclasses.is_dataclass(record):
+        return [field.name for field in dataclasses.fields(record)]
+    return list(record.__struct_fields__)
 
 
 @pytest.mark.parametrize(
@@ -129,15 +166,29 @@ def test_off_is_the_parent_in_every_field(
 def test_on_counts_pages_in_logical_tokens(
     flags: dict[str, Any], layout: Layout, server_args: Any
 ) -> None:
-    args = server_args(tp_size=4, page_size=6, chunked_prefill_size=101, **flags)
-    assert args.dcp == DcpConfig(layout, page_size=6)
-    assert args.page_size == 6 * layout.dcp_size
+    record = server_args(tp_size=4, page_size=6, chunked_prefill_size=101, **flags)
+    assert record.dcp == DcpConfig(layout, page_size=6)
+    args = sglang_api().resolved(record)
+    assert args.page_size == 6 * layout.dcp_size == record.dcp.logical_page_size
     assert args.chunked_prefill_size == 101 // args.page_size * args.page_size
-    assert args.dcp_size == layout.dcp_size
-    assert args.attn_tp_size == layout.attn_tp_size
     assert args.attention_backend == "torch_native"
     assert args.cuda_graph_config.prefill.backend == "disabled"
-    assert not args.post_capture_kv_sizing_planned()
+
+
+def test_sglangs_own_dcp_is_off_in_a_scheduler(server_args: Any) -> None:
+    record = pickle.loads(pickle.dumps(server_args(tp_size=4, dcp_size=2)))
+    sglang_api().hide_dcp_size(record)
+    assert sglang_api().resolved(record).dcp_size == 1
+
+
+@pytest.mark.parametrize("dcp_size", [1, 2])
+def test_no_resize_after_graph_capture(
+    dcp_size: int, server_args: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = server_args(tp_size=4, dcp_size=dcp_size)
+    asked = Mock(return_value=True)
+    assert post_capture_kv_sizing_planned(asked, args) == (dcp_size == 1)
+    assert asked.mock_calls == [call(args)] * (dcp_size == 1)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +204,7 @@ def test_chunks_are_whole_logical_pages(
     chunk: int, wanted: int, server_args: Any
 ) -> None:
     args = server_args(tp_size=4, dcp_size=2, page_size=4, chunked_prefill_size=chunk)
-    assert args.chunked_prefill_size == wanted
+    assert sglang_api().resolved(args).chunked_prefill_size == wanted
 
 
 def test_chunk_below_a_logical_page_is_refused(server_args: Any) -> None:
@@ -162,7 +213,7 @@ def test_chunk_below_a_logical_page_is_refused(server_args: Any) -> None:
 
 
 def test_dcp_itself_is_no_argument(server_args: Any) -> None:
-    with pytest.raises(DcpConfigError, match="do not pass it"):
+    with pytest.raises(TypeError, match="dcp"):
         server_args(dcp=DcpConfig(Layout(2, 1)))
 
 
@@ -183,14 +234,12 @@ def test_pickled_arguments_require_the_hooks(
     assert copied.dcp == DcpConfig(Layout(4, 2), "a2a", True)
 
 
-def test_server_info_can_show_it(server_args: Any) -> None:
-    shown = dataclasses.asdict(server_args(tp_size=4, dcp_size=2))["dcp"]
-    assert json.loads(json.dumps(shown)) == {
-        "layout": {"tp_size": 4, "attn_tp_size": 2},
-        "comm_backend": "ag_rs",
-        "replicate_q_proj": False,
-        "page_size": 1,
-    }
+def test_server_info_shows_the_layout(server_args: Any) -> None:
+    flags = {"dcp_size": 2, "dcp_comm_backend": "a2a", "dcp_replicate_q_proj": True}
+    shown = as_server_info(server_args(tp_size=4, **flags))
+    wanted = {**flags, "attn_tp_size": 2}
+    assert {name: shown[name] for name in wanted} == wanted
+    assert json.loads(json.dumps(wanted)) == wanted
 
 
 @pytest.fixture
@@ -201,7 +250,7 @@ def parse(server_args: Any, tiny_llama: str, monkeypatch: pytest.MonkeyPatch) ->
     # It would close pytest's own handlers.
     monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
     start = ["--model-path", tiny_llama, "--device", "cpu"]
-    return lambda line: prepare_server_args(start + line.split())
+    return lambda line: resolve_server_args(prepare_server_args(start + line.split()))
 
 
 @pytest.mark.parametrize(
@@ -221,6 +270,8 @@ def test_command_line(dcp_flag: str, attn_flag: str, parse: Any) -> None:
     for sizes in (f"{dcp_flag} 2", f"{attn_flag} 2", f"{dcp_flag} 2 {attn_flag} 2"):
         assert parse(f"{more} {sizes}").dcp == wanted
     assert parse("--tp-size 4").dcp is None
+    off = parse("--tp-size 4 --dcp-size 2 --no-dcp-replicate-q-proj")
+    assert not off.dcp.replicate_q_proj
 
 
 def test_help_shows_the_flags(plugins: None) -> None:
@@ -254,6 +305,11 @@ def test_help_shows_the_flags(plugins: None) -> None:
                 "use --dcp-comm-backend a2a",
             ],
             id="backend",
+        ),
+        pytest.param(
+            "--tp-size 4 --dcp-size 2 --dcp-comm-backend fi_a2a",
+            ["--dcp-comm-backend fi_a2a", "MNNVL", "use --dcp-comm-backend a2a"],
+            id="fi-a2a",
         ),
         pytest.param(
             "--tp-size 4 --dcp-size 2 --attention-backend fa3",

@@ -7,6 +7,7 @@ rank of many layouts and compares with heads cut by hand; a server test sees few
 from __future__ import annotations
 
 import copy
+import inspect
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.parallel import attention_width
 from sglang_dcp.config import DcpConfig
 from sglang_dcp.context import DcpContext, clear_context, set_context
 from sglang_dcp.demo.tiny_model import make_tiny_model
@@ -58,16 +60,14 @@ def by_hand(full: dict[str, Any], layout: Layout, kv_heads: int, rank: int) -> A
 def qkv_layer(heads: int, kv_heads: int, tp_rank: int, tp_size: int, v_dim: int) -> Any:
     from sglang.srt.layers.linear import QKVParallelLinear
 
-    layer = QKVParallelLinear(
-        HIDDEN,
-        HEAD_DIM,
-        heads,
-        kv_heads,
-        bias=True,
-        tp_rank=tp_rank,
-        tp_size=tp_size,
-        v_head_size=v_dim,
-    )
+    # Later releases read rank and size from the context.
+    names = inspect.signature(QKVParallelLinear.__init__.__wrapped__).parameters
+    place = {"tp_rank": tp_rank, "tp_size": tp_size}
+    given = {name: place[name] for name in place if name in names}
+    with attention_width(tp_size, tp_rank):
+        layer = QKVParallelLinear(
+            HIDDEN, HEAD_DIM, heads, kv_heads, bias=True, v_head_size=v_dim, **given
+        )
     for param in (layer.weight, layer.bias):
         param.data.fill_(float("nan"))
     return layer

@@ -17,8 +17,9 @@ import torch
 
 from helpers.backend_ranks import sglang_context
 from sglang_dcp.config import DcpConfig, DcpConfigError
-from sglang_dcp.context import DcpContext, set_context
+from sglang_dcp.context import DcpContext, clear_context, set_context
 from sglang_dcp.distributed.topology import Layout
+from sglang_dcp.layers import kv_pool
 from sglang_dcp.layers.kv_pool import (
     bound_input,
     build_kv_pool,
@@ -44,7 +45,17 @@ class Budget:
     max_running_requests: int = 7
 
 
+@pytest.fixture(autouse=True)
+def decided_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The arguments of this file are what SGLang resolved."""
+    api = SimpleNamespace(resolved=lambda args: args)
+    monkeypatch.setattr(kv_pool, "sglang_api", lambda: api)
+
+
 def configurator(config: DcpConfig | None, tp_rank: int = 0) -> Any:
+    if config is not None:
+        clear_context()
+        set_context(DcpContext(config, tp_rank))
     args = SimpleNamespace(
         dcp=config,
         device="cuda",
@@ -53,7 +64,6 @@ def configurator(config: DcpConfig | None, tp_rank: int = 0) -> Any:
     )
     return SimpleNamespace(
         server_args=args,
-        ps=SimpleNamespace(tp_rank=tp_rank),
         kv_cache_dtype=torch.bfloat16,
         model_dtype=torch.bfloat16,
         use_mla_backend=False,
@@ -80,14 +90,14 @@ def test_scheduler_sees_the_tokens_of_all_ranks(config: DcpConfig) -> None:
     assert budget == Budget(480), "SGLang's own object is not changed"
 
 
-def worker_of(config: DcpConfig | None, page_size: int) -> Any:
-    return SimpleNamespace(server_args=SimpleNamespace(dcp=config, page_size=page_size))
+def worker_of(config: DcpConfig | None) -> Any:
+    return SimpleNamespace(server_args=SimpleNamespace(dcp=config))
 
 
 @each_config
 def test_no_prompt_reaches_into_the_last_two_pages(config: DcpConfig) -> None:
     page = config.page_size * config.dcp_size
-    worker = worker_of(config, page)
+    worker = worker_of(config)
     info = 9 * page + page - 1, "prefill", "running", "queued", 77, 9 * page - 6, "seed"
     assert bound_input(info, worker) == (*info[:5], 7 * page, "seed")
     # The context may be shorter than the pool.
@@ -113,7 +123,7 @@ def test_off_is_the_very_same_object() -> None:
     budget, builder, kvc = Budget(480), Builder(), configurator(None)
     assert config_from_budget(budget, kvc) is budget
     info = (480, 0, 0, 0, 479, 474, 0)
-    assert bound_input(info, worker_of(None, 16)) is info
+    assert bound_input(info, worker_of(None)) is info
     pool = build_kv_pool(builder, kvc, max_total_num_tokens=481, mha_pool_class=int)
     assert pool is builder.pool and pool.page_size == "logical"
     wanted = dict(max_total_num_tokens=481, mha_pool_class=int)

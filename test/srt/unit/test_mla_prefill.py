@@ -26,6 +26,7 @@ from sglang_dcp.layers.backends.flashinfer_mla import FlashInferMlaBackend
 from sglang_dcp.layers.mla import dispatch
 from sglang_dcp.layers.mla.form import PrefillForm, expanded_form
 from sglang_dcp.ops.lse_merge import merge_two_states
+from sglang_dcp.releases.installed import in_range, sglang_version
 
 STEPS = [
     extend(a=1, b=7, c=30, d=66),
@@ -73,7 +74,14 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     event = SimpleNamespace(synchronize=lambda: None, record=lambda: None)
     monkeypatch.setattr(torch.cuda, "Event", lambda: event)
-    monkeypatch.setattr(forward_mha, "merge_state_v2", merge_state_v2, raising=False)
+    if in_range(sglang_version(), None, "0.5.23"):
+        monkeypatch.setattr(
+            forward_mha, "merge_state_v2", merge_state_v2, raising=False
+        )
+        return
+    from sglang.srt.layers.attention import merge_state
+
+    monkeypatch.setattr(merge_state, "merge_state_triton", merge_state_v2)
 
 
 @pytest.mark.parametrize("make", [fa3, flashinfer], ids=lambda make: make.__name__)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
 from typing import Any
 
 import pytest
 
-from sglang_dcp.hooks import scheduler
+from helpers.server_args import as_server_info, configure_scheduler
+from sglang_dcp.context import DcpContext, get_context
+from sglang_dcp.releases.api import sglang_api
 
 MIXING = "NCCL_GRAPH_MIXING_SUPPORT"
 DCP = {"tp_size": 2, "dcp_size": 2}
@@ -41,20 +42,21 @@ def test_nccl_graph_mixing(
         patch.setenv(MIXING, before or "")
         if before is None:
             patch.delenv(MIXING)
-        scheduler.configure_scheduler_process(server_args(**arguments), 0, 1)
+        configure_scheduler(server_args(**arguments), 0)
         assert os.environ.get(MIXING) == after
 
 
 def test_dcp_size_is_the_users_until_a_scheduler_has_it(server_args: Any) -> None:
-    """The log and /server_info read it; SGLang's own DCP must not."""
+    """The log and /server_info show it; SGLang's own DCP must not see it."""
     args = server_args(**DCP)
-    assert (args.dcp_size, dataclasses.asdict(args)["dcp_size"]) == (2, 2)
+    assert (args.dcp_size, as_server_info(args)["dcp_size"]) == (2, 2)
     assert "dcp_size=2," in repr(args)
-    scheduler.configure_scheduler_process(args, 0, 1)
-    assert args.dcp_size == 1
+    configure_scheduler(args, 1)
+    assert sglang_api().resolved(args).dcp_size == 1
+    assert get_context() == DcpContext(args.dcp, 1)
     plain = server_args()
-    scheduler.configure_scheduler_process(plain, 0, 1)
-    assert plain.dcp_size == 1
+    configure_scheduler(plain, 0)
+    assert sglang_api().resolved(plain).dcp_size == 1
 
 
 if __name__ == "__main__":

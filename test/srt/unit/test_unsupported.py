@@ -1,11 +1,13 @@
 """Every combination that does not work with DCP is refused, by name, before it starts.
 
 Only this file catches a table entry that never fires: each entry must be the first to
-speak for one case here, so an entry without a case fails.
+speak for one case here, so an entry without a case fails. Entries and cases are those of
+the installed release of SGLang, by the range of the entry.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import re
@@ -17,11 +19,15 @@ from typing import Any
 import pytest
 import torch
 from sglang.srt.configs.load_config import LoadFormat
+from sglang.srt.environ import envs
+from sglang.srt.model_executor.cuda_graph_config import CudaGraphConfig
+from sglang.srt.server_args import ServerArgs
 
 from sglang_dcp.config import DcpConfig, DcpConfigError
 from sglang_dcp.distributed.topology import Layout
 from sglang_dcp.layers.backends.capabilities import FP8, Requirement
 from sglang_dcp.layers.backends.registry import backend_names, backends
+from sglang_dcp.releases.api import sglang_api
 from sglang_dcp.support.backends import check_backend, default_backend
 from sglang_dcp.support.models import (
     GQA_ARCHITECTURES,
@@ -29,8 +35,12 @@ from sglang_dcp.support.models import (
     UNSUPPORTED_MODELS,
     check_model,
 )
-from sglang_dcp.support.rules import Unsupported
+from sglang_dcp.support.rules import Unsupported, rules_in_force
 from sglang_dcp.support.server import UNSUPPORTED_SERVER_ARGS, check_server_args
+
+IN_FORCE = rules_in_force(UNSUPPORTED_SERVER_ARGS)
+# Before any plugin replaces the class: SGLang's own fields.
+FIELDS = frozenset(inspect.signature(ServerArgs).parameters)
 
 FINE_SERVER = dict(
     device="cpu",
@@ -38,10 +48,14 @@ FINE_SERVER = dict(
     context_length=None,
     max_total_tokens=None,
     load_format="auto",
+    weight_cache_mode="off",
+    startup_weight_load_mode="serial",
     quantization_param_path=None,
     enable_symm_mem=False,
     debug_cuda_graph=False,
     cuda_graph_backend_decode=None,
+    cuda_graph_config=None,
+    enable_nvidia_megakernel=False,
     enable_flexkv=False,
     radix_cache_backend=None,
     enable_torch_compile=False,
@@ -56,8 +70,11 @@ FINE_SERVER = dict(
     offload_group_size=-1,
     enable_mis=False,
     speculative_algorithm=None,
+    enable_return_aux_hidden_states=False,
     disaggregation_mode="null",
+    enable_kv_cache_sharding=False,
     enable_hierarchical_cache=False,
+    enable_unified_cache_external_linker=False,
     enable_lmcache=False,
     enable_unified_memory=False,
     enable_hisparse=False,
@@ -67,9 +84,12 @@ FINE_SERVER = dict(
     attn_cp_size=1,
     enable_prefill_cp=False,
     enable_dp_attention=False,
+    dwdp_size=1,
+    attn_dp_size=1,
     pp_size=1,
     nnodes=1,
     enable_lora=None,
+    lora_paths=None,
     enable_two_batch_overlap=False,
     enable_pdmux=False,
     dllm_algorithm=None,
@@ -89,6 +109,14 @@ SERVER_CASES: dict[str, tuple[dict[str, Any], str]] = {
     "--max-total-tokens": ({"max_total_tokens": -5}, " -5"),
     "--device": ({"device": "xpu"}, " xpu"),
     "--load-format": ({"load_format": LoadFormat.SHARDED_STATE}, " sharded_state"),
+    "--weight-cache-mode": ({"weight_cache_mode": "client"}, " client"),
+    "--startup-weight-load-mode": (
+        {
+            "startup_weight_load_mode": "overlap",
+            "dcp": DcpConfig(Layout(4, 2), replicate_q_proj=True),
+        },
+        " overlap",
+    ),
     "--quantization-param-path": ({"quantization_param_path": "kv.json"}, " kv.json"),
     "--enable-symm-mem": ({"enable_symm_mem": True}, ""),
     "--debug-cuda-graph": ({"debug_cuda_graph": True}, ""),
@@ -96,6 +124,8 @@ SERVER_CASES: dict[str, tuple[dict[str, Any], str]] = {
         {"cuda_graph_backend_decode": "breakable"},
         " breakable",
     ),
+    "SGLANG_ENABLE_METADATA_GLUE_GRAPH": ({}, " 1"),
+    "--enable-nvidia-megakernel": ({"enable_nvidia_megakernel": True}, ""),
     "--enable-flexkv": ({"enable_flexkv": True}, ""),
     "--radix-cache-backend": ({"radix_cache_backend": "mine"}, " mine"),
     "--enable-torch-compile": ({"enable_torch_compile": True}, ""),
@@ -111,7 +141,12 @@ SERVER_CASES: dict[str, tuple[dict[str, Any], str]] = {
     "--enable-mis": ({"enable_mis": True}, ""),
     "--speculative-algorithm": ({"speculative_algorithm": "EAGLE"}, " EAGLE"),
     "--disaggregation-mode": ({"disaggregation_mode": "decode"}, " decode"),
+    "--enable-kv-cache-sharding": ({"enable_kv_cache_sharding": True}, ""),
     "--enable-hierarchical-cache": ({"enable_hierarchical_cache": True}, ""),
+    "--enable-unified-cache-external-linker": (
+        {"enable_unified_cache_external_linker": True},
+        "",
+    ),
     "--enable-lmcache": ({"enable_lmcache": True}, ""),
     "--enable-unified-memory": ({"enable_unified_memory": True}, ""),
     "--enable-hisparse": ({"enable_hisparse": True}, ""),
@@ -121,9 +156,13 @@ SERVER_CASES: dict[str, tuple[dict[str, Any], str]] = {
     "--attention-context-parallel-size": ({"attn_cp_size": 2}, " 2"),
     "--enable-prefill-cp": ({"enable_prefill_cp": True}, ""),
     "--enable-dp-attention": ({"enable_dp_attention": True}, ""),
+    # SGLang declares the other size when it resolves this one.
+    "--dwdp-size": ({"dwdp_size": 4, "attn_dp_size": 4}, " 4"),
+    "--attn-dp-size": ({"attn_dp_size": 2}, " 2"),
     "--pp-size": ({"pp_size": 2}, " 2"),
     "--nnodes": ({"nnodes": 2}, " 2"),
     "--enable-lora": ({"enable_lora": True}, ""),
+    "--lora-paths": ({"lora_paths": ["a=/b"]}, ""),
     "--enable-two-batch-overlap": ({"enable_two_batch_overlap": True}, ""),
     "--enable-pdmux": ({"enable_pdmux": True}, ""),
     "--dllm-algorithm": ({"dllm_algorithm": "LowConfidence"}, " LowConfidence"),
@@ -132,6 +171,29 @@ SERVER_CASES: dict[str, tuple[dict[str, Any], str]] = {
     "--use-ray": ({"use_ray": True}, ""),
     "SGLANG_USE_HND_KVCACHE": ({}, " 1"),
 }
+CASES = {
+    flag: case
+    for flag, case in SERVER_CASES.items()
+    if flag in {rule.flag for rule in IN_FORCE}
+}
+
+
+def fine_server(**changes: Any) -> SimpleNamespace:
+    """Server arguments that DCP serves. It has no field that the release lacks."""
+    fine = {
+        name: value
+        for name, value in FINE_SERVER.items()
+        if name in FIELDS or name == "dcp"
+    }
+    assert set(changes) <= set(fine)
+    return SimpleNamespace(**{**fine, **changes})
+
+
+def since(release_field: str) -> pytest.MarkDecorator:
+    """For a test of an argument that only one of the releases has."""
+    return pytest.mark.skipif(
+        release_field not in FIELDS, reason=f"this SGLang has no {release_field}"
+    )
 
 
 def fine_model(**changes: Any) -> SimpleNamespace:
@@ -187,15 +249,46 @@ def first_to_speak(table: tuple[Unsupported, ...], subject: Any) -> Unsupported:
 
 
 def server_subject(flag: str, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    if flag == "SGLANG_USE_HND_KVCACHE":
+    if flag.startswith("SGLANG_"):
         monkeypatch.setenv(flag, "1")
-    return SimpleNamespace(**{**FINE_SERVER, **SERVER_CASES[flag][0]})
+    return fine_server(**CASES[flag][0])
 
 
 def test_each_server_entry_has_a_case() -> None:
-    assert sorted(entry.flag for entry in UNSUPPORTED_SERVER_ARGS) == sorted(
-        SERVER_CASES
-    )
+    assert {entry.flag for entry in UNSUPPORTED_SERVER_ARGS} == set(SERVER_CASES)
+    assert sorted(entry.flag for entry in IN_FORCE) == sorted(CASES)
+
+
+def fields_of(rule: Unsupported) -> set[str]:
+    """The arguments that a rule reads of a server which it does not refuse."""
+    read = set()
+
+    class Noted:
+        def __getattr__(self, name: str) -> Any:
+            read.add(name)
+            return FINE_SERVER[name]
+
+    assert rule.value(Noted()) is None
+    return read
+
+
+def test_each_server_entry_is_in_force_where_its_arguments_exist() -> None:
+    """Or another entry of the same flag is. So no range can be wrong on a new release."""
+    flags = {rule.flag for rule in IN_FORCE}
+    for rule in UNSUPPORTED_SERVER_ARGS:
+        if rule.flag.startswith("SGLANG_"):
+            exists = hasattr(envs, rule.flag)
+        else:
+            assert (read := fields_of(rule)), rule.flag
+            exists = read <= FIELDS
+        assert exists == (rule in IN_FORCE) or (exists and rule.flag in flags), rule
+
+
+@pytest.mark.parametrize("rule", IN_FORCE, ids=lambda rule: rule.flag)
+def test_an_argument_that_is_none_is_not_refused(rule: Unsupported) -> None:
+    """Before SGLang resolves its arguments, many are None that have a value later."""
+    if not rule.flag.startswith("SGLANG_"):
+        assert rule.value(fine_server(**dict.fromkeys(fields_of(rule)))) is None
 
 
 @pytest.mark.parametrize(
@@ -224,7 +317,7 @@ def test_each_server_entry_has_a_case() -> None:
 def test_comm_backend(config: DcpConfig, device: str, message: str) -> None:
     changes = {"dcp": config, "device": device, "attention_backend": None}
     with pytest.raises(DcpConfigError, match=message):
-        check_server_args(SimpleNamespace(**{**FINE_SERVER, **changes}))
+        check_server_args(fine_server(**changes))
 
 
 def test_an_unknown_comm_backend_is_named_without_dcp_too(server_args: Any) -> None:
@@ -244,7 +337,7 @@ def test_an_unknown_comm_backend_is_named_without_dcp_too(server_args: Any) -> N
 )
 def test_other_values_that_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(DcpConfigError, match=next(iter(changes.values()))):
-        check_server_args(SimpleNamespace(**{**FINE_SERVER, **changes}))
+        check_server_args(fine_server(**changes))
 
 
 @pytest.mark.parametrize(
@@ -253,11 +346,53 @@ def test_other_values_that_are_refused(changes: dict[str, Any]) -> None:
         {"load_format": LoadFormat.DUMMY},
         {"cuda_graph_backend_decode": "full"},
         {"cuda_graph_backend_decode": "disabled"},
+        {"cuda_graph_config": {"prefill": {"backend": "breakable"}}},
+        {"cuda_graph_config": CudaGraphConfig()},
+        {"enable_lora": False, "lora_paths": ["a=/b"]},
     ],
     ids=str,
 )
 def test_values_beside_refused_ones(changes: dict[str, Any]) -> None:
-    check_server_args(SimpleNamespace(**{**FINE_SERVER, **changes}))
+    check_server_args(fine_server(**changes))
+
+
+@pytest.mark.parametrize("resolved", [False, True])
+def test_a_decode_graph_that_the_json_names(resolved: bool) -> None:
+    """SGLang lets it win over the flag, and resolves both into one object."""
+    config: Any = {"decode": {"backend": "breakable"}}
+    if resolved:
+        config = CudaGraphConfig.from_dict(config)
+    args = fine_server(cuda_graph_backend_decode="full", cuda_graph_config=config)
+    with pytest.raises(DcpConfigError, match="--cuda-graph-backend-decode breakable"):
+        check_server_args(args)
+
+
+@since("startup_weight_load_mode")
+def test_late_weights_without_replicated_q() -> None:
+    check_server_args(fine_server(startup_weight_load_mode="overlap"))
+
+
+@since("enable_return_aux_hidden_states")
+def test_an_algorithm_that_only_names_a_capture_of_hidden_states() -> None:
+    changes = {"speculative_algorithm": "EAGLE3"}
+    check_server_args(fine_server(enable_return_aux_hidden_states=True, **changes))
+
+
+@since("attn_dp_size")
+def test_dp_attention_in_its_old_and_its_new_spelling(
+    plugins: None, tiny_llama: str
+) -> None:
+    """SGLang turns the old one into the other while it resolves its arguments."""
+    from sglang.srt import server_args as module
+    from sglang.srt.arg_groups.parallel_hook import handle_deprecated_dp_attention
+
+    sizes = dict(tp_size=4, dp_size=2, enable_dp_attention=True)
+    args = module.ServerArgs(model_path=tiny_llama, device="cpu", **sizes)
+    with pytest.raises(DcpConfigError, match="^--enable-dp-attention does not"):
+        check_server_args(args)
+    handle_deprecated_dp_attention(args)
+    with pytest.raises(DcpConfigError, match="^--attn-dp-size 2 does not"):
+        check_server_args(sglang_api().resolved(args))
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
@@ -268,29 +403,28 @@ def test_prefill_graphs_go_before_memory_is_set_aside_for_them(
     from sglang_dcp.hooks import server_args, verify
 
     monkeypatch.setattr(verify, "verify_hooks", lambda: None)
-    changes = dict(device=device, disable_prefill_cuda_graph=False)
-    args = SimpleNamespace(**{**FINE_SERVER, **changes, "attention_backend": None})
+    args = fine_server(device=device, attention_backend=None)
+    args.disable_prefill_cuda_graph = False
     server_args.prepare(args)
     assert args.disable_prefill_cuda_graph == (device == "cuda")
 
 
 def test_rocm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    fine = {**FINE_SERVER, "attention_backend": "triton"}
-    check_server_args(SimpleNamespace(**{**FINE_SERVER, "device": "cpu"}))
+    check_server_args(fine_server(device="cpu"))
     with pytest.raises(DcpConfigError, match=r"--device cuda \(ROCm\)"):
-        check_server_args(SimpleNamespace(**{**fine, "device": "cuda"}))
+        check_server_args(fine_server(device="cuda", attention_backend="triton"))
 
 
-@pytest.mark.parametrize("flag", SERVER_CASES)
+@pytest.mark.parametrize("flag", CASES)
 def test_server_flag(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
     subject = server_subject(flag, monkeypatch)
-    entry = first_to_speak(UNSUPPORTED_SERVER_ARGS, subject)
+    entry = first_to_speak(IN_FORCE, subject)
     assert entry.flag == flag and entry.reason and entry.hint
     with pytest.raises(DcpConfigError) as caught:
         check_server_args(subject)
     message = str(caught.value)
-    assert message.startswith(f"{flag}{SERVER_CASES[flag][1]} does not work with DCP: ")
+    assert message.startswith(f"{flag}{CASES[flag][1]} does not work with DCP: ")
     assert message.endswith(f"{entry.reason}; {entry.hint}")
 
 
@@ -326,16 +460,16 @@ def test_model(name: str) -> None:
 def test_fine_servers_are_not_refused(
     changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("SGLANG_USE_HND_KVCACHE", raising=False)
-    check_server_args(SimpleNamespace(**{**FINE_SERVER, **changes}))
+    for rule in IN_FORCE:
+        monkeypatch.delenv(rule.flag, raising=False)
+    check_server_args(fine_server(**changes))
 
 
 @pytest.mark.parametrize("phase", ["", "prefill-", "decode-"], ids=str)
 def test_attention_backend_without_backend(phase: str) -> None:
     name = f"{phase.replace('-', '_')}attention_backend"
-    subject = SimpleNamespace(**{**FINE_SERVER, name: "fa3"})
     with pytest.raises(DcpConfigError, match=f"--{phase}attention-backend fa3") as e:
-        check_server_args(subject)
+        check_server_args(fine_server(**{name: "fa3"}))
     assert "on device cpu" in str(e.value) and "use torch_native" in str(e.value)
 
 
@@ -446,9 +580,8 @@ def test_attention_backends_of_a_gpu(
 
 def test_backends_of_two_phases() -> None:
     named = {"attention_backend": "fa3", "decode_attention_backend": "triton"}
-    subject = SimpleNamespace(**{**FINE_SERVER, "device": "cuda", **named})
     with pytest.raises(DcpConfigError, match="name one backend"):
-        check_server_args(subject)
+        check_server_args(fine_server(device="cuda", **named))
 
 
 def test_a_default_exists_for_every_device_and_kind_of_attention() -> None:
@@ -597,7 +730,13 @@ def test_replicated_q_of_a_quantized_model() -> None:
             ("attention_backend", "fa3", "--attention-backend fa3 .*use torch", {}),
             ("prefill_attention_backend", "triton", "--prefill-att.* triton", {}),
             ("enable_lora", True, "--enable-lora ", {}),
+            ("lora_paths", ["a=/b"], "--lora-paths does", {}),
+            ("attn_dp_size", 2, "--attn-dp-size 2", {}),
+            ("dwdp_size", 4, "--dwdp-size 4", {}),
+            ("weight_cache_mode", "daemon", "--weight-cache-mode daemon", {}),
+            ("enable_kv_cache_sharding", True, "--enable-kv-cache-sharding ", {}),
         )
+        if name in FIELDS
     ],
 )
 def test_through_the_real_constructor(
@@ -610,8 +749,12 @@ def test_through_the_real_constructor(
 def test_sglang_defaults_are_the_fine_values(server_args: Any) -> None:
     """What this file calls fine is what SGLang has when no flag is given."""
     args = server_args(tp_size=4, dcp_size=2)
-    fine = {**FINE_SERVER, "dcp": args.dcp, "page_size": 2, "context_length": None}
-    assert {name: getattr(args, name) for name in fine} == fine
+    resolved = sglang_api().resolved(args)
+    fine = vars(fine_server(dcp=args.dcp, page_size=2))
+    # Resolved, it is an object that names a backend for each phase.
+    assert fine.pop("cuda_graph_config") is None
+    assert resolved.cuda_graph_config.decode.backend in ("full", "disabled")
+    assert {name: getattr(resolved, name) for name in fine} == fine
 
 
 def test_real_model_config_with_a_window(

@@ -16,15 +16,25 @@ from typing import Any
 import pytest
 
 from helpers.gloo_ranks import run_python
+from helpers.server_args import configure_scheduler
 from sglang_dcp import plugin
 from sglang_dcp.config import DcpConfig, DcpConfigError
 from sglang_dcp.context import find_context, get_context
 from sglang_dcp.distributed.topology import Layout
-from sglang_dcp.hooks import install, scheduler, verify
-from sglang_dcp.hooks.table import CPU_HOOKS, HOOKS, RELIES_ON, Hook, Kind, active_hooks
+from sglang_dcp.hooks import install, verify
+from sglang_dcp.hooks.table import (
+    CPU_HOOKS,
+    HOOKS,
+    Hook,
+    Kind,
+    active_hooks,
+    relied_files,
+    rows_of,
+)
 from sglang_dcp.releases import load_release
+from sglang_dcp.releases.installed import sglang_version
 
-EVERY = HOOKS + CPU_HOOKS
+EVERY = rows_of(HOOKS + CPU_HOOKS)
 ASSIGNED = (Kind.ATTRIBUTE, Kind.ENTRY)
 OURS = "sglang_dcp.hooks.scheduler:destroy_model_parallel"
 each_hook = pytest.mark.parametrize("hook", EVERY, ids=lambda hook: hook.name)
@@ -63,7 +73,7 @@ def test_every_hook_is_live_here(hook: Hook) -> None:
     assert state == verify.HookState(hook, wanted, state.file)
 
 
-@pytest.mark.parametrize("name", RELIES_ON)
+@pytest.mark.parametrize("name", relied_files())
 def test_drifted_reliance_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file without a hook, whose contents our kernels or views repeat."""
     original, drifted = verify.file_hash, verify.package_root() / name
@@ -90,10 +100,10 @@ def test_verified_here() -> None:
 
 
 def test_release_is_the_installed_source() -> None:
-    release = load_release(verify.sglang_version())
+    release = load_release(sglang_version())
     root = verify.package_root()
     files = {verify.target_file(hook) for hook in EVERY}
-    files |= {root / name for name in (*RELIES_ON, *release.touched())}
+    files |= {root / name for name in (*relied_files(), *release.touched())}
     known = {name: hashes.original for name, hashes in release.files.items()}
     assert known == {
         path.relative_to(root).as_posix(): verify.file_hash(path) for path in files
@@ -241,7 +251,7 @@ def test_hook_assigned_over_is_named(
 
 def test_unknown_sglang_version(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify, "sglang_version", lambda: "9.9.9")
-    with pytest.raises(DcpConfigError, match="9.9.9 is not known .*sglang==0.5.16"):
+    with pytest.raises(DcpConfigError, match="9.9.9 is not known .*sglang==0.5.23"):
         verify.verify_hooks()
 
 
@@ -250,16 +260,16 @@ def test_scheduler_exits_with_one_line(
 ) -> None:
     args = server_args(tp_size=4, dcp_size=2)
     monkeypatch.setattr(verify, "sglang_version", lambda: "9.9.9")
-    scheduler.configure_scheduler_process(server_args(), 0, 3)
+    configure_scheduler(server_args(), 0)
     with pytest.raises(SystemExit) as caught:
-        scheduler.configure_scheduler_process(args, 0, 3)
+        configure_scheduler(args, 3)
     message = str(caught.value.code)
     assert message.startswith("sglang-dcp: error: sglang 9.9.9")
     assert "\n" not in message and find_context() is None
 
 
 def test_scheduler_learns_its_place(server_args: Any) -> None:
-    scheduler.configure_scheduler_process(server_args(tp_size=4, dcp_size=2), 0, 3)
+    configure_scheduler(server_args(tp_size=4, dcp_size=2), 3)
     context = get_context()
     assert context.config == DcpConfig(Layout(4, 2))
     assert (context.tp_rank, context.attn_tp_rank, context.dcp_rank) == (3, 1, 1)
@@ -299,7 +309,7 @@ def test_status_lists_all_hooks() -> None:
     done = run_python("-m", "sglang_dcp", "status")
     assert done.code == 0, done.stdout + done.stderr[-2000:]
     lines = done.stdout.splitlines()
-    assert lines[0] == f"sglang {verify.sglang_version()}"
+    assert lines[0] == f"sglang {sglang_version()}"
     listed = [line.split() for line in lines if line.startswith("hooked ")]
     assert listed == [["hooked", hook.name, hook.target] for hook in active_hooks()]
     assert lines[-1] == f"{len(listed)} hooks: {len(listed)} hooked"

@@ -15,6 +15,7 @@ from sglang_dcp.layers.backends.base import (
 )
 from sglang_dcp.layers.backends.capabilities import BackendCapabilities
 from sglang_dcp.layers.backends.flashinfer_guard import PlanGuard
+from sglang_dcp.releases.api import sglang_api
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -145,14 +146,10 @@ class FlashInferBackend(PlannedBackend):
 
     def _slots(self, local: ForwardBatch) -> torch.Tensor:
         """[sum of local prefix lengths] int32, request after request."""
-        from sglang.kernels.ops.kvcache.kv_indices import (
-            create_flashinfer_kv_indices_triton,
-        )
-
         table = self._inner.req_to_token_pool.req_to_token
         lens = local.seq_lens
         slots = table.new_empty(local.seq_lens_sum)
-        create_flashinfer_kv_indices_triton[(len(lens),)](
+        sglang_api().kv_indices_kernel()[(len(lens),)](
             table,
             local.req_pool_indices,
             lens,

@@ -14,7 +14,8 @@ class PlanGuard:
     FlashInfer writes a plan into a pinned buffer of its wrapper and copies it to the GPU
     without waiting. Prefill chunks follow each other without a wait either, so the next
     plan could overwrite one that is not copied yet. With lengths on the device FlashInfer
-    would wait for the whole GPU instead.
+    would wait for the whole GPU instead. FlashInfer 0.7 copies plans for latents from
+    buffers that it makes anew; all other plans need the wait there too.
     """
 
     def __init__(self) -> None:

@@ -15,8 +15,10 @@ from sglang_dcp.layers.backends.base import InnerBackend, MhaKeys, Partial, loca
 from sglang_dcp.layers.backends.capabilities import BackendCapabilities
 from sglang_dcp.layers.backends.flashinfer_guard import PlanGuard
 from sglang_dcp.layers.backends.flashinfer_plan import (
+    LatentWrapper,
     check_int32_strides,
     heads_at_once,
+    latent_wrapper,
     plan_mha,
     plan_pages,
     plan_rows,
@@ -64,7 +66,7 @@ class FlashInferMlaBackend(InnerBackend):
         self._pool = runner.token_to_kv_pool
         self._page_size = runner.page_size
         self._sizes = sizes_of(runner)
-        self._decode, self._prefix, self._new_tokens = wrappers
+        self._decode, self._prefix, self._new_tokens = map(latent_wrapper, wrappers)
         self._prefix_heads = self._new_heads = 0
         self._make_mha = make_mha
         self._mha: dict[Optional[int], Any] = {}
@@ -78,6 +80,7 @@ class FlashInferMlaBackend(InnerBackend):
             BatchMLAPagedAttentionWrapper,
             BatchPrefillWithRaggedKVCacheWrapper,
         )
+        from flashinfer.utils import is_sm90a_supported
         from sglang.srt.environ import envs
 
         # They run one after the other: one scratch for all.
@@ -86,9 +89,11 @@ class FlashInferMlaBackend(InnerBackend):
             dtype=torch.uint8,
             device=runner.device,
         )
+        # As "auto" in FlashInfer 0.6; in 0.7 that goes on to others if one refuses.
+        kernels = "fa3" if is_sm90a_supported(scratch.device) else "fa2"
         return cls(
             runner,
-            [BatchMLAPagedAttentionWrapper(scratch, backend="auto") for _ in range(3)],
+            [BatchMLAPagedAttentionWrapper(scratch, backend=kernels) for _ in range(3)],
             lambda: BatchPrefillWithRaggedKVCacheWrapper(scratch, "NHD"),
         )
 
@@ -186,7 +191,9 @@ class FlashInferMlaBackend(InnerBackend):
             *wrapper.forward_return_lse(q, k, v, causal=causal, sm_scale=layer.scaling)
         )
 
-    def _paged(self, wrapper: Any, q: _Parts, layer: RadixAttention) -> Partial:
+    def _paged(
+        self, wrapper: LatentWrapper, q: _Parts, layer: RadixAttention
+    ) -> Partial:
         keys = self._pool.get_key_buffer(layer.layer_id)
         pages = keys.view(-1, self._page_size, keys.shape[-1])
         # SGLang stores latents in fp8 as they are, whatever scales a checkpoint has.
@@ -196,7 +203,7 @@ class FlashInferMlaBackend(InnerBackend):
 
     def _run(
         self,
-        wrapper: Any,
+        wrapper: LatentWrapper,
         q: _Parts,
         keys: torch.Tensor,
         layer: RadixAttention,
@@ -209,9 +216,7 @@ class FlashInferMlaBackend(InnerBackend):
             )
         for part in q:
             check_int32_strides(part)
-        return Partial(
-            *wrapper.run(*q, *split_latent(keys, layer), return_lse=True, **scales)
-        )
+        return Partial(*wrapper.run(q, split_latent(keys, layer), **scales))
 
     def _pages(self, local: ForwardBatch) -> torch.Tensor:
         return local_pages(self._table, local, self._page_size)

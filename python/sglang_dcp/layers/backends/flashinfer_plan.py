@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional
 
 import torch
 
@@ -11,10 +12,10 @@ from sglang_dcp.layers.backends.flashinfer import indptr
 
 # Rows (query tokens x heads) of one tile of a thread-block cluster.
 _TILE, _SMALL_TILE = 128, 64
-# Of a plan, by its buffers (`MLAPlan` in FlashInfer's `scheduler.cuh`), which it does not
-# check; keys of at most one tile a cluster are split beyond the tiles.
+# Of a plan, by its buffers (`MLAPlan` in FlashInfer's `scheduler.cuh`). FlashInfer 0.6 does
+# not check it. Keys of at most one tile a cluster are split beyond the tiles.
 _MAX_WORK, _SPLITS = 16384, 256
-# BackendCapabilities multiply the number of a token, and of a head, by its stride in 32 bits.
+# Kernels multiply the number of a token, and of a head, by its stride in 32 bits.
 _MAX_OFFSET = 1 << 32
 
 
@@ -60,9 +61,112 @@ class Sizes(NamedTuple):
     page_size: int
     device: torch.device
 
+    def of_plan(
+        self, heads: int, page_size: int, kv_dtype: torch.dtype, *, causal: bool
+    ) -> dict[str, Any]:
+        """Name them as FlashInfer does."""
+        return dict(
+            num_heads=heads,
+            head_dim_ckv=self.latent_dim,
+            head_dim_kpe=self.rope_dim,
+            page_size=page_size,
+            causal=causal,
+            sm_scale=self.scaling,
+            q_data_type=self.dtype,
+            kv_data_type=kv_dtype,
+        )
+
+
+class LatentWrapper:
+    """FlashInfer's `BatchMLAPagedAttentionWrapper`; LSE in base 2.
+
+    `run` reads the plan made last. So does a captured graph, which keeps the addresses of
+    the plan and of the list of pages. So every plan must lie where the first one lay.
+    Here, with FlashInfer 0.6, it does: in a buffer of the wrapper.
+    """
+
+    def __init__(self, wrapper: Any) -> None:
+        self._wrapper = wrapper
+
+    def plan(self, where: dict[str, torch.Tensor], sizes: dict[str, Any]) -> None:
+        """Plan for lengths and pages `where`, and `Sizes.of_plan`.
+
+        All plans of one wrapper have the same sizes, but for the number of heads.
+        """
+        self._wrapper.plan(**where, **sizes)
+
+    def run(
+        self,
+        q: tuple[torch.Tensor, torch.Tensor],
+        keys: tuple[torch.Tensor, torch.Tensor],
+        **scales: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return output and LSE. `q` and `keys` are latent and rotary part."""
+        return self._wrapper.run(*q, *keys, return_lse=True, **scales)
+
+
+class ContractWrapper(LatentWrapper):
+    """The same where plans say what `run` returns: FlashInfer 0.7.
+
+    There, `wrapper.plan` makes other buffers each time, and wants each request's pages
+    right behind those of the one before. So it runs once, for one key. What it leaves
+    behind makes all plans, in its own buffers and from pages at any place.
+    """
+
+    def __init__(self, wrapper: Any) -> None:
+        super().__init__(wrapper)
+        self._planner: Optional[Any] = None
+
+    def plan(self, where: dict[str, torch.Tensor], sizes: dict[str, Any]) -> None:
+        if self._planner is None:
+            self._planner = self._first_plan(sizes)
+        quantized = sizes["kv_data_type"].itemsize == 1
+        self._planner.plan(
+            **where,
+            **sizes,
+            output_dtype=sizes["q_data_type"],
+            scale_mode="kv-per-tensor" if quantized else "default",
+            use_profiler=False,
+        )
+
+    def run(
+        self,
+        q: tuple[torch.Tensor, torch.Tensor],
+        keys: tuple[torch.Tensor, torch.Tensor],
+        **scales: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._wrapper.run(query=q, kv_cache=keys, return_lse=True, **scales)
+
+    def _first_plan(self, sizes: dict[str, Any]) -> Any:
+        from flashinfer.mla import MLAPlanMetadata
+
+        one = indptr([1])
+        where = paged(one, one, torch.zeros(1, dtype=torch.int32), one.diff())
+        self._wrapper.plan(
+            metadata=MLAPlanMetadata.csr(**where),
+            **sizes,
+            query_layout="split",
+            kv_cache_layout="split",
+            lse_mode="base2",
+        )
+        return self._wrapper._planned_backend
+
+
+def latent_wrapper(wrapper: Any) -> LatentWrapper:
+    """Choose by what its `plan` takes. Nothing else asks which FlashInfer it is."""
+    has_contract = "lse_mode" in inspect.signature(wrapper.plan).parameters
+    return (ContractWrapper if has_contract else LatentWrapper)(wrapper)
+
+
+def paged(
+    ends: torch.Tensor, starts: torch.Tensor, pages: torch.Tensor, lens: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Name lengths and pages as FlashInfer does; int32, on the host but for `pages`."""
+    return dict(qo_indptr=ends, kv_indptr=starts, kv_indices=pages, kv_len_arr=lens)
+
 
 def plan_pages(
-    wrapper: Any,
+    wrapper: LatentWrapper,
     sizes: Sizes,
     heads: int,
     queries: Iterable[int],
@@ -75,18 +179,19 @@ def plan_pages(
     first page is at its row, which the kernel takes for an offset into all of them.
     """
     starts = torch.arange(len(lens) + 1, dtype=torch.int32) * pages.shape[1]
-    where = indptr(queries), starts, pages.view(-1), lens.to(torch.int32)
-    dims = heads, sizes.latent_dim, sizes.rope_dim, sizes.page_size
-    wrapper.plan(*where, *dims, False, sizes.scaling, sizes.dtype, sizes.kv_dtype)
+    where = paged(indptr(queries), starts, pages.view(-1), lens.to(torch.int32))
+    of_plan = sizes.of_plan(heads, sizes.page_size, sizes.kv_dtype, causal=False)
+    wrapper.plan(where, of_plan)
 
 
-def plan_rows(wrapper: Any, sizes: Sizes, heads: int, queries: Iterable[int]) -> None:
+def plan_rows(
+    wrapper: LatentWrapper, sizes: Sizes, heads: int, queries: Iterable[int]
+) -> None:
     """Keys in the model's dtype, one a query, as pages of one; causal."""
     ends = indptr(queries)
     rows = torch.arange(int(ends[-1]), dtype=torch.int32, device=sizes.device)
-    dims = heads, sizes.latent_dim, sizes.rope_dim, 1
-    where = ends, ends, rows, ends.diff()
-    wrapper.plan(*where, *dims, True, sizes.scaling, sizes.dtype, sizes.dtype)
+    of_plan = sizes.of_plan(heads, 1, sizes.dtype, causal=True)
+    wrapper.plan(paged(ends, ends, rows, ends.diff()), of_plan)
 
 
 def plan_mha(

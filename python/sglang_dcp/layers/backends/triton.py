@@ -29,7 +29,9 @@ class TritonBackend(PlannedBackend):
         super().__init__(inner)
         plan = inner.get_num_kv_splits
         # SGLang divides by the shortest length, which is 0 if a shard is empty.
-        inner.get_num_kv_splits = lambda splits, lens: plan(splits, lens.clamp(min=1))
+        inner.get_num_kv_splits = lambda splits, lens, *more: plan(
+            splits, lens.clamp(min=1), *more
+        )
         self._no_prefix: Optional[torch.Tensor] = None
 
     def init_forward_metadata(self, batch: ForwardBatch, local: ForwardBatch) -> None:

@@ -1,0 +1,74 @@
+"""SGLang 0.5.23: server arguments are a sealed record, and decisions are declared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sglang_dcp.releases.api import SglangApi
+
+
+class _Api(SglangApi):
+    def resolved(self, server_args: Any) -> Any:
+        from sglang.srt.arg_groups.overrides import resolving_view
+
+        return resolving_view(server_args)
+
+    def declare(self, server_args: Any, source: str, **fields: Any) -> None:
+        from sglang.srt.arg_groups.overrides import declare_resolution
+
+        declare_resolution(server_args, source, **fields)
+
+    def model_config(self, server_args: Any) -> Any:
+        from sglang.srt.arg_groups.overrides import model_config_of
+
+        return model_config_of(server_args)
+
+    def uses_mla(self, server_args: Any) -> bool:
+        from sglang.srt.arg_groups.overrides import use_mla_backend
+
+        return bool(use_mla_backend(server_args))
+
+    def turn_off_prefill_graph(self, server_args: Any) -> bool:
+        from sglang.srt.model_executor.cuda_graph_config import (
+            Backend,
+            Phase,
+            with_phase,
+        )
+
+        config = self.resolved(server_args).cuda_graph_config
+        if config.prefill.backend == Backend.DISABLED:
+            return False
+        off = with_phase(config, Phase.PREFILL, backend=Backend.DISABLED)
+        self.declare(server_args, "dcp.prefill_graph", cuda_graph_config=off)
+        return True
+
+    def hide_dcp_size(self, server_args: Any) -> None:
+        """Do nothing: `dcp_size` was declared 1 before SGLang resolved anything."""
+
+    def scheduler_tp_rank(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> int:
+        from sglang.srt.runtime_context import get_parallel
+
+        return int(get_parallel().tp_rank)
+
+    def binding_ranks(self, sizes: Mapping[str, int]) -> int:
+        return sizes["world_size"]
+
+    def group_options(self) -> dict[str, bool]:
+        return {"use_mscclpp": False}
+
+    def kv_indices_kernel(self) -> Any:
+        from sglang.kernels.ops.attention.kv_indices import (
+            create_flashinfer_kv_indices_triton,
+        )
+
+        return create_flashinfer_kv_indices_triton
+
+    def keep_quant_method_of_q_b(self, attention: Any) -> None:
+        # None until the first forward, which decides by the weight that it finds.
+        attention._use_min_latency_q_b_gemm = False
+
+
+API = _Api()
