@@ -1,10 +1,13 @@
-# make demo | test | test-fast | test-gpu | mutations | lint | format | ci | clean
+# make demo | test | test-fast | test-gpu | mutations | lint | format | ci | other | clean
 #      bench | bench-checks | bench-exchange | bench-serving | patch-lint | patch-export
 #
 # demo and test install what they need into .venv first.
 
 PYTHON ?= python3
-VENV ?= .venv
+# The release of SGLang to install: make test SGLANG=0.5.16
+NEWEST := 0.5.23
+SGLANG ?= $(NEWEST)
+VENV ?= .venv$(if $(filter-out $(NEWEST),$(SGLANG)),-$(SGLANG))
 BIN := $(VENV)/bin
 OUT ?= .cache/bench
 STAMP := $(VENV)/.installed
@@ -13,7 +16,7 @@ SOURCES := python test benchmark setup.py
 # Servers start three times faster with .pyc files.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-fast test-gpu mutations lint format ci clean \
+.PHONY: demo test test-fast test-gpu mutations lint format ci other clean \
 	bench bench-checks bench-exchange bench-serving patch-lint patch-export
 
 demo: $(STAMP)
@@ -69,10 +72,10 @@ $(STAMP): setup.cfg setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; \
 	  sys.exit(None if (3, 11) <= v <= (3, 12) else \
 	  "sglang-dcp needs Python 3.11 or 3.12, $(PYTHON) is %d.%d: make PYTHON=python3.12" % v)'
-	@echo "Installing SGLang and the test tools into $(VENV): 9 GB, 1 to 5 minutes."
+	@echo "Installing SGLang $(SGLANG) and the test tools into $(VENV): 9 GB, 1 to 5 minutes."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check uv
-	$(BIN)/uv pip install -q --python $(BIN)/python -e '.[test]'
+	$(BIN)/uv pip install -q --python $(BIN)/python -e '.[test]' sglang==$(SGLANG)
 	@touch $@
 
 $(VENV)/.lint: $(STAMP)
@@ -80,4 +83,4 @@ $(VENV)/.lint: $(STAMP)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .cache build dist python/*.egg-info
+	rm -rf .venv* .cache build dist python/*.egg-info

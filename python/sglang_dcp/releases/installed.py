@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from importlib.metadata import version
 from typing import Optional
 
@@ -15,7 +16,8 @@ def sglang_version() -> str:
 
 def by_number(release: str) -> tuple[int, ...]:
     """Return the parts of a version as numbers, so that versions compare in order."""
-    return tuple(int(part) if part.isdigit() else 0 for part in release.split("."))
+    parts = (re.match(r"\d+", part) for part in release.split("."))
+    return tuple(int(part[0]) if part else 0 for part in parts)
 
 
 def in_range(release: str, since: Optional[str], until: Optional[str]) -> bool:

@@ -27,8 +27,9 @@ from sglang_dcp.support.rules import (
 # The `capabilities` of an attention backend say which of these it reads.
 _KV_DTYPES = ("auto", "bfloat16", "bf16", "fp8_e4m3")
 
-# These formats copy whole parameters of a rank, without a check of their shape.
-_LOADS_OF_SHARDS = ("sharded_state", "remote", "remote_instance")
+# These formats copy whole parameters of a rank, and fill a larger one without an error.
+# The key of a presharded cache may lack the shapes.
+_LOADS_OF_SHARDS = ("sharded_state", "presharded", "remote", "remote_instance")
 
 
 def _shards(args: Any) -> Optional[str]:
@@ -122,7 +123,7 @@ UNSUPPORTED_SERVER_ARGS: tuple[Unsupported, ...] = (
     Unsupported(
         "--load-format",
         _shards,
-        "its shards were cut for tensor parallelism without DCP",
+        "its shards may have been cut for tensor parallelism without DCP",
         "use --load-format auto and the whole checkpoint",
     ),
     _flag(

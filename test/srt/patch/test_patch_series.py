@@ -214,7 +214,12 @@ def test_import_makes_a_commit_for_each_patch(tmp_path: Path) -> None:
 
 def test_import_takes_the_installed_release(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[tuple[Path, str]] = []
-    monkeypatch.setattr(cli, "import_series", lambda *given: made.append(given) or 0)
+
+    def record(target: Path, version: str) -> int:
+        made.append((target, version))
+        return 0
+
+    monkeypatch.setattr(cli, "import_series", record)
     assert cli.main(["import", "here"]) == 0
     assert cli.main(["import", "there", "--version", "9.9"]) == 0
     assert made == [(Path("here"), VERSION), (Path("there"), "9.9")]

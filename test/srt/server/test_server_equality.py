@@ -180,7 +180,9 @@ def test_equal_to_tp1(
     request_set.assert_equal_to_reference(want.requests, replies, want.replies)
     logical = case.per_rank * case.dcp_size
     assert info["max_total_num_tokens"] == logical
-    assert info["dcp"]["layout"]["attn_tp_size"] == info["attn_tp_size"]
+    ranks = int(case.flags.split("--tp ")[1].split()[0])
+    sizes = (info["dcp_size"], info["attn_tp_size"])
+    assert sizes == (case.dcp_size, ranks // case.dcp_size)
     assert metrics["sglang:max_total_num_tokens"] == logical
     assert f"KV tokens: {case.per_rank} per rank, {logical} in all" in log
     assert "leak" not in log.lower()

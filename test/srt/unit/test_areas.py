@@ -144,7 +144,7 @@ sys.exit(code)
         pytest.param(["--help"], 0, "status", id="help"),
         pytest.param(["patch", "--help"], 0, "revert", id="patch-help"),
         pytest.param(["patch", "apply", "--help"], 0, "--target DIR", id="apply-help"),
-        pytest.param(["patch", "lint"], 0, "1 series, 0 faults", id="lint"),
+        pytest.param(["patch", "lint"], 0, "2 series, 0 faults", id="lint"),
         pytest.param(["no-such"], 2, "invalid choice: 'no-such'", id="error"),
     ],
 )

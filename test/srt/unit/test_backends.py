@@ -1,12 +1,16 @@
 """What the GPU backends do around their kernels: order of plans, scales, dtypes.
 
 Only this file sees, without a race to wait for, that a FlashInfer plan is not made before
-the last one has left its buffer, and that scales go with a quantized cache alone.
+the last one has left its buffer, and that scales go with a quantized cache alone. Nor
+does another see, without a GPU, that the installed FlashInfer takes our calls for heads.
 """
 
 from __future__ import annotations
 
+import ast
+import inspect
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -125,6 +129,69 @@ def test_decode_and_prefix_read_the_cache_alike(
     wanted = dict(sm_scale=0.25, k_scale=scale, v_scale=scale)
     assert [kwargs for _, kwargs in seen] == [wanted, {**wanted, "causal": False}]
     assert all(args[0] is q and args[1] is cache for args, _ in seen)
+
+
+def signature(file: str, kind: str, method: str) -> inspect.Signature:
+    """Of a method of FlashInfer's, read from its source: names, and which may be left."""
+    root = Path(inspect.getfile(torch)).parents[1] / "flashinfer"
+    tree = ast.parse((root / file).read_text())
+    [body] = [
+        n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == kind
+    ]
+    methods = [n for n in body if isinstance(n, ast.FunctionDef) and n.name == method]
+    # Behind its overloads.
+    args = methods[-1].args
+    required = len(args.args) - len(args.defaults)
+    either, empty = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.empty
+    parameters = [
+        inspect.Parameter(arg.arg, either, default=empty if at < required else None)
+        for at, arg in enumerate(args.args)
+    ]
+    return inspect.Signature(parameters[1:])
+
+
+PAGED = "prefill.py", "BatchPrefillWithPagedKVCacheWrapper"
+RAGGED = "prefill.py", "BatchPrefillWithRaggedKVCacheWrapper"
+DECODE = "decode.py", "BatchDecodeWithPagedKVCacheWrapper"
+
+
+def test_the_installed_flashinfer_takes_our_calls(planned: Any) -> None:
+    backend, _ = planned
+    seen: dict[tuple[str, str, str], dict[str, Any]] = {}
+
+    class Wrapper:
+        def __init__(self, file: str, kind: str) -> None:
+            self._kind = file, kind
+
+        def __getattr__(self, method: str) -> Any:
+            def call(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+                known = signature(*self._kind, method)
+                seen[*self._kind, method] = known.bind(*args, **kwargs).arguments
+                return torch.zeros(5, 4, 8), torch.zeros(5, 4)
+
+            return call
+
+    cache = torch.zeros(4, 2, 8), torch.zeros(4, 2, 8)
+    wrappers = SimpleNamespace(decode_wrappers=[Wrapper(*DECODE)])
+    backend._prefix, backend._new_tokens = Wrapper(*PAGED), Wrapper(*RAGGED)
+    backend._inner.forward_metadata = wrappers
+    backend._inner.token_to_kv_pool = SimpleNamespace(get_kv_buffer=lambda i: cache)
+    layer = SimpleNamespace(**vars(scaled_layer()), scaling=0.25, layer_id=0)
+    batch, q, kv = extend_batch(prefix=4), torch.zeros(5, 4, 8), torch.zeros(5, 2, 8)
+    backend.init_forward_metadata(batch, batch)
+    backend.extend_new_tokens(q, kv, kv, layer, batch)
+    backend.extend_paged_prefix(q, layer, batch)
+    backend.decode(q, layer, batch)
+    sizes = dict(num_qo_heads=4, num_kv_heads=2, head_dim_qk=8)
+    for kind, ends, causal in ((PAGED, [0, 4, 4], False), (RAGGED, [0, 3, 5], True)):
+        plan = seen[*kind, "plan"]
+        assert plan["qo_indptr"].tolist() == [0, 3, 5]
+        starts = plan.get("kv_indptr", plan.get("paged_kv_indptr"))
+        assert starts.tolist() == ends and plan["causal"] == causal
+        assert sizes.items() <= plan.items()
+        assert seen[*kind, "forward_return_lse"]["sm_scale"] == 0.25
+    assert seen[*PAGED, "plan"]["page_size"] == 1
+    assert seen[*DECODE, "forward_return_lse"]["paged_kv_cache"] is cache
 
 
 def scaled_layer() -> Any:

@@ -32,6 +32,7 @@ ROWS = (*HOOKS, *CPU_HOOKS, *RELIES_ON)
         ("0.5.23", "0.5.16", "0.5.23", False),
         ("0.10.0", "0.5.23", None, True),
         ("0.5.23.post1", None, "0.5.23", False),
+        ("0.5.24rc0", "0.5.23", None, True),
     ],
 )
 def test_ranges(release: str, since: Any, until: Any, wanted: bool) -> None:

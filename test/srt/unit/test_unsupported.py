@@ -312,6 +312,12 @@ def test_an_argument_that_is_none_is_not_refused(rule: Unsupported) -> None:
             "--dcp-comm-backend nccl is unknown; use one of ag_rs, a2a, symm_a2a",
             id="unknown",
         ),
+        pytest.param(
+            DcpConfig(Layout(4, 2), "fi_a2a"),
+            "cuda",
+            "--dcp-comm-backend fi_a2a does not .*MNNVL.*; use --dcp-comm-backend a2a",
+            id="sglangs-third",
+        ),
     ],
 )
 def test_comm_backend(config: DcpConfig, device: str, message: str) -> None:
@@ -330,6 +336,7 @@ def test_an_unknown_comm_backend_is_named_without_dcp_too(server_args: Any) -> N
     [
         {"load_format": "remote"},
         {"load_format": "remote_instance"},
+        {"load_format": "presharded"},
         {"device": "npu"},
         {"cuda_graph_backend_decode": "tc_piecewise"},
     ],
