@@ -1,4 +1,4 @@
-# make demo | test | test-fast | test-gpu | mutations | lint | format | ci | other | clean
+# make demo | test | test-fast | test-hooks | test-gpu | mutations | lint | format | ci | clean
 #      bench | bench-checks | bench-exchange | bench-serving | patch-lint | patch-export
 #
 # demo and test install what they need into .venv first.
@@ -12,21 +12,30 @@ BIN := $(VENV)/bin
 OUT ?= .cache/bench
 STAMP := $(VENV)/.installed
 SOURCES := python test benchmark setup.py
+HOOK_TESTS := test/srt/patch $(foreach name,attention_calls backends backends_mla config cpu \
+	heads kv_pool mla_prefill releases runner_reads scheduler_process unsupported verify, \
+	test/srt/unit/test_$(name).py)
 
 # Servers start three times faster with .pyc files.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-fast test-gpu mutations lint format ci other clean \
+.PHONY: demo test test-fast test-hooks test-gpu mutations lint format ci clean \
 	bench bench-checks bench-exchange bench-serving patch-lint patch-export
 
 demo: $(STAMP)
 	$(BIN)/python -m sglang_dcp.demo
 
-test: $(STAMP)
-	$(BIN)/python -m pytest
+# Two at a time, but servers one after the other: each takes more than a core to start.
+test: test-fast
+	$(BIN)/python -m pytest -m server
 
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest -m "not server"
+	$(BIN)/python -m pytest -n 2 -m "not server"
+
+# What meets SGLang most closely.
+test-hooks: $(STAMP)
+	$(BIN)/python -m pytest -n 2 -m "not server" $(HOOK_TESTS)
+	$(BIN)/python -m pytest test/srt/server/test_server_equality.py -k chunk64-mixed
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -s test/srt/gpu test/srt/unit/test_split_lse.py
@@ -36,8 +45,11 @@ mutations: $(STAMP)
 	$(BIN)/python test/mutations/run.py $(ARGS)
 
 # Builds wheel and sdist, and runs the command line from the wheel in an environment of its own.
+# Then the older release, as far as the time of CI goes.
 ci: lint test
 	bash .ci/wheel.sh $(BIN)
+	$(MAKE) test-hooks SGLANG=0.5.16
+	bash .ci/wheel.sh .venv-0.5.16/bin
 
 bench: $(STAMP)
 	$(BIN)/python benchmark/bench_decode.py $(OUT)/decode.csv $(ARGS)

@@ -18,9 +18,10 @@ each other without waiting for the host, as under the overlap scheduler; a step'
 between CUDA events, the slowest rank counts, the table holds median and 95th percentile.
 `host_ms` is the least that a step took the slowest host: a step can be no shorter.
 
-`upstream:DCP` is the DCP that SGLang 0.5.16 has itself: processes of their own in which
-this package is not loaded (verified), the same pool filling, scattered pages, steps and
-clock. What differs from ours beside the exchange: its attention backend, as it serves DCP on
+`upstream:DCP` is the DCP that SGLang has itself: processes of their own in which this
+package is not loaded (verified), the same pool filling, scattered pages, steps and clock.
+Its comm backend is its own choice: `a2a` for latents since 0.5.20, else `ag_rs`.
+What differs from ours beside the exchange: its attention backend, as it serves DCP on
 `triton` for K/V heads and on `flashinfer` for latents only (`tp@flashinfer` or
 `2:a2a:q@flashinfer` tell how much of a difference is the backend's); and its fused rotary
 embedding and K/V write, which would write past the pool under its DCP, is off.
@@ -162,6 +163,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--batches", type=int, nargs="+")
     add("--steps", type=int, default=40)
     add("--profile", type=int, nargs=2, action="append", metavar=("CONTEXT", "BATCH"))
+    add("--turns", type=Path, help="a file: runs that name it take turns on the GPUs")
     add("--pairs", type=int, default=3, help="of engines, in --check-off")
     check = parser.add_mutually_exclusive_group()
     check.add_argument("--check-fill", action="store_true")

@@ -2,9 +2,9 @@
 
     python benchmark/bench_exchange.py results.csv [--quick]
 
-For each size: the exchanges of this package, the parts of `a2a`, SGLang's own merge for
-grouped-query DCP on the same tensors, and the gather of the query heads. Results are
-checked against float64 first; a wrong one ends the run.
+For each size: the exchanges of this package, the parts of `a2a`, SGLang's own exchanges
+on the same tensors, and the gather of the query heads. Results are checked against float64
+first; a wrong one ends the run.
 
 A time is per call of a CUDA graph of 20 to 256 calls, so many that a replay takes 400 us or
 more, and hosts keep ahead of it; replayed many times on random data. Ranks meet before
@@ -15,9 +15,13 @@ exchanged), eager mode, overlap with compute.
 
 `launch` is a kernel that does next to nothing, in such a graph. `raw-a2a` is a plain
 `all_to_all_single` of rows like those of `a2a`; `nccl-ag-rs` the two NCCL collectives of an
-all-gather of the LSE and a reduce-scatter in fp32, without any kernel. `upstream` runs on a
-group with SGLang's defaults for its DCP group, thus with its custom all-reduce where that
-takes the size; `upstream-nccl` on ours, which has NCCL only.
+all-gather of the LSE and a reduce-scatter in fp32, without any kernel.
+
+SGLang's own run on the DCP group that it makes itself, whose PyNccl its graph capture turns
+on: `upstream` is its merge for grouped queries, with its custom all-reduce where that takes
+the size, and `upstream-nccl` the same on our group, which has NCCL only; `upstream-mla` is
+its `ag_rs` for latents, `upstream-a2a` its `a2a` (since 0.5.17), `upstream-gather-q` its
+gather of queries.
 
 `nvlink` and `nvlink-q` are no measurement but a floor: the bytes that a rank must send,
 at the rate of a large plain copy into the next rank's memory, all ranks at once, measured
@@ -54,6 +58,13 @@ def gpus() -> int:
     return count.value
 
 
+# As SGLang's launcher sets it for a server with DCP.
+SERVER_ENVIRONMENT = {
+    "NCCL_CUMEM_ENABLE": "0",
+    "NCCL_NVLS_ENABLE": "0",
+    "NCCL_GRAPH_MIXING_SUPPORT": "0",
+    "CUDA_DEVICE_MAX_CONNECTIONS": "8",
+}
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
@@ -108,6 +119,8 @@ def main() -> int:
     world_size = gpus()
     if world_size < 2:
         sys.exit(f"needs 2 GPUs, found {world_size}")
+    for name, value in SERVER_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     spawn = mp.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         rest = (world_size, folder, options, began, os.getpid())

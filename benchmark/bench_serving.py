@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -83,7 +84,8 @@ def server_flags(options: argparse.Namespace, layout: Layout) -> list[str]:
         flags += ["--dcp-comm-backend", layout.comm]
     if layout.q == "replicated":
         flags += ["--dcp-replicate-q-proj"]
-    return flags
+    # As `test/srt/gpu` starts its servers; `run_gpu.sh` says which release needs what.
+    return flags + os.environ.get("SGLANG_DCP_TEST_SERVER_FLAGS", "").split()
 
 
 def load(

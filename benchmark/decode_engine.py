@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Optional
 import torch
 from torch import Tensor
 
+from bench_release import new_batch, tp_group
 from decode_layouts import Layout
 from decode_models import DIRECT, PREFILLED
 from decode_profile import Kernel, profiled
@@ -202,27 +203,29 @@ class Engine:
         from sglang.srt.model_executor import forward_batch_info as info
         from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
-        batch = info.ForwardBatch(
-            forward_mode=info.ForwardMode[mode],
-            batch_size=len(fields["seq_lens_cpu"]),
-            seq_lens_sum=int(fields["seq_lens_cpu"].sum()),
-            spec_algorithm=SpeculativeAlgorithm.NONE,
-            capture_hidden_mode=info.CaptureHiddenMode.NULL,
-            num_token_non_padded_cpu=len(fields["input_ids"]),
-            **fields,
+        batch = new_batch(
+            self.runner,
+            {
+                "forward_mode": info.ForwardMode[mode],
+                "batch_size": len(fields["seq_lens_cpu"]),
+                "seq_lens_sum": int(fields["seq_lens_cpu"].sum()),
+                "spec_algorithm": SpeculativeAlgorithm.NONE,
+                "capture_hidden_mode": info.CaptureHiddenMode.NULL,
+                **fields,
+            },
         )
         return bool(self.runner.forward(batch).can_run_graph)
 
     def _gather(self, values: list[float]) -> list[list[float]]:
         """`values` of all ranks."""
-        group = self.runner.tp_group
+        group = tp_group()
         gathered: list[Any] = [None] * group.world_size
         torch.distributed.all_gather_object(gathered, values, group=group.cpu_group)
         return gathered
 
     def _barrier(self) -> None:
         self._synchronize()
-        torch.distributed.barrier(group=self.runner.tp_group.cpu_group)
+        torch.distributed.barrier(group=tp_group().cpu_group)
 
     def _synchronize(self) -> None:
         if self._device == "cuda":

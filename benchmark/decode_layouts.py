@@ -3,7 +3,8 @@
     tp                  SGLang without DCP
     DCP:COMM            this package's DCP
     DCP:COMM:q          the same with the Q projection replicated
-    upstream:DCP        the DCP that SGLang 0.5.16 has itself, this package out of the process
+    upstream:DCP        the DCP that SGLang has itself, this package out of the process
+    upstream:DCP:q      the same with the Q projection replicated (latents, after 0.5.16)
 
 Each may end in @BACKEND, its attention backend, where that is not the run's.
 """
@@ -12,10 +13,12 @@ from __future__ import annotations
 
 from typing import NamedTuple, Optional
 
+from bench_release import publishes
 from decode_models import is_mla, kv_copies, kv_heads
 
 UPSTREAM = "upstream"
-# What serves DCP in SGLang 0.5.16; it takes others too and computes nonsense.
+# What serves DCP in SGLang 0.5.16 and 0.5.23 on Hopper; it takes others too and computes
+# nonsense.
 UPSTREAM_GQA, UPSTREAM_MLA = "triton", "flashinfer"
 
 
@@ -37,12 +40,11 @@ class Layout(NamedTuple):
         if what == "tp":
             return cls(text, attention=attention)
         first, second, *rest = what.split(":")
-        known: list[list[str]]
         if first == UPSTREAM:
-            dcp_size, comm, known = int(second), UPSTREAM, [[]]
+            dcp_size, comm = int(second), UPSTREAM
         else:
-            dcp_size, comm, known = int(first), second, [[], ["q"]]
-        if rest not in known or dcp_size < 2:
+            dcp_size, comm = int(first), second
+        if rest not in ([], ["q"]) or dcp_size < 2:
             raise ValueError(text)
         return cls(
             text, dcp_size, comm, "replicated" if rest else "gathered", attention
@@ -96,6 +98,8 @@ def impossible(layout: Layout, model: str, tp: int, device: str) -> Optional[str
             f"{layout.name}: SGLang's own DCP computes wrong results where K/V heads "
             f"({kv_heads(model)}) x DCP ({layout.dcp_size}) exceed tp ({tp})"
         )
+    if layout.q == "replicated" and not (is_mla(model) and publishes()):
+        return f"{layout.name}: SGLang's own DCP replicates no Q projection here"
     known = UPSTREAM_MLA if is_mla(model) else UPSTREAM_GQA
     if layout.attention not in ("", known):
         return (

@@ -1,4 +1,4 @@
-"""The DCP that SGLang 0.5.16 has itself, timed beside this package's layouts.
+"""The DCP that SGLang has itself, timed beside this package's layouts.
 
 Its engine lives below a process of its own, started with `SGLANG_PLUGINS` naming no plugin of
 ours, where arguments are resolved as well: a process cannot take plugins out again.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import multiprocessing as mp
 import os
 import time
@@ -10,11 +11,13 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from multiprocessing.synchronize import Event
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, Optional, Union
 
 import torch
 
+import bench_release
 from decode_engine import Engine, Row
 from decode_layouts import Layout
 from decode_models import DIRECT, PREFILLED, vocab_size
@@ -33,6 +36,7 @@ def run_rank(
     nccl_port: int,
     rank: int,
     results: Connection,
+    turn: Event,
 ) -> None:
     """One rank of an engine; rank 0 sends its messages, None at the end."""
     from sglang.srt.plugins import load_plugins
@@ -40,6 +44,8 @@ def run_rank(
     load_plugins()
     if layout.is_upstream:
         stop_fused_write()
+    bench_release.import_runner()
+    turn.wait()
     engine = Engine(args, nccl_port, rank, vocab_size(options.model))
     for message in _messages(engine, options, layout):
         if rank == 0:
@@ -91,19 +97,34 @@ def _run_layout(
     port = PortArgs.init_new(args).nccl_port
     spawn = mp.get_context("spawn")
     receiver, sender = spawn.Pipe(duplex=False)
+    turn = spawn.Event()
+    rest = (options, layout, args, port)
     ranks = [
-        spawn.Process(target=run_rank, args=(options, layout, args, port, rank, sender))
+        spawn.Process(target=run_rank, args=(*rest, rank, sender, turn))
         for rank in range(options.tp)
     ]
     for rank in ranks:
         rank.start()
-    try:
-        yield from received(receiver, layout, ranks)
-    finally:
-        for rank in ranks:
-            rank.kill()
-        for rank in ranks:
-            rank.join()
+    with _alone(options.turns):
+        turn.set()
+        try:
+            yield from received(receiver, layout, ranks)
+        finally:
+            for rank in ranks:
+                rank.kill()
+            for rank in ranks:
+                rank.join()
+
+
+@contextmanager
+def _alone(file: Optional[Path]) -> Iterator[None]:
+    """Keep other runs that take turns by `file` off the GPUs; without one, do nothing."""
+    if file is None:
+        yield
+        return
+    with file.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def received(

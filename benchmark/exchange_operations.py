@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
@@ -10,22 +11,31 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bench_release import publishes
 from exchange_report import BYTES_A_VALUE, Size, partial_bytes
 
+# SGLang's own merges; its all-to-all came after 0.5.16.
+UPSTREAM: tuple[str, ...] = ("upstream", "upstream-nccl", "upstream-mla")
+if publishes():
+    UPSTREAM += ("upstream-a2a",)
 COLUMNS = (
     *("launch", "pack", "combine", "raw-a2a", "a2a", "ag_rs", "symm_a2a"),
-    *("nccl-ag-rs", "upstream", "upstream-nccl"),
-    *("gather-q", "symm-gather-q", "nccl-all-gather"),
+    *("nccl-ag-rs", *UPSTREAM),
+    *("gather-q", "symm-gather-q", "upstream-gather-q", "nccl-all-gather"),
 )
-QUICK_COLUMNS = ("launch", "a2a", "symm_a2a", "symm-gather-q", "nccl-all-gather")
-MERGES = ("combine", "a2a", "ag_rs", "symm_a2a", "upstream", "upstream-nccl")
-GATHERS = ("gather-q", "symm-gather-q")
+QUICK_COLUMNS: tuple[str, ...] = ("launch", "a2a", "symm_a2a", "symm-gather-q")
+if publishes():
+    QUICK_COLUMNS += ("ag_rs", "upstream-a2a", "upstream-mla", "upstream")
+    QUICK_COLUMNS += ("upstream-gather-q",)
+QUICK_COLUMNS += ("nccl-all-gather",)
+MERGES = ("combine", "a2a", "ag_rs", "symm_a2a", *UPSTREAM)
+GATHERS = ("gather-q", "symm-gather-q", "upstream-gather-q")
 # bf16 outputs of a float64 merge differ by 1.6e-3 in this norm.
 MAX_RELATIVE_ERROR = 4e-3
 
 
 class Peers(NamedTuple):
-    """The DCP group of this package, one as SGLang makes for its own DCP, exchanges."""
+    """The DCP group of this package, that of SGLang's own DCP, exchanges."""
 
     ours: Any
     upstream: Any
@@ -130,12 +140,41 @@ def _parts(peers: Peers, inputs: Inputs) -> dict[str, Callable[[], Any]]:
 
 
 def _upstream(peers: Peers, inputs: Inputs) -> dict[str, Callable[[], Any]]:
+    """SGLang's own merges and gather, given what its attention backends give them.
+
+    Its Triton backend has an output in fp32 for grouped queries, and its merge of those
+    may write into it. FlashInfer's LSE of latents is to base 2.
+    """
+    from sglang.srt.layers.dcp import comm
+
+    out, lse, q, _, _ = inputs
+    group = peers.upstream
+    wide, lse2 = out.float(), lse / math.log(2)
+    every: dict[str, Callable[[], Any]] = {
+        "upstream": lambda: comm.cp_lse_ag_out_rs_mha(wide, lse, group),
+        "upstream-nccl": lambda: comm.cp_lse_ag_out_rs_mha(wide, lse, peers.ours),
+        "upstream-mla": lambda: comm.cp_lse_ag_out_rs_mla(out, lse2, group).transpose(
+            0, 1
+        ),
+        "upstream-gather-q": lambda: group.all_gather(q, dim=1),
+    }
+    if "upstream-a2a" in UPSTREAM:
+        every["upstream-a2a"] = lambda: comm.dcp_a2a_lse_reduce(
+            out, lse2, group, is_lse_base_on_e=False
+        )
+    return every
+
+
+def from_fresh_inputs(peers: Peers, inputs: Inputs) -> dict[str, Callable[[], Any]]:
+    """What `gate` runs in place of the operations that write into their inputs."""
     from sglang.srt.layers.dcp.comm import cp_lse_ag_out_rs_mha
 
-    state = inputs.out, inputs.lse
+    def merged(group: Any) -> Tensor:
+        return cp_lse_ag_out_rs_mha(inputs.out.float(), inputs.lse, group)
+
     return {
-        "upstream": lambda: cp_lse_ag_out_rs_mha(*state, peers.upstream),
-        "upstream-nccl": lambda: cp_lse_ag_out_rs_mha(*state, peers.ours),
+        "upstream": lambda: merged(peers.upstream),
+        "upstream-nccl": lambda: merged(peers.ours),
     }
 
 

@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 import torch
 
 import exchange_report as report
+from bench_release import init_groups, own_dcp_group
 from exchange_operations import (
     COLUMNS,
     QUICK_COLUMNS,
     Peers,
+    from_fresh_inputs,
     gate,
     make_exchanges,
     make_inputs,
@@ -137,10 +139,15 @@ def measure(size: Size, peers: Peers, plan: Plan, keep: list[Any]) -> dict[str, 
     """Check, then time, the operations of one size; SystemExit for a wrong result."""
     inputs = make_inputs(size, peers.ours)
     every = operations(peers, inputs)
-    # Graphs hold bare addresses, and peers map the memory of those with custom all-reduce.
-    keep.append((every, inputs))
+    fresh = from_fresh_inputs(peers, inputs)
     graphs = {name: long_enough(every[name], keep) for name in plan.columns}
-    gate(size, graphs, inputs)
+    checked = {
+        name: capture(fresh[name], 1) if name in fresh else graph
+        for name, graph in graphs.items()
+    }
+    # Graphs hold bare addresses, and peers map the memory of those with custom all-reduce.
+    keep.append((every, inputs, checked))
+    gate(size, checked, inputs)
     return time_in_turns(graphs, plan.replays)
 
 
@@ -167,7 +174,7 @@ def with_floors(size: Size, row: Row, world_size: int, rate: float) -> Row:
 def joined(
     rank: int, world_size: int, folder: str, custom_all_reduce: bool
 ) -> Iterator[tuple[Any, Any]]:
-    """SGLang's NCCL groups of this rank: our DCP group, and one as SGLang makes.
+    """The NCCL groups of this rank: our DCP group, and that of SGLang's own DCP.
 
     Without the plugin, whose hooks would import half of SGLang: nothing else of them
     takes part here.
@@ -186,10 +193,9 @@ def joined(
         local_rank=rank,
         backend="nccl",
     )
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=world_size)
+    init_groups(world_size, dcp_size=world_size)
     groups.init_dcp_groups(Layout(world_size, 1))
-    # The TP group has the options with which SGLang makes its DCP group.
-    yield groups.get_dcp_group(), parallel_state.get_tp_group()
+    yield groups.get_dcp_group(), own_dcp_group()
     groups.destroy_dcp_groups()
     parallel_state.destroy_model_parallel()
     parallel_state.destroy_distributed_environment()

@@ -28,7 +28,10 @@ RATIOS = {
     "symm-q/nccl": ("symm-gather-q", ("nccl-all-gather",)),
     "symm-q/nvlink": ("symm-gather-q", ("nvlink-q",)),
     "a2a/(raw+launch)": ("a2a", ("raw-a2a", "launch")),
+    "symm/upstream-a2a": ("symm_a2a", ("upstream-a2a",)),
+    "a2a/upstream-a2a": ("a2a", ("upstream-a2a",)),
     "upstream/ag_rs": ("upstream", ("ag_rs",)),
+    "upstream-mla/ag_rs": ("upstream-mla", ("ag_rs",)),
 }
 DRAWN = ("ag_rs", "a2a", "symm_a2a", "nvlink")
 DRAWN_Q = ("nccl-all-gather", "symm-gather-q", "nvlink-q")

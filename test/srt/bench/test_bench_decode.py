@@ -32,8 +32,9 @@ BENCHMARK = Path(__file__).parents[3] / "benchmark"
 # Own arguments of SGLang, as if this were a GPU machine, in a process without the package.
 UPSTREAM_ARGS = """
 import sys
+from contextlib import ExitStack
 from unittest.mock import patch
-import argparse, bench_decode, decode_runner
+import argparse, bench_decode, bench_release, decode_runner
 from pathlib import Path
 from sglang.srt.plugins import load_plugins
 load_plugins()
@@ -42,12 +43,23 @@ options = bench_decode.parse(
 )
 options.device = "cpu"
 [layout] = options.layouts
-with patch("sglang.srt.server_args.is_cuda", return_value=True):
+with ExitStack() as stack:
+    if not bench_release.publishes():
+        stack.enter_context(patch("sglang.srt.server_args.is_cuda", return_value=True))
     args = decode_runner.server_args(options, layout, Path(sys.argv[2]))
-state = decode_runner.parallel_state(args, 1)
-print("got", type(args).__name__, args.dcp_size, args.page_size, args.attention_backend)
-print("got", state.dcp_size, state.tp_rank, state.attn_tp_rank, state.gpu_id)
-print("got", args.max_running_requests, "sglang_dcp" in sys.modules)
+found = bench_release.resolved(args)
+print("got", type(args).__name__, found.dcp_size, found.page_size, found.attention_backend)
+if bench_release.publishes():
+    from sglang.srt import runtime_context
+    ranks = runtime_context.SpawnRanks(world_rank=1, gpu_id=1)
+    runtime_context.publish(args, role="scheduler", ranks=ranks)
+    state = runtime_context.get_parallel()
+    gpu = runtime_context.get_device().gpu_id
+else:
+    state = bench_release.parallel_state(args, 1)
+    gpu = state.gpu_id
+print("got", state.dcp_size, state.tp_rank, state.attn_tp_rank, gpu)
+print("got", found.max_running_requests, "sglang_dcp" in sys.modules)
 """
 
 
@@ -78,7 +90,7 @@ def test_latents_of_the_peer_are_read_by_flashinfer() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "2", "2:a2a:r", "1:a2a", "upstream:2:q", "upstream:1", "2:a2a@", "x:a2a"],
+    ["", "2", "2:a2a:r", "1:a2a", "upstream:2:r", "upstream:1", "2:a2a@", "x:a2a"],
 )
 def test_no_layout(text: str) -> None:
     with pytest.raises(ValueError):
@@ -111,6 +123,7 @@ def test_on_a_cpu_nothing_that_needs_a_gpu() -> None:
         ("--model Llama-3.1-8B --tp 8 --layouts upstream:2", "exceed tp"),
         ("--model Qwen2.5-3B --tp 4 --layouts upstream:2@fa3", "made for triton"),
         ("--model tiny --tp 2 --device cpu --layouts upstream:2", "on a CPU"),
+        ("--model Qwen2.5-3B --tp 4 --layouts upstream:2:q", "replicates no Q"),
     ],
 )
 def test_the_peer_is_not_timed_where_it_computes_nonsense(

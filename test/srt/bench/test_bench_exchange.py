@@ -33,9 +33,11 @@ from helpers.on_cpu import OnCpu
 
 BENCHMARK = Path(__file__).parents[3] / "benchmark"
 
+# SGLang's other merges are Triton kernels.
 COLUMNS = (
-    "launch pack combine raw-a2a a2a ag_rs symm_a2a gather-q symm-gather-q".split()
-)
+    "launch pack combine raw-a2a a2a ag_rs symm_a2a gather-q symm-gather-q "
+    "upstream upstream-nccl upstream-gather-q"
+).split()
 SIZES = ((1, 4, 8), (3, 4, 16))
 
 
@@ -153,6 +155,8 @@ def cuda_on_cpu() -> Iterator[None]:
         enter(patch.object(exchange_ranks, "capture", captured_on_cpu))
         enter(patch.object(exchange_ranks, "copy_rate", lambda _: 1e10))
         enter(patch.object(exchange_ranks, "make_exchanges", exchanges_on_cpu))
+        # SGLang makes no group of its own DCP on a CPU.
+        enter(patch.object(parallel_state, "is_cuda", lambda: True))
         enter(
             patch.object(
                 parallel_state,

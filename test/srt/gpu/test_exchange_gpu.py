@@ -21,7 +21,12 @@ from torch import Tensor
 from helpers.gloo_ranks import Outcomes, fault_of
 from helpers.nccl_ranks import Ranks, capture, needs_gpus, run_rank
 from helpers.random_bytes import random_bytes
+from sglang_dcp.distributed.all_to_all import (
+    group_all_to_all_single,
+    pynccl_all_to_all_single,
+)
 from sglang_dcp.distributed.exchange import EXCHANGES, Exchange, create_exchange
+from sglang_dcp.releases.installed import in_range, sglang_version
 
 WORLD_SIZE = 2
 REPLAYS = 3
@@ -39,6 +44,8 @@ SHAPES = ((3, 2, 5), (1, 1), (0, 4), (1, 524288))
 NCCL = ("ag_rs", "a2a")
 MODES = ("eager", "captured")
 ALL_TO_ALL = ("torch", "pynccl", "pynccl-stream", "captured")
+# Later releases have methods of their own, which take fewer dtypes and no stream.
+AS_METHODS = in_range(sglang_version(), None, "0.5.17")
 PLAIN = (("bf16",), ("2",), ("dense",))
 # A partial output is rounded once before and once after the exchange.
 TOLERANCE = {"fp16": 3e-3, "bf16": 2e-2, "fp32": 1e-5}
@@ -88,7 +95,7 @@ def check_groups(group: Any) -> None:
     state = on_device(case, data_of(group, case, 1))
     reduces = (exchange_of(name, group).reduce for name in NCCL)
     calls = [
-        partial(group.all_to_all_single, torch.empty_like(source), source),
+        partial(of_group(group), torch.empty_like(source), source),
         *(partial(reduce, *state, is_lse_base_on_e=True) for reduce in reduces),
     ]
 
@@ -157,9 +164,9 @@ def all_to_all_of(
 ) -> Callable[[], Any]:
     """One all-to-all from `source` to `output`, over the way that `mode` names."""
     if mode == "torch":
-        return partial(group.all_to_all_single, output, source)
+        return partial(of_group(group), output, source)
     if mode == "captured":
-        graph, _ = capture(partial(group.all_to_all_single, output, source))
+        graph, _ = capture(partial(of_group(group), output, source))
         return graph.replay
     comm, stream = group.pynccl_comm, None
     if mode == "pynccl-stream":
@@ -168,9 +175,22 @@ def all_to_all_of(
     def over_pynccl() -> None:
         torch.cuda.synchronize()
         with comm.change_state(enable=True):
-            comm.all_to_all_single(output, source, stream=stream)
+            of_comm(comm)(output, source, stream=stream)
 
     return over_pynccl
+
+
+def of_group(group: Any) -> Callable[..., None]:
+    """Our all-to-all of a group: SGLang's method, where a hook makes it that."""
+    if AS_METHODS:
+        return group.all_to_all_single
+    return partial(group_all_to_all_single, group)
+
+
+def of_comm(comm: Any) -> Callable[..., None]:
+    if AS_METHODS:
+        return comm.all_to_all_single
+    return partial(pynccl_all_to_all_single, comm)
 
 
 class Data(NamedTuple):

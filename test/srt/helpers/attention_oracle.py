@@ -6,6 +6,8 @@ the backend only what its place in the layout entitles it to.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import random
 from types import SimpleNamespace
 from typing import Any, NamedTuple, Sequence
@@ -201,13 +203,13 @@ class Served:
         slots = self.slots(request, range(self.lens[request]))
         self.table[self.rows[request], : len(slots)] = torch.tensor(slots).int()
 
-    def batch(self, mode: str, new: dict[str, range]) -> SimpleNamespace:
-        """The fields of a `ForwardBatch` that attention reads."""
+    def batch(self, mode: str, new: dict[str, range]) -> Any:
+        """As SGLang's batch, as far as attention reads it."""
         from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
         slots = [s for name, where in new.items() for s in self.slots(name, where)]
         lens = torch.tensor([where.stop for where in new.values()])
-        batch = SimpleNamespace(
+        batch = batch_kind()(
             forward_mode=ForwardMode[mode],
             batch_size=len(new),
             req_pool_indices=torch.tensor([self.rows[name] for name in new]),
@@ -217,7 +219,6 @@ class Served:
             out_cache_loc=torch.tensor(slots),
         )
         if mode != "DECODE":
-            batch.attn_attend_prefix_cache = None
             batch.extend_prefix_lens_cpu = [where.start for where in new.values()]
             batch.extend_seq_lens_cpu = [len(where) for where in new.values()]
             for name in ("extend_prefix_lens", "extend_seq_lens"):
@@ -226,6 +227,25 @@ class Served:
             ends = batch.extend_seq_lens.cumsum(0, dtype=torch.int32)
             batch.extend_start_loc = ends - batch.extend_seq_lens
         return batch
+
+
+@functools.cache
+def batch_kind() -> type:
+    """A namespace with what SGLang's own batch has where nothing sets it.
+
+    A release may read fields that the one before it did not have.
+    """
+    from sglang.srt.model_executor.forward_batch_deepseek_mha_mixin import (
+        ForwardBatchDeepSeekMHAMixin,
+    )
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+    defaults = {
+        field.name: field.default
+        for field in dataclasses.fields(ForwardBatch)
+        if field.default is not dataclasses.MISSING
+    }
+    return type("Batch", (ForwardBatchDeepSeekMHAMixin, SimpleNamespace), defaults)
 
 
 class SpyExchange:

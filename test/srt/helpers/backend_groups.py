@@ -17,6 +17,7 @@ from helpers.attention_oracle import (
     Served,
     Step,
     Truth,
+    batch_kind,
     decode,
     extend,
     mixed,
@@ -77,7 +78,6 @@ class Group:
         for name, value in vars(batch).items():
             if isinstance(value, Tensor) and not name.endswith("_cpu"):
                 setattr(batch, name, value.to(self.case.device))
-        batch.encoder_lens = batch.spec_info = None
         batch.positions = torch.zeros_like(batch.out_cache_loc)
         self.table.copy_(self.served.table)
         return new, batch
@@ -220,7 +220,7 @@ class Graphs:
         rows = getattr(batch, "req_pool_indices", lens.to(device))
         lens = torch.nn.functional.pad(lens, (0, more), value=1)
         slots = getattr(batch, "out_cache_loc", lens[:size].to(device))
-        return SimpleNamespace(
+        return batch_kind()(
             forward_mode=ForwardMode.DECODE,
             batch_size=CAPTURED,
             req_pool_indices=torch.nn.functional.pad(rows, (0, more)),
@@ -229,8 +229,6 @@ class Graphs:
             seq_lens_sum=int(lens.sum()),
             out_cache_loc=slots,
             positions=torch.zeros(CAPTURED, dtype=torch.int64, device=device),
-            encoder_lens=None,
-            spec_info=None,
         )
 
     def replay(self, step: Step, where: str) -> None:
@@ -264,7 +262,7 @@ def serve(
     make_backend: Callable[[Case, Any], Any] = real_backend,
 ) -> Group:
     """A life of requests in eager forwards, then in captured decode steps."""
-    with sglang_context(case.device):
+    with sglang_context(case.device, **case.arguments):
         with attention_width(case.dcp_size):
             group = Group(case, make_backend)
             run_steps(group, steps, group.eager)

@@ -19,6 +19,7 @@ from helpers.attention_oracle import Shape
 from sglang_dcp.config import DcpConfig
 from sglang_dcp.distributed.exchange.base import mask_empty_rows
 from sglang_dcp.distributed.topology import Layout
+from sglang_dcp.releases.installed import in_range, sglang_version
 
 FP8 = torch.float8_e4m3fn
 # What slots hold that no one has written: finite, as a used pool's, but far off.
@@ -42,6 +43,12 @@ class Case:
     page_size: int = 1
     device: str = "cuda"
     max_len: int = 1500
+
+    @property
+    def arguments(self) -> dict[str, str]:
+        """What a user would start the server with."""
+        kv_dtype = "auto" if self.kv_dtype is None else "fp8_e4m3"
+        return {"attention_backend": self.backend, "kv_cache_dtype": kv_dtype}
 
 
 class StashExchange:
@@ -177,19 +184,50 @@ def stored_rows(pool: Any) -> list[Tensor]:
 
 def make_runner(case: Case, table: Tensor, pool: Any) -> Any:
     """What SGLang's attention backends read of a `ModelRunner`."""
-    from sglang.srt.configs.model_config import AttentionArch
     from sglang.srt.runtime_context import get_server_args
 
-    shape, dcp = case.shape, case.dcp_size
-    kv_dtype = case.kv_dtype or case.dtype
-    args = get_server_args()
-    args.kv_cache_dtype = "auto" if case.kv_dtype is None else "fp8_e4m3"
-    args.attention_backend = case.backend
+    dcp = case.dcp_size
+    runner = SimpleNamespace(
+        attention_chunk_size=None,
+        decode_attention_backend_str=case.backend,
+        # Without speculation, decode has one token of each request.
+        decode_num_tokens_per_req=lambda: 1,
+        device=case.device,
+        dtype=case.dtype,
+        gpu_id=0,
+        init_new_workspace=False,
+        is_draft_worker=False,
+        kv_cache_dtype=case.kv_dtype or case.dtype,
+        kv_cache_dtype_str=case.arguments["kv_cache_dtype"],
+        model_config=make_model(case),
+        page_size=case.page_size * dcp,
+        prefill_attention_backend_str=case.backend,
+        ps=SimpleNamespace(tp_size=dcp, attn_cp_size=1),
+        req_to_token_pool=SimpleNamespace(req_to_token=table, size=len(table)),
+        server_args=get_server_args(),
+        sliding_window_size=None,
+        spec_algorithm=None,
+        token_to_kv_pool=pool,
+        token_to_kv_pool_allocator=SimpleNamespace(get_kvcache=lambda: pool),
+        use_mla_backend=case.shape.latent,
+    )
+    if in_range(sglang_version(), "0.5.19", None):
+        runner.kv_index_translator = logical_translator(runner)
+    return runner
+
+
+def make_model(case: Case) -> Any:
+    """What they read of a `ModelConfig`, as our hooks leave it: K/V heads times ranks."""
+    from sglang.srt.configs.model_config import AttentionArch
+
+    shape = case.shape
+    seen_kv_heads = shape.kv_heads * case.dcp_size
     text = SimpleNamespace(num_attention_heads=shape.q_heads)
-    model = SimpleNamespace(
+    return SimpleNamespace(
         attention_arch=AttentionArch.MLA if shape.latent else AttentionArch.MHA,
         context_len=case.max_len,
-        get_num_kv_heads=lambda tp_size: shape.kv_heads * dcp // tp_size,
+        get_max_num_attention_heads=lambda: shape.q_heads,
+        get_num_kv_heads=lambda tp_size, own_dcp_size=1: seen_kv_heads // tp_size,
         head_dim=shape.qk_dim,
         hf_config=SimpleNamespace(
             architectures=["LlamaForCausalLM"], get_text_config=lambda: text
@@ -201,39 +239,40 @@ def make_runner(case: Case, table: Tensor, pool: Any) -> Any:
         kv_lora_rank=shape.v_dim,
         linear_attn_registry_result=None,
         num_attention_heads=shape.q_heads,
+        # Of the expanded heads, which these backends plan for and our tests do not use.
+        qk_nope_head_dim=128,
         qk_rope_head_dim=shape.qk_dim - shape.v_dim,
         scaling=shape.qk_dim**-0.5,
         swa_v_head_dim=shape.v_dim,
         v_head_dim=shape.v_dim,
     )
-    return SimpleNamespace(
-        attention_chunk_size=None,
-        device=case.device,
-        dtype=case.dtype,
-        gpu_id=0,
-        init_new_workspace=False,
-        is_draft_worker=False,
-        kv_cache_dtype=kv_dtype,
-        model_config=model,
-        page_size=case.page_size * dcp,
-        ps=SimpleNamespace(tp_size=dcp, attn_cp_size=1),
-        req_to_token_pool=SimpleNamespace(req_to_token=table, size=len(table)),
-        server_args=args,
-        sliding_window_size=None,
-        spec_algorithm=None,
-        token_to_kv_pool=pool,
-        token_to_kv_pool_allocator=SimpleNamespace(get_kvcache=lambda: pool),
-        use_mla_backend=shape.latent,
+
+
+def logical_translator(runner: Any) -> Any:
+    """As `ModelRunner` makes it: it hands out the logical slots of the scheduler."""
+    from sglang.srt.mem_cache.kv_index_translator import KVIndexTranslator
+
+    return KVIndexTranslator(
+        req_to_token=runner.req_to_token_pool.req_to_token,
+        token_to_kv_pool_allocator=runner.token_to_kv_pool_allocator,
+        token_to_kv_pool=runner.token_to_kv_pool,
+        page_size=runner.page_size,
+        device=runner.device,
     )
 
 
 @contextmanager
-def sglang_context(device: str) -> Iterator[None]:
-    """SGLang's process-wide state, as backends look it up."""
+def sglang_context(device: str, **arguments: Any) -> Iterator[None]:
+    """SGLang's process-wide state, as backends look it up: its arguments are published.
+
+    Nothing resolves them, so that they are on a machine without a GPU what they are with
+    one.
+    """
     from sglang.srt.runtime_context import get_context, get_parallel, reset_context
     from sglang.srt.server_args import ServerArgs
 
-    get_context().set_server_args(ServerArgs(model_path="dummy", device=device))
+    args = ServerArgs(model_path="dummy", device=device, **arguments)
+    get_context().set_server_args(args)
     parallel = dict(attn_cp_size=1, attn_dcp_size=1, attn_dcp_rank=0)
     try:
         with get_parallel().override(**parallel):

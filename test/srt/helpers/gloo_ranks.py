@@ -20,6 +20,7 @@ from typing import Any, Callable, Iterable, Iterator, NamedTuple
 import pytest
 
 import sglang_dcp
+from helpers.parallel import init_groups, leave_groups
 
 # Of a whole script on a busy machine; importing SGLang alone takes most of it.
 SCRIPT_TIMEOUT_S = 300
@@ -144,23 +145,17 @@ def _run_rank(body: Body, rank: int, world_size: int, folder: str) -> None:
 
 def enter_layout(config: Any, tp_rank: int) -> Any:
     """In a rank: SGLang's groups with DCP's beside them; returns the DCP group."""
-    from sglang.srt.distributed import parallel_state
-
     from sglang_dcp.context import DcpContext, set_context
     from sglang_dcp.distributed.groups import get_dcp_group
 
     set_context(DcpContext(config, tp_rank))
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=config.tp_size, backend="gloo"
-    )
+    init_groups(config.tp_size, backend="gloo")
     return get_dcp_group()
 
 
 def leave_layout() -> None:
     """In a rank: undo `enter_layout`, so that the next layout can come."""
-    from sglang.srt.distributed import parallel_state
-
-    parallel_state.destroy_model_parallel()
+    leave_groups()
 
 
 def fault_of(check: Callable[..., None], *arguments: Any) -> str:

@@ -46,7 +46,10 @@ class Numbers:
 
     def plain(self, kind: str, tp_size: int) -> Spec:
         """SGLang without DCP."""
-        flags = f"--tp {tp_size} --attention-backend {self.backend} {self.plain_flags}"
+        # As DCP servers do without. In a captured prefill 0.5.23 reads new latents back
+        # from the pool, rounded if that is fp8.
+        flags = f"--tp {tp_size} --disable-prefill-cuda-graph {self.plain_flags}"
+        flags += f" --attention-backend {self.backend}"
         name = f"{kind}-plain-tp{tp_size}-{self.name}"
         return Spec(
             name,

@@ -8,7 +8,6 @@ one after the other: a first pass notes what each sends, a second gives it what 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +19,15 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from helpers.attention_oracle import Served, Shape, Step, extend, mixed, move
+from helpers.attention_oracle import (
+    Served,
+    Shape,
+    Step,
+    batch_kind,
+    extend,
+    mixed,
+    move,
+)
 from helpers.backend_ranks import Case, Rank, real_backend, sglang_context
 from helpers.parallel import attention_width
 from sglang_dcp.layers.mla import dispatch
@@ -191,22 +198,6 @@ def _never(*args: Any) -> None:
     raise AssertionError("SGLang's own method, by logical slots")
 
 
-def batch_kind() -> type:
-    """A namespace with what SGLang's batches know of a prefill by MHA."""
-    from sglang.srt.model_executor.forward_batch_deepseek_mha_mixin import (
-        ForwardBatchDeepSeekMHAMixin,
-    )
-    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
-
-    # What SGLang's own batch has if nothing sets it: a release may read new fields.
-    defaults = {
-        field.name: field.default
-        for field in dataclasses.fields(ForwardBatch)
-        if field.default is not dataclasses.MISSING
-    }
-    return type("Batch", (ForwardBatchDeepSeekMHAMixin, SimpleNamespace), defaults)
-
-
 class Group:
     """A DCP group at work on `SCRIPT`, and what it should give."""
 
@@ -256,7 +247,7 @@ class Group:
         torch.testing.assert_close(out.double(), wanted, rtol=TOLERANCE, atol=TOLERANCE)
         self._check_pools()
 
-    def _batch(self, served: SimpleNamespace) -> Any:
+    def _batch(self, served: Any) -> Any:
         device = self.prefill.device
         fields = {
             name: (
@@ -266,7 +257,7 @@ class Group:
             )
             for name, value in vars(served).items()
         }
-        return batch_kind()(encoder_lens=None, spec_info=None, **fields)
+        return batch_kind()(**fields)
 
     def _pass(self, inputs: list[Tensor], batch: Any) -> Tensor:
         """[tokens, heads, v_dim] of all ranks, each with a batch of its own."""
@@ -343,7 +334,7 @@ class Group:
 def surroundings(prefill: Prefill) -> Iterator[None]:
     """SGLang's process-wide state, DCP on."""
     with (
-        sglang_context(prefill.device),
+        sglang_context(prefill.device, **prefill.case.arguments),
         attention_width(prefill.dcp_size),
         mock.patch.object(dispatch, "find_context", object),
         mock.patch.dict("os.environ", {CAPACITY: str(prefill.capacity)}),

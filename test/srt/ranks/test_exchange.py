@@ -251,20 +251,10 @@ def test_over_a_group_of_sglang(tmp_path: Path) -> None:
 
 
 def sglang_group(world_size: int, rank: int) -> Any:
-    from sglang.srt.distributed.parallel_state import GroupCoordinator
+    """A group without any of the communicators that want a device."""
+    from sglang.srt.distributed.parallel_state import init_world_group
 
-    return GroupCoordinator(
-        group_ranks=[list(range(world_size))],
-        local_rank=rank,
-        torch_distributed_backend="gloo",
-        use_pynccl=False,
-        use_pymscclpp=False,
-        use_custom_allreduce=False,
-        use_torch_symm_mem_all_reduce=False,
-        use_hpu_communicator=False,
-        use_xpu_communicator=False,
-        use_npu_communicator=False,
-    )
+    return init_world_group(list(range(world_size)), rank, "gloo")
 
 
 def worker(folder: Path, over_sglang: bool) -> None:

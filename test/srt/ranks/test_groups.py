@@ -15,6 +15,7 @@ from typing import Any, Iterator, List, Tuple
 import pytest
 
 from helpers.group_worlds import fork_worlds, join_world, run_worker
+from helpers.parallel import init_groups, leave_groups
 from sglang_dcp.distributed import groups
 from sglang_dcp.distributed.topology import Layout
 
@@ -23,13 +24,8 @@ def check_layout(
     rank: int, world_size: int, tp_size: int, attn_tp_size: int, expected: Any
 ) -> None:
     import torch
-    from sglang.srt.distributed import parallel_state
 
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tp_size,
-        pipeline_model_parallel_size=world_size // tp_size,
-        backend="gloo",
-    )
+    init_groups(tp_size, world_size // tp_size, backend="gloo")
     accessors = (groups.get_dcp_group, groups.get_attn_tp_group)
     layout = Layout(tp_size, attn_tp_size)
     for _ in range(2):
@@ -55,7 +51,7 @@ def check_layout(
         assert (groups.get_attn_tp_group() in captured) == (attn_tp_size > 1)
         groups.destroy_dcp_groups()
     groups.destroy_dcp_groups()
-    parallel_state.destroy_model_parallel()
+    leave_groups()
 
 
 CASES = {

@@ -24,11 +24,16 @@ from helpers.gloo_ranks import (
 )
 from sglang_dcp.config import DcpConfig, DcpConfigError
 from sglang_dcp.distributed.topology import Layout
+from sglang_dcp.releases.installed import in_range, sglang_version
 
 HIDDEN, HEAD_DIM, HEADS, KV_HEADS = 24, 4, 8, 2
 NOPE, LATENT = 6, 5
 # World size -> attn_tp.
 LAYOUTS = {2: 1, 4: 2}
+# Where DeepSeek's attention keeps whether a kernel reads `q_b_proj.weight` itself.
+Q_B_GEMM = "use_min_latency_q_b_gemm"
+if in_range(sglang_version(), "0.5.23", None):
+    Q_B_GEMM = f"_{Q_B_GEMM}"
 
 
 def fill(module: nn.Module, rank: int, seed: int) -> None:
@@ -41,7 +46,7 @@ def fill(module: nn.Module, rank: int, seed: int) -> None:
 class Gqa(nn.Module):
     """What `q_replication` knows of Llama's attention, with SGLang's QKV layer."""
 
-    def __init__(self, layout: Layout, rank: int, bias: bool) -> None:
+    def __init__(self, layout: Layout, bias: bool) -> None:
         from sglang.srt.layers.linear import QKVParallelLinear
 
         super().__init__()
@@ -51,8 +56,6 @@ class Gqa(nn.Module):
             HEADS,
             KV_HEADS * layout.dcp_size,
             bias=bias,
-            tp_rank=rank,
-            tp_size=layout.tp_size,
         )
         self.num_heads = HEADS // layout.tp_size
         self.q_size = self.num_heads * HEAD_DIM
@@ -68,19 +71,17 @@ class Mla(nn.Module):
 
     w_kc: torch.Tensor
 
-    def __init__(self, layout: Layout, rank: int, q_lora_rank: int | None) -> None:
+    def __init__(self, layout: Layout, q_lora_rank: int | None) -> None:
         from sglang.srt.layers.linear import ColumnParallelLinear
 
         super().__init__()
         self.num_local_heads = HEADS // layout.tp_size
         self.q_lora_rank = q_lora_rank
         name = "q_proj" if q_lora_rank is None else "q_b_proj"
-        where = dict(tp_rank=rank, tp_size=layout.tp_size)
-        layer = ColumnParallelLinear(HIDDEN, HEADS * NOPE, bias=False, **where)
-        self.add_module(name, layer)
+        self.add_module(name, ColumnParallelLinear(HIDDEN, HEADS * NOPE, bias=False))
         self._name = name
         self.register_buffer("w_kc", torch.empty(self.num_local_heads, NOPE, LATENT))
-        self.use_min_latency_q_b_gemm = True
+        setattr(self, Q_B_GEMM, True)
 
     def forward_absorb_prepare(self, x: torch.Tensor) -> torch.Tensor:
         q = getattr(self, self._name)(x)[0].view(-1, self.num_local_heads, NOPE)
@@ -164,26 +165,26 @@ def replicated_addresses(replicas: Any) -> list[int]:
 
 
 def check_gqa(place: Place) -> None:
-    place.check_model(Gqa(place.layout, place.rank, bias=False))
+    place.check_model(Gqa(place.layout, bias=False))
 
 
 def check_gqa_bias(place: Place) -> None:
-    place.check_model(*(Gqa(place.layout, place.rank, bias=True) for _ in range(2)))
+    place.check_model(*(Gqa(place.layout, bias=True) for _ in range(2)))
 
 
 def check_mla(place: Place) -> None:
-    place.check_model(Mla(place.layout, place.rank, None))
+    place.check_model(Mla(place.layout, None))
 
 
 def check_mla_lora(place: Place) -> None:
-    place.check_model(Mla(place.layout, place.rank, 48))
+    place.check_model(Mla(place.layout, 48))
 
 
 def check_mla_after_an_error(place: Place) -> None:
     """A failing prepare leaves the module sharded."""
     from sglang_dcp.layers.q_replication import QReplicas
 
-    attention = Mla(place.layout, place.rank, None)
+    attention = Mla(place.layout, None)
     fill(attention, place.rank, seed=1)
     before = attention(place.x)[0]
     replicas = QReplicas(attention, place.group)
@@ -193,7 +194,7 @@ def check_mla_after_an_error(place: Place) -> None:
     assert attention.num_local_heads == HEADS // place.layout.tp_size
     replicas.select(replicated=False)
     assert torch.equal(attention(place.x)[0], before)
-    assert not attention.use_min_latency_q_b_gemm, "it would skip the replicated weight"
+    assert not getattr(attention, Q_B_GEMM), "it would skip the replicated weight"
 
 
 def check_no_attention(place: Place) -> None:
@@ -207,7 +208,7 @@ def check_quantized_layer(place: Place) -> None:
     """Of a model that names no quantization, and so passed the refusals."""
     from sglang_dcp.layers.q_replication import QReplicas
 
-    attention = Gqa(place.layout, place.rank, bias=False)
+    attention = Gqa(place.layout, bias=False)
     attention.qkv_proj.quant_method = SimpleNamespace()
     with pytest.raises(DcpConfigError, match="SimpleNamespace.*drop the flag"):
         QReplicas(attention, place.group)
@@ -217,7 +218,7 @@ def check_hooks(place: Place) -> None:
     """`load_model` makes the replicas, every weight update refreshes them."""
     from sglang_dcp.layers.q_replication import after_load_model, around_weight_update
 
-    model = nn.ModuleList([Gqa(place.layout, place.rank, bias=True)])
+    model = nn.ModuleList([Gqa(place.layout, bias=True)])
     fill(model, place.rank, seed=1)
     runner = SimpleNamespace(model=model)
     assert after_load_model("result", runner) == "result"

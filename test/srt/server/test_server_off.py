@@ -52,7 +52,7 @@ def test_bit_identical_to_sglang_alone_and_bounded_by_its_pool(
         theirs: list[Reply] = request_set.run_requests(alone.base_url, requests)
         alone_info = http_json(f"{alone.base_url}/server_info")
     assert ours == theirs
-    assert info["dcp"] is None and "dcp" not in alone_info
+    assert info["attn_tp_size"] is None and "attn_tp_size" not in alone_info
     same = ("page_size", "max_total_num_tokens", "dcp_size", "chunked_prefill_size")
     assert {k: info[k] for k in same} == {k: alone_info[k] for k in same}
     assert too_long == 400

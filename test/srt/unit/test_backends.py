@@ -1,14 +1,16 @@
 """What the GPU backends do around their kernels: order of plans, scales, dtypes.
 
 Only this file sees, without a race to wait for, that a FlashInfer plan is not made before
-the last one has left its buffer, and that scales go with a quantized cache alone. Nor
-does another see, without a GPU, that the installed FlashInfer takes our calls for heads.
+the last one has left its buffer, that scales go with a quantized cache alone, and that
+Triton's splits are counted for one key at least. Nor does another see, without a GPU, that
+the installed FlashInfer takes our calls for heads.
 """
 
 from __future__ import annotations
 
 import ast
 import inspect
+import operator
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -220,6 +222,23 @@ def test_a_cache_without_scales_has_none() -> None:
     assert base.kv_scales(layer, keys) == (None, None)
     assert triton._scales(layer, keys) == [1.0, 1.0]
     assert fa3._descales(layer, FP8, REQUESTS, KV_HEADS) == {}
+
+
+# Of a decode step SGLang 0.5.23 passes one argument more than 0.5.16.
+@pytest.mark.parametrize("more", [(), (torch.zeros(1),)], ids=["two", "three"])
+def test_triton_splits_an_empty_shard_as_one_key(
+    more: tuple[torch.Tensor, ...],
+) -> None:
+    """SGLang divides by the shortest length. The kernels' lengths stay as they are."""
+    seen: list[tuple[torch.Tensor, ...]] = []
+    inner = SimpleNamespace(get_num_kv_splits=lambda *args: seen.append(args))
+    triton.TritonBackend(inner)
+    splits, lens = torch.zeros(3), torch.tensor([0, 5, 1])
+    inner.get_num_kv_splits(splits, lens, *more)
+    [(passed, clamped, *rest)] = seen
+    assert passed is splits and clamped.tolist() == [1, 5, 1]
+    assert len(rest) == len(more) and all(map(operator.is_, rest, more))
+    assert lens.tolist() == [0, 5, 1]
 
 
 def test_fa3_answers_in_the_querys_dtype() -> None:
