@@ -55,9 +55,9 @@ class DcpAttentionBackend(AttentionBackend):
         Replicated Q projections, which decode uses.
     """
 
-    # Of the dummy prefills with which SGLang tunes kernels: at most as many requests as
-    # its pool has rows. Buffers of Triton's backend end there, and FlashInfer's plans for
-    # latents hold no 16384 requests.
+    # Of the dummy prefills with which SGLang tunes kernels: as many requests at most as
+    # its pool has rows. Triton's buffers end there, and FlashInfer's plans for latents
+    # hold fewer than 16384.
     extend_dummy_seqs_capped_by_req_pool = True
 
     def __init__(

@@ -94,7 +94,7 @@ def check_groups(group: Any) -> None:
     case = Case("", "", 5, 3, 96, "bf16", "e", "dense")
     state = on_device(case, data_of(group, case, 1))
     reduces = (exchange_of(name, group).reduce for name in NCCL)
-    calls = [
+    calls: list[Callable[[], Any]] = [
         partial(of_group(group), torch.empty_like(source), source),
         *(partial(reduce, *state, is_lse_base_on_e=True) for reduce in reduces),
     ]

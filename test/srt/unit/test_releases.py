@@ -7,9 +7,11 @@ that an unknown SGLang takes for its own.
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from sglang_dcp import releases
 from sglang_dcp.config import DcpConfigError
@@ -75,6 +77,35 @@ def test_functions_of_a_release(
     finally:
         api.sglang_api.cache_clear()
     assert found == f"sglang_dcp.releases.{module}"
+
+
+def test_no_kernel_reads_q_b_proj_past_its_quant_method(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """SGLang's own method: before our call it takes the kernel, after it the layer."""
+    from sglang.srt.models import deepseek_v2
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("it would read the sharded weight")
+
+    monkeypatch.setattr(deepseek_v2, "linear_with_fused_a_gemm", kernel)
+    monkeypatch.setattr(deepseek_v2, "fused_a_gemm_weight_eligible", lambda layer: True)
+    attention = SimpleNamespace(
+        use_min_latency_q_b_gemm=True,
+        _use_min_latency_q_b_gemm=None,
+        _q_b_proj_verified_shape=True,
+        fused_a_gemm_backend="any",
+        q_b_proj=lambda latent: (latent * 2, None),
+        num_local_heads=2,
+        qk_head_dim=3,
+    )
+    project = deepseek_v2.DeepseekV2AttentionMLA.q_b_proj_forward
+    latent = torch.ones(4, 6)
+    with pytest.raises(AssertionError, match="sharded weight"):
+        project(attention, latent)
+    attention._use_min_latency_q_b_gemm = None
+    api.sglang_api().keep_quant_method_of_q_b(attention)
+    assert torch.equal(project(attention, latent), (latent * 2).view(4, 2, 3))
 
 
 def test_an_unknown_release_gets_no_hook(monkeypatch: pytest.MonkeyPatch) -> None:
