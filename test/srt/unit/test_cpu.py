@@ -6,6 +6,7 @@ Triton's interpreter, and drives SGLang's paged allocator through many request l
 
 from __future__ import annotations
 
+import inspect
 import os
 import random
 import sys
@@ -46,14 +47,17 @@ def test_binding_only_where_ranks_exceed_nodes(
 ) -> None:
     from sglang.srt.utils import numa_utils
 
+    # A rank and the number of ranks, by the names that the release has for them.
+    names = inspect.signature(numa_utils.init_threads_binding).parameters
+    sizes = dict(zip(names, (0, ranks), strict=True))
     name = "SGLANG_CPU_OMP_THREADS_BIND"
     monkeypatch.setattr(numa_utils, "get_cpu_ids_by_node", lambda: ["0,1", "2,3"])
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {4, 5, 6})
     monkeypatch.setenv(name, "mine")
-    cpu.init_threads_binding(tp_rank=0, tp_size=ranks)
+    cpu.init_threads_binding(**sizes)
     assert os.environ[name] == "mine", "the user's own list stays"
     monkeypatch.delenv(name)
-    cpu.init_threads_binding(tp_rank=0, tp_size=ranks)
+    cpu.init_threads_binding(**sizes)
     assert os.environ.pop(name, None) == (None if ranks == 1 else "4|5|6")
 
 

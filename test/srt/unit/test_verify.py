@@ -165,7 +165,7 @@ def test_drifted_file_is_named(
         verify.verify_hooks()
     message = str(caught.value)
     for part in (
-        f"{file} is not the file of sglang 0.5.16",
+        f"{file} is not the file of sglang {sglang_version()}",
         f"hook {name}",
         "Reinstall",
     ):
