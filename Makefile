@@ -48,7 +48,7 @@ mutations: $(STAMP)
 # Then the older release, as far as the time of CI goes.
 ci: lint test
 	bash .ci/wheel.sh $(BIN)
-	$(MAKE) test-hooks SGLANG=0.5.16
+	$(MAKE) test-hooks SGLANG=0.5.16 VENV=.venv-0.5.16
 	bash .ci/wheel.sh .venv-0.5.16/bin
 
 bench: $(STAMP)
@@ -95,4 +95,4 @@ $(VENV)/.lint: $(STAMP)
 	@touch $@
 
 clean:
-	rm -rf .venv* .cache build dist python/*.egg-info
+	rm -rf $(VENV) .venv .venv-0.5.16 .cache build dist python/*.egg-info

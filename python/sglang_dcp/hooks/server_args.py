@@ -118,17 +118,25 @@ def require_hooks_of(args: Any) -> None:
 
 
 def exit_without_plugin() -> None:
-    """End a process that has the arguments of a DCP server and not its hooks.
+    """End a process that has the arguments of a DCP server and cannot have its hooks.
+
+    Some processes get arguments before SGLang loads plugins there, such as the workers of
+    `--tokenizer-worker-num`. So it loads them first, which SGLang does only once.
 
     Raises
     ------
     SystemExit
     """
+    from sglang.srt.plugins import load_plugins
+
     from sglang_dcp.hooks.inline import is_patched
     from sglang_dcp.hooks.install import is_loaded
     from sglang_dcp.hooks.verify import hooks_required
 
-    if hooks_required() and not (is_loaded() or is_patched()):
+    if not hooks_required():
+        return
+    load_plugins()
+    if not (is_loaded() or is_patched()):
         sys.exit(
             "sglang-dcp: error: the plugin did not load in this process; "
             "read its log, and check SGLANG_PLUGINS"

@@ -31,8 +31,8 @@ def extend_struct(base: Any, module: str, name: str) -> Any:
     def resolve_once(self: Any) -> None:
         """Resolve once. With DCP on, check before and after SGLang's own resolution.
 
-        Every process calls it. So it also ends a process in which no hook of ours was
-        installed, which no hook could notice.
+        Every process that gets these arguments calls it again. So it also ends one in which
+        the plugin does not load, which no hook could notice.
         """
         if _was_resolved(self):
             if self.dcp is not None:
@@ -95,9 +95,14 @@ def _resolve(args: Any, original: Callable[[Any], None]) -> None:
         dcp_comm_backend="ag_rs",
         dcp_replicate_q_proj=False,
     )
-    server_args.prepare(args)
-    original(args)
-    server_args.finish(args)
+    try:
+        server_args.prepare(args)
+        original(args)
+        server_args.finish(args)
+    except BaseException:
+        # SGLang then refuses to resolve this record again, as after an error of its own.
+        args._resolution_finished, args._resolution_failed = False, True
+        raise
 
 
 def _shown(args: Any) -> dict[str, Any]:

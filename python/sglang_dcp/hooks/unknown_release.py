@@ -49,5 +49,7 @@ def check_command_line(reason: str, argv: list[str], *args: Any, **kwargs: Any) 
 def check_engine(reason: str, engine: Any, *args: Any, **kwargs: Any) -> None:
     """Raise DcpConfigError if `sgl.Engine` gets one of our arguments."""
     given = [name for name in _ARGUMENTS if kwargs.get(name) is not None]
+    if getattr(kwargs.get("server_args"), "dcp_size", None) not in (None, 1):
+        given.append("dcp_size")
     if given:
         raise DcpConfigError(f"{given[0]}: {reason}{_OWN_DCP}")

@@ -12,17 +12,20 @@ import json
 import logging
 import pickle
 import sys
+from pathlib import Path
 from typing import Any
 from unittest.mock import Mock, call
 
 import pytest
 
+from helpers.gloo_ranks import run_python
 from helpers.server_args import as_server_info, resolve_server_args
 from sglang_dcp.config import DcpConfig, DcpConfigError, resolve_config
 from sglang_dcp.distributed.topology import Layout
 from sglang_dcp.hooks import verify
 from sglang_dcp.hooks.server_args import post_capture_kv_sizing_planned
 from sglang_dcp.releases.api import sglang_api
+from sglang_dcp.releases.installed import in_range, sglang_version
 from sglang_dcp.support.server import default_comm_backend
 
 
@@ -147,6 +150,43 @@ def test_off_holds_before_it_is_resolved(plugins: None, tiny_llama: str) -> None
 
     args = ServerArgs(model_path=tiny_llama, device="cpu")
     assert args.dcp_size == 1 and args.dcp is None
+
+
+@pytest.mark.skipif(
+    in_range(sglang_version(), None, "0.5.23"), reason="needs a record, as of 0.5.23"
+)
+def test_a_record_that_was_refused_is_not_resolved_again(
+    plugins: None, tiny_llama: str
+) -> None:
+    """`finish` refuses the chunk after SGLang has resolved everything."""
+    from sglang.srt.server_args import ServerArgs
+
+    sizes = {"tp_size": 4, "dcp_size": 2, "page_size": 4, "chunked_prefill_size": 4}
+    args = ServerArgs(model_path=tiny_llama, device="cpu", **sizes)
+    with pytest.raises(DcpConfigError, match="--chunked-prefill-size"):
+        args.resolve_once()
+    with pytest.raises(RuntimeError, match="already failed"):
+        args.resolve_once()
+
+
+WORKER = """
+import pickle, sys
+args = pickle.load(open(sys.argv[1], "rb"))
+args.resolve_once()
+print("alive", args.dcp.dcp_size)
+"""
+
+
+def test_a_process_that_loads_plugins_later_stays(
+    server_args: Any, tmp_path: Path
+) -> None:
+    """As a worker of the tokenizer, which gets the arguments first."""
+    if not hasattr(server_args(), "resolve_once"):
+        pytest.skip("needs a record, as of 0.5.23")
+    data = tmp_path / "args"
+    data.write_bytes(pickle.dumps(server_args(tp_size=4, dcp_size=2)))
+    done = run_python("-c", WORKER, str(data))
+    assert "alive 2" in done.stdout, done.stderr[-2000:]
 
 
 def field_names(record: Any) -> list[str]:
