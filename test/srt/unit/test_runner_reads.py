@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from helpers.attention_oracle import MAX_LEN, FakePool, Served, Shape
+from helpers.backend_ranks import logical_translator
 from helpers.runner_reads import (
     BACKENDS,
     LISTS,
@@ -195,19 +196,6 @@ def make_runner(table: Tensor) -> Any:
     if HAS_TRANSLATOR:
         runner.kv_index_translator = logical_translator(runner)
     return runner
-
-
-def logical_translator(runner: Any) -> Any:
-    """As `ModelRunner.init_kv_index_translator` makes it."""
-    from sglang.srt.mem_cache.kv_index_translator import KVIndexTranslator
-
-    return KVIndexTranslator(
-        req_to_token=runner.req_to_token_pool.req_to_token,
-        token_to_kv_pool_allocator=runner.token_to_kv_pool_allocator,
-        token_to_kv_pool=runner.token_to_kv_pool,
-        page_size=runner.page_size,
-        device=runner.device,
-    )
 
 
 @pytest.fixture(autouse=True)
