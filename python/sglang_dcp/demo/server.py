@@ -97,8 +97,11 @@ class ServerProcess:
         if self._process is not None:
             raise RuntimeError("a ServerProcess starts once; make another")
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        self._process = self._spawn()
+
+    def _spawn(self) -> "subprocess.Popen[bytes]":
         with self.log_path.open("wb") as log:
-            self._process = _spawn(self.command, self._env, log)
+            return _spawn(self.command, self._env, log)
 
     def wait_ready(
         self,

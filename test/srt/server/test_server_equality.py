@@ -1,7 +1,7 @@
 """Live servers, end to end: DCP = tp 1 = Hugging Face transformers, in fp32.
 
 Only here do scheduler, radix tree, allocator, chunked prefill, overlap, model code,
-head sharding, pool and exchange meet. Every case runs the whole request set of `e2e.py`
+head sharding, pool and exchange meet. Every case runs the whole request set of `request_set`
 and checks what the server says of its own capacity afterwards.
 """
 
@@ -33,7 +33,8 @@ CHECK_EVERY_BATCH = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1"}
 class Case:
     """One layout; `flags` beside model, device and dtype.
 
-    With `fills_pool`, prompts about as long as the pool are sent, too.
+    With `fills_pool`, prompts about as long as the pool are sent, too. A `fresh` server
+    is started as a user starts it.
     """
 
     kind: str
@@ -42,6 +43,7 @@ class Case:
     page_size: int = 1
     dcp_size: int = 2
     fills_pool: bool = False
+    fresh: bool = False
 
     @property
     def per_rank(self) -> int:
@@ -56,6 +58,7 @@ CASES = {
         "llama-2kv",
         "--tp 2 --dcp-size 2 --dcp-comm-backend a2a --chunked-prefill-size 64 "
         "--enable-mixed-chunk",
+        fresh=True,
     ),
     # 300 tokens a rank: requests of 397 and 399 are longer than one rank's pool, and
     # eight at once (1111) evict what the radix tree holds.
@@ -169,7 +172,8 @@ def test_equal_to_tp1(
     reference: Callable[[str], Reference],
 ) -> None:
     flags = f"{case.flags} --max-total-tokens {case.max_total_tokens} --enable-metrics"
-    with server(models(case.kind), flags, CHECK_EVERY_BATCH) as dcp:
+    model = models(case.kind)
+    with server(model, flags, CHECK_EVERY_BATCH, fresh=case.fresh) as dcp:
         replies = request_set.run_requests(dcp.base_url, request_set.build_requests())
         info = http_json(f"{dcp.base_url}/server_info")
         metrics = _metrics(dcp)

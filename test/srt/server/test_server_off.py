@@ -43,7 +43,8 @@ def test_bit_identical_to_sglang_alone_and_bounded_by_its_pool(
     ]
     env = plugin_folder(tmp_path, "rope_shim", SHIM)
     env["SGLANG_PLUGINS"] = "rope_shim"
-    with launched(model, FLAGS, env) as alone, server(model, FLAGS) as packaged:
+    packaged_server = server(model, FLAGS, fresh=True)
+    with launched(model, FLAGS, env) as alone, packaged_server as packaged:
         ours = request_set.run_requests(packaged.base_url, requests)
         info = http_json(f"{packaged.base_url}/server_info")
         too_long = _refusal(packaged, 397)
