@@ -7,9 +7,11 @@ stop, and changes nothing that works without it.
 from __future__ import annotations
 
 import os
-from typing import Any, Callable
+from functools import partial
+from typing import Any, Callable, Optional
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from sglang_dcp.releases.api import sglang_api
 
@@ -91,6 +93,63 @@ def adjust_config_with_unaligned_cpu_tp(
     from sglang.srt.utils.common import is_cpu
 
     return original(model_config, *args, **kwargs) if is_cpu() else model_config
+
+
+def apply_vocab_mask(
+    original: Callable[..., None],
+    self: Any,
+    logits: torch.Tensor,
+    vocab_mask: torch.Tensor,
+) -> None:
+    """Hook: `XGrammarGrammar.apply_vocab_mask`; `backend_vocab_mask` for one grammar."""
+    backend_vocab_mask(partial(original, self), logits, vocab_mask)
+
+
+def backend_vocab_mask(
+    original: Callable[..., None], logits: torch.Tensor, vocab_mask: torch.Tensor
+) -> None:
+    """Hook: `XGrammarGrammarBackend.apply_vocab_mask`; on CPU by XGrammar's own kernel.
+
+    Parameters
+    ----------
+    original : callable
+        SGLang's function, which raises for logits on a CPU.
+    logits : torch.Tensor
+        [requests, vocabulary], 16 bit or float32. Excluded tokens become -inf in place.
+    vocab_mask : torch.Tensor
+        [requests, ceil(vocabulary / 32)] int32. A set bit allows its token.
+    """
+    if logits.device.type != "cpu":
+        original(logits, vocab_mask)
+        return
+    from xgrammar import apply_token_bitmask_inplace
+
+    apply_token_bitmask_inplace(logits, vocab_mask, backend="cpu")
+
+
+class _Unpinned(TorchFunctionMode):
+    """While entered, tensors that ask for pinned memory get plain memory."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Optional[dict[str, Any]] = None,
+    ) -> Any:
+        if func is torch.Tensor.pin_memory:
+            return args[0]
+        kwargs = dict(kwargs or {})
+        kwargs.pop("pin_memory", None)
+        return func(*args, **kwargs)
+
+
+def without_pinned_memory(
+    original: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """Hook: the methods of `LoRAManager` that pin; torch pins only for an accelerator."""
+    with _Unpinned():
+        return original(*args, **kwargs)
 
 
 class _TorchKernel:

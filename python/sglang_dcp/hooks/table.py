@@ -330,6 +330,34 @@ CPU_HOOKS: tuple[Hook, ...] = (
         "SGLang would stop where there are more ranks than NUMA nodes",
     ),
     Hook(
+        "cpu-grammar-mask",
+        f"{_SRT}.constrained.xgrammar_backend.XGrammarGrammar.apply_vocab_mask",
+        Kind.AROUND,
+        "sglang_dcp.hooks.cpu:apply_vocab_mask",
+        "the first request with a JSON schema, a regex or a grammar would end the server",
+        until="0.5.23",
+    ),
+    Hook(
+        "cpu-grammar-mask-backend",
+        f"{_SRT}.constrained.xgrammar_backend.XGrammarGrammarBackend.apply_vocab_mask",
+        Kind.AROUND,
+        "sglang_dcp.hooks.cpu:backend_vocab_mask",
+        "strict thinking masks tokens without a grammar, and would end the server",
+    ),
+    *(
+        Hook(
+            f"cpu-lora-{name}",
+            f"{_SRT}.lora.lora_manager.LoRAManager.{method}",
+            Kind.AROUND,
+            "sglang_dcp.hooks.cpu:without_pinned_memory",
+            f"LoRA would ask for pinned memory {when}, which only a GPU gives",
+        )
+        for name, method, when in (
+            ("start", "init_state", "at start"),
+            ("batch", "prepare_lora_batch", "before each forward"),
+        )
+    ),
+    Hook(
         "cpu-alloc-extend",
         f"{_SRT}.mem_cache.allocator.paged.alloc_extend_kernel",
         Kind.ATTRIBUTE,

@@ -1,4 +1,4 @@
-"""Set-up for machines without a GPU: core lists, and slots without Triton.
+"""Set-up for machines without a GPU: core lists, slots without Triton, grammars.
 
 Only this file compares the torch allocation with SGLang's Triton kernels, run by
 Triton's interpreter, and drives SGLang's paged allocator through many request lives.
@@ -216,6 +216,54 @@ def test_lives_through_the_paged_allocator(page_size: int, plugins: None) -> Non
     while lives.slots:
         lives.free(0)
     assert lives.allocator.available_size() == 20 * page_size
+
+
+def masked_by_hand(logits: torch.Tensor, vocab_mask: torch.Tensor) -> torch.Tensor:
+    """-inf where the token's bit is not set."""
+    rows = [list(row) for row in logits.tolist()]
+    for row, words in zip(rows, vocab_mask.tolist(), strict=True):
+        for token in range(len(row)):
+            if not words[token // 32] >> token % 32 & 1:
+                row[token] = float("-inf")
+    return torch.tensor(rows, dtype=logits.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("of_backend", [False, True], ids=["grammar", "backend"])
+def test_grammar_masks_on_cpu(
+    of_backend: bool, dtype: torch.dtype, plugins: None
+) -> None:
+    """SGLang's own grammar: a row that it bounds, one that it leaves free, odd words."""
+    from sglang.srt.constrained import xgrammar_backend
+    from xgrammar import GrammarCompiler, GrammarMatcher, TokenizerInfo
+
+    pieces = [chr(33 + i) for i in range(70)]
+    compiled = GrammarCompiler(TokenizerInfo(pieces)).compile_regex("[a-c]{2}")
+    grammar = xgrammar_backend.XGrammarGrammar(
+        GrammarMatcher(compiled), len(pieces), compiled, None
+    )
+    mask = grammar.allocate_vocab_mask(len(pieces), 2, "cpu")
+    grammar.fill_vocab_mask(mask, 1)
+    wide = torch.randn(2, 99, generator=torch.Generator().manual_seed(7)).to(dtype)
+    logits = wide[:, : len(pieces)]
+    wanted = masked_by_hand(logits, mask)
+    kind = xgrammar_backend.XGrammarGrammarBackend
+    apply = kind.apply_vocab_mask if of_backend else grammar.apply_vocab_mask
+    apply(logits=logits, vocab_mask=mask)
+    assert torch.equal(logits, wanted)
+    allowed = [pieces[i] for i in wanted[1].isfinite().nonzero().flatten()]
+    assert allowed == ["a", "b", "c"]
+    assert wanted[0].isfinite().all() and wide[:, len(pieces) :].isfinite().all()
+
+
+def test_nothing_is_pinned_for_lora() -> None:
+    def original(values: list[int], *, more: int) -> list[torch.Tensor]:
+        pinned = torch.tensor(values, dtype=torch.int32, pin_memory=True)
+        return [pinned, torch.zeros(more, pin_memory=True), pinned.clone().pin_memory()]
+
+    got = cpu.without_pinned_memory(original, [3, 4], more=2)
+    assert [part.tolist() for part in got] == [[3, 4], [0.0, 0.0], [3, 4]]
+    assert got[0].dtype == torch.int32 and not any(part.is_pinned() for part in got)
 
 
 if __name__ == "__main__":
