@@ -237,23 +237,23 @@ def test_grammar_masks_on_cpu(
     from sglang.srt.constrained import xgrammar_backend
     from xgrammar import GrammarCompiler, GrammarMatcher, TokenizerInfo
 
-    pieces = [chr(33 + i) for i in range(70)]
-    compiled = GrammarCompiler(TokenizerInfo(pieces)).compile_regex("[a-c]{2}")
+    words = [chr(33 + i) for i in range(70)]
+    compiled = GrammarCompiler(TokenizerInfo(words)).compile_regex("[a-c]{2}")
     grammar = xgrammar_backend.XGrammarGrammar(
-        GrammarMatcher(compiled), len(pieces), compiled, None
+        GrammarMatcher(compiled), len(words), compiled, None
     )
-    mask = grammar.allocate_vocab_mask(len(pieces), 2, "cpu")
+    mask = grammar.allocate_vocab_mask(len(words), 2, "cpu")
     grammar.fill_vocab_mask(mask, 1)
     wide = torch.randn(2, 99, generator=torch.Generator().manual_seed(7)).to(dtype)
-    logits = wide[:, : len(pieces)]
+    logits = wide[:, : len(words)]
     wanted = masked_by_hand(logits, mask)
     kind = xgrammar_backend.XGrammarGrammarBackend
     apply = kind.apply_vocab_mask if of_backend else grammar.apply_vocab_mask
     apply(logits=logits, vocab_mask=mask)
     assert torch.equal(logits, wanted)
-    allowed = [pieces[i] for i in wanted[1].isfinite().nonzero().flatten()]
+    allowed = [words[i] for i in wanted[1].isfinite().nonzero().flatten()]
     assert allowed == ["a", "b", "c"]
-    assert wanted[0].isfinite().all() and wide[:, len(pieces) :].isfinite().all()
+    assert wanted[0].isfinite().all() and wide[:, len(words) :].isfinite().all()
 
 
 def test_nothing_is_pinned_for_lora() -> None:
