@@ -1,4 +1,5 @@
-# make demo | test | test-fast | test-hooks | test-gpu | mutations | lint | format | ci | clean
+# make demo | test | test-fast | test-hooks | test-gpu | mutations | fuzz | soak | lint | format | ci
+#      clean
 #      bench | bench-checks | bench-exchange | bench-serving | patch-lint | patch-export
 #
 # demo and test install what they need into .venv first.
@@ -19,7 +20,7 @@ HOOK_TESTS := test/srt/patch $(foreach name,attention_calls backends backends_ml
 # Servers start three times faster with .pyc files.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-fast test-hooks test-gpu mutations lint format ci clean \
+.PHONY: demo test test-fast test-hooks test-gpu mutations fuzz soak lint format ci clean \
 	bench bench-checks bench-exchange bench-serving patch-lint patch-export
 
 demo: $(STAMP)
@@ -43,6 +44,14 @@ test-gpu: $(STAMP)
 # Applies each change of test/mutations to a copy and expects a test to fail.
 mutations: $(STAMP)
 	$(BIN)/python test/mutations/run.py $(ARGS)
+
+# Random mixes of requests against live servers: make fuzz N=1000 SEED=7 ARGS="--setting NAME"
+fuzz: $(STAMP)
+	PYTHONPATH=test/srt $(BIN)/python -m fuzz --mixes $(or $(N),200) --seed $(or $(SEED),0) $(ARGS)
+
+# 64 users at once: make soak MINUTES=10
+soak: $(STAMP)
+	PYTHONPATH=test/srt $(BIN)/python -m fuzz --soak $(or $(MINUTES),10) $(ARGS)
 
 # Builds wheel and sdist, and runs the command line from the wheel in an environment of its own.
 # Then the older release, as far as the time of CI goes.

@@ -1,0 +1,1 @@
+"""Random mixes of requests against live servers, and a soak. See `__main__`."""

@@ -1,0 +1,128 @@
+"""Many users at once, sampling, for minutes: nothing leaks, nothing hangs."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from fuzz import rest
+from fuzz.client import Client, Lost
+from fuzz.mixes import Ask
+
+USERS = 64
+# Growth of a process after the first minute that is more than Python's own noise.
+GROWTH_BYTES = 64 << 20
+_WARM_SHARE = 0.25
+
+
+@dataclass
+class Soak:
+    """Counts of a soak, and the longest time that a request took."""
+
+    requests: int = 0
+    tokens: int = 0
+    aborted: int = 0
+    disconnected: int = 0
+    longest_seconds: float = 0.0
+    growth: dict[str, int] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        worst = max(self.growth.values(), default=0) / 2**20
+        return (
+            f"{self.requests} requests, {self.tokens} tokens, {self.aborted} aborted, "
+            f"{self.disconnected} disconnected, longest request "
+            f"{self.longest_seconds:.1f} s, largest growth of a process {worst:.1f} MiB"
+        )
+
+
+async def soak(
+    client: Client, group: int, ranks: int, longest: int, minutes: float, seed: int = 0
+) -> Soak:
+    """Load the server for some minutes. Raises `Lost` for what goes wrong.
+
+    Parameters
+    ----------
+    group : int
+        Process id of the server.
+    ranks : int
+        Number of its ranks.
+    longest : int
+        Tokens of the longest prompt that it takes.
+    """
+    found = Soak()
+    end = time.monotonic() + 60 * minutes
+    warm = time.monotonic() + 60 * minutes * _WARM_SHARE
+    users = [
+        asyncio.create_task(
+            _user(client, random.Random(1000 * seed + i), longest, end, found)
+        )
+        for i in range(USERS)
+    ]
+    try:
+        await asyncio.sleep(warm - time.monotonic())
+        before = rest.resident_bytes(group)
+        await asyncio.gather(*users)
+    finally:
+        for user in users:
+            user.cancel()
+    await rest.settle(client, ranks)
+    found.growth = _growth(before, rest.resident_bytes(group))
+    too_much = {k: v for k, v in found.growth.items() if v > GROWTH_BYTES}
+    if too_much:
+        raise Lost(f"processes grew by {too_much} bytes after {found}")
+    return found
+
+
+def _growth(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, int]:
+    if before.keys() != after.keys():
+        raise Lost(f"processes were {sorted(before)} and are {sorted(after)}")
+    return {name: after[name] - before[name] for name in before}
+
+
+async def _user(
+    client: Client, draw: random.Random, longest: int, end: float, found: Soak
+) -> None:
+    """One request after the other, in a conversation that starts anew at times."""
+    said: tuple[int, ...] = ()
+    while time.monotonic() < end:
+        if len(said) > longest // 2 or draw.random() < 0.3:
+            said = ()
+        room = max(1, min(longest // 2, 60))
+        said += tuple(draw.randrange(256) for _ in range(draw.randint(1, room)))
+        said = said[:longest]
+        begin = time.monotonic()
+        ids = await _sample(client, draw, said, found)
+        found.longest_seconds = max(found.longest_seconds, time.monotonic() - begin)
+        found.requests += 1
+        found.tokens += len(ids)
+        said += ids
+
+
+async def _sample(
+    client: Client, draw: random.Random, ids: tuple[int, ...], found: Soak
+) -> tuple[int, ...]:
+    """One sampled answer; some are aborted, some lose their reader."""
+    kind, after = draw.random(), draw.uniform(0.05, 2.0)
+    ask = Ask(
+        ids,
+        draw.randint(1, 32),
+        stream=draw.random() < 0.5,
+        temperature=1.0,
+        top_p=0.9 if draw.random() < 0.3 else 1.0,
+        abort_after=after if kind < 0.1 else 0.0,
+        disconnect_after=after if 0.1 <= kind < 0.2 else 0.0,
+    )
+    answer = await client.ask(ask)
+    output = answer.outputs[0] if answer.outputs else None
+    if answer.status == 0:
+        found.disconnected += 1
+    elif output is None or output.finish == "abort":
+        found.aborted += 1
+        if not ask.abort_after:
+            raise Lost(f"{answer} for {ask}, which no one aborted")
+    elif not output.ids or output.finish != "length":
+        raise Lost(f"{answer} for {ask}")
+    return tuple(output.ids) if output else ()
