@@ -29,6 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("context",),
     ("distributed.all_to_all", "distributed.groups"),
     ("distributed.all_to_all_peers",),
+    ("distributed.exchange.fallbacks",),
     ("distributed.exchange.base", "distributed.exchange.symm_a2a.nvrtc"),
     ("distributed.exchange",),
     ("layers.backends",),

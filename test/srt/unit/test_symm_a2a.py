@@ -24,6 +24,7 @@ from sglang_dcp.distributed.exchange import (
     WorkspaceSpec,
     symm_a2a,
 )
+from sglang_dcp.distributed.exchange.fallbacks import Fallbacks
 from sglang_dcp.distributed.exchange.symm_a2a import kernel as kernels
 from sglang_dcp.distributed.exchange.symm_a2a import workspace as memory
 
@@ -91,6 +92,31 @@ def test_what_does_not_fit_goes_by_a2a(size: Any, ways: list[str]) -> None:
     reduce_of(exchange, *size)
     exchange.gather_heads(torch.zeros(*size[:3], dtype=size[3]))
     assert ways == ["a2a", "a2a"]
+    [reason] = exchange.fallbacks.counts
+    whole_vectors = size[2] * size[3].itemsize in (256, 2048)
+    assert exchange.fallbacks.counts[reason] == 2
+    assert reason == ("capacity" if whole_vectors else "row_size")
+    # Decode is served by the kernel all the same.
+    assert exchange.in_use == "symm_a2a"
+
+
+def test_what_fits_is_no_fall_back(ways: list[str]) -> None:
+    exchange = make_exchange(SimpleNamespace(chunks=CHUNKS))
+    for size in FITS:
+        reduce_of(exchange, *size)
+    assert exchange.fallbacks.counts == {}
+
+
+def test_an_observer_hears_of_every_fall_back_once() -> None:
+    fallbacks = Fallbacks()
+    fallbacks.add("early")
+    fallbacks.add("early")
+    heard: list[tuple[str, int]] = []
+    fallbacks.observe(lambda reason, count: heard.append((reason, count)))
+    fallbacks.add("late")
+    fallbacks.add("early")
+    assert heard == [("early", 2), ("late", 1), ("early", 1)]
+    assert fallbacks.counts == {"early": 3, "late": 1}
 
 
 def test_the_fall_back_is_said_once(
@@ -115,6 +141,7 @@ def test_queries_whose_words_may_all_be_ones_go_by_nccl(
     exchange.gather_heads(torch.empty(1, 1, 64, dtype=dtype))
     exchange.gather_heads(torch.empty(1, 1, 64, dtype=FP8))
     assert ways == ["a2a", "symm"]
+    assert exchange.fallbacks.counts == {"dtype": 1}
 
 
 def test_no_tokens_go_nowhere() -> None:
@@ -124,16 +151,19 @@ def test_no_tokens_go_nowhere() -> None:
     assert exchange.gather_heads(q).shape == (0, 8, 128)
 
 
-def test_unreachable_peers_are_said_and_go_by_a2a(
-    ways: list[str], caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("rank", range(WORLD_SIZE))
+def test_unreachable_peers_are_said_once_and_go_by_a2a(
+    rank: int, ways: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    group: Any = SimpleNamespace(world_size=WORLD_SIZE, rank_in_group=RANK)
+    group: Any = SimpleNamespace(world_size=WORLD_SIZE, rank_in_group=rank)
     with patch.object(memory, "unreachable_peer", lambda _: "a and b are two"):
         exchange = symm_a2a.SymmA2AExchange(group)
     reduce_of(exchange, 1, 1, 128, BF16)
-    assert ways == ["a2a"]
-    [record] = [r for r in caplog.records if r.levelno == logging.WARNING]
-    assert "a and b are two" in record.message and "a2a" in record.message
+    assert ways == ["a2a"] and exchange.in_use == "a2a"
+    assert exchange.fallbacks.counts == {"unreachable": 1}
+    said = [r.message for r in caplog.records if r.levelno == logging.WARNING]
+    assert len(said) == (rank == 0)
+    assert all("a and b are two" in line and "a2a" in line for line in said)
 
 
 def views() -> Iterator[tuple[str, Tensor, bool]]:

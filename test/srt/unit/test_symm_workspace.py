@@ -66,6 +66,7 @@ PAIRS = [
         ((1, 2),),
         "GPU 1 cannot access the memory of GPU 2",
     ),
+    ([("a", 0), ("a", 3)], (), "the rank on GPU 0 does not see GPU 3"),
     # `SGLANG_ONE_VISIBLE_DEVICE_PER_PROCESS`.
     ([("a", 0), ("a", 0)], (), "ranks share GPU 0 of a, or each sees one GPU alone"),
 ]
@@ -78,6 +79,7 @@ def test_all_ranks_find_the_same_unreachable_peer(
     monkeypatch.setattr(
         torch.cuda, "can_device_access_peer", lambda a, b: (a, b) not in cut
     )
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     firsts = [memory._first_unreachable(place, places) for place in places]
     found = set()
     for host, device in places:

@@ -15,9 +15,8 @@ from sglang_dcp.distributed.exchange.base import (
 from sglang_dcp.distributed.exchange.symm_a2a import SymmA2AExchange
 
 EXCHANGES: dict[str, type[Exchange]] = {
-    "ag_rs": AllGatherReduceScatterExchange,
-    "a2a": A2AExchange,
-    "symm_a2a": SymmA2AExchange,
+    found.name: found
+    for found in (AllGatherReduceScatterExchange, A2AExchange, SymmA2AExchange)
 }
 
 

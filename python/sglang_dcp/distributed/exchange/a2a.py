@@ -19,6 +19,7 @@ from sglang_dcp.ops.partials import pack_partials, unpack_combine
 class A2AExchange(Exchange):
     """Packs, runs one all-to-all between peers in the payload's dtype, and combines."""
 
+    name = "a2a"
     summary = "one packed all-to-all of outputs and LSE"
 
     def _reduce(

@@ -21,6 +21,7 @@ class AllGatherReduceScatterExchange(Exchange):
     also have to wait for the gathered LSE, and it sums in the order of its ring.
     """
 
+    name = "ag_rs"
     summary = "all-gather the LSE, reduce-scatter the outputs"
 
     def _reduce(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sglang_dcp.distributed.all_to_all_peers import PeerGroup
+from sglang_dcp.distributed.exchange.fallbacks import Fallbacks
 from sglang_dcp.ops.lse_merge import PARTIAL_DTYPES
 from sglang_dcp.ops.partials import interleave_heads
 
@@ -48,22 +49,36 @@ class Exchange(ABC):
 
     Attributes
     ----------
+    name : str
+        The value of `--dcp-comm-backend` that chooses it.
     summary : str
         What the exchange does, for `--help`.
     max_ranks : int, optional
         Most ranks of a group; None for any number.
     needs_gpu : str
         Why the exchange does not run on a CPU; "" if it does.
+    fallback_reasons : tuple of str
+        Reasons that `fallbacks` may count.
+    fallbacks : Fallbacks
+        Calls that another exchange served.
     """
 
+    name: ClassVar[str]
     summary: ClassVar[str]
     max_ranks: ClassVar[Optional[int]] = None
     needs_gpu: ClassVar[str] = ""
+    fallback_reasons: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self, group: ExchangeGroup, spec: Optional[WorkspaceSpec] = None
     ) -> None:
         self.group = group
+        self.fallbacks = Fallbacks()
+
+    @property
+    def in_use(self) -> str:
+        """Return the name of the exchange that serves decode: `name`, or its fall-back."""
+        return self.name
 
     def gather_heads(self, q: Tensor) -> Tensor:
         """All-gather local heads [tokens, h, D] to all heads [tokens, h * N, D].

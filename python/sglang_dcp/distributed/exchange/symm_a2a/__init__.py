@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sglang_dcp.distributed.exchange.a2a import A2AExchange
 from sglang_dcp.distributed.exchange.base import ExchangeGroup, WorkspaceSpec
+from sglang_dcp.distributed.exchange.fallbacks import Fallbacks
 from sglang_dcp.distributed.exchange.symm_a2a import kernel as kernels
 from sglang_dcp.ops.partials import empty_state
 
@@ -26,9 +27,13 @@ class SymmA2AExchange(A2AExchange):
     """Runs ``symm_a2a.cu`` where a call fits it, and ``a2a`` where it does not.
 
     A call fits if its rows are whole 16-byte vectors and the workspace has room for
-    them. This depends on shapes alone, which are equal on all ranks. The calls of a
-    rank, eager or replayed, must run one after the other: on one stream, or on streams
-    that wait for each other.
+    them. This depends on shapes alone, which are equal on all ranks. Without a workspace
+    no call fits. Whether there is one is decided once, and is the same on all ranks of
+    the group. The calls of a rank, eager or replayed, must run one after the other: on
+    one stream, or on streams that wait for each other.
+
+    In `fallbacks`, `row_size`, `capacity` and `dtype` are counted for each call that went
+    by ``a2a``. `unreachable` and `rendezvous` are counted once, for all calls.
 
     Parameters
     ----------
@@ -36,9 +41,11 @@ class SymmA2AExchange(A2AExchange):
     spec : the largest decode step
     """
 
+    name = "symm_a2a"
     summary = "one kernel that stores to the peers' memory over NVLink"
     max_ranks = kernels.MAX_WORLD_SIZE
     needs_gpu = "its kernel stores to the memory of other NVIDIA GPUs"
+    fallback_reasons = ("unreachable", "rendezvous", "row_size", "capacity", "dtype")
 
     def __init__(
         self, group: ExchangeGroup, spec: Optional[WorkspaceSpec] = None
@@ -47,7 +54,12 @@ class SymmA2AExchange(A2AExchange):
         self._workspace: Optional[kernels.Workspace] = None
         self._logged = False
         if group.world_size > 1:
-            self._workspace = _workspace(group, spec or WorkspaceSpec())
+            self._workspace = _workspace(group, spec or WorkspaceSpec(), self.fallbacks)
+
+    @property
+    def in_use(self) -> str:
+        """Return `symm_a2a`, or `a2a` if there is no workspace."""
+        return self.name if self._workspace is not None else A2AExchange.name
 
     def gather_heads(self, q: Tensor) -> Tensor:
         """All-gather local heads [tokens, h, D] to all heads [tokens, h * N, D].
@@ -56,7 +68,10 @@ class SymmA2AExchange(A2AExchange):
         go by NCCL.
         """
         workspace = self._workspace_for(q.shape[0] * q.shape[1], q)
-        if workspace is None or q.dtype not in GATHERED_DTYPES:
+        if workspace is not None and q.dtype not in GATHERED_DTYPES:
+            self.fallbacks.add("dtype")
+            workspace = None
+        if workspace is None:
             return super().gather_heads(q)
         q = _addressable(q)
         out = q.new_empty(q.shape[0], q.shape[1] * self.group.world_size, q.shape[2])
@@ -95,9 +110,13 @@ class SymmA2AExchange(A2AExchange):
         workspace = self._workspace
         if workspace is None or not rows:
             return None
-        fits = kernels.fits_row(row_bytes)
-        if fits and kernels.chunks_of(rows, row_bytes) <= workspace.chunks:
+        if not kernels.fits_row(row_bytes):
+            reason = "row_size"
+        elif kernels.chunks_of(rows, row_bytes) > workspace.chunks:
+            reason = "capacity"
+        else:
             return workspace
+        self.fallbacks.add(reason)
         if not self._logged:
             self._logged = True
             logger.info(
@@ -110,17 +129,25 @@ class SymmA2AExchange(A2AExchange):
 
 
 def _workspace(
-    group: ExchangeGroup, spec: WorkspaceSpec
+    group: ExchangeGroup, spec: WorkspaceSpec, fallbacks: Fallbacks
 ) -> Optional[kernels.Workspace]:
+    """Make the workspace, or count and log why no rank of the group has one."""
+    from sglang_dcp.distributed.exchange.symm_a2a.rendezvous import StepFailed
     from sglang_dcp.distributed.exchange.symm_a2a.workspace import (
         make_workspace,
         unreachable_peer,
     )
 
-    if reason := unreachable_peer(group):
-        logger.warning("symm_a2a: %s; a2a takes over for all batches", reason)
-        return None
-    return make_workspace(group, _capacity(spec), spec.timeout_s)
+    reason, fault = "unreachable", unreachable_peer(group)
+    if not fault:
+        try:
+            return make_workspace(group, _capacity(spec), spec.timeout_s)
+        except StepFailed as error:
+            reason, fault = "rendezvous", f"the inboxes could not be mapped ({error})"
+    fallbacks.add(reason)
+    if group.rank_in_group == 0:
+        logger.warning("symm_a2a: %s; a2a takes over for all batches", fault)
+    return None
 
 
 def _capacity(spec: WorkspaceSpec) -> int:

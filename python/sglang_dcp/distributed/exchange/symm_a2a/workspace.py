@@ -9,12 +9,17 @@ import logging
 import socket
 import threading
 import weakref
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sglang_dcp.distributed.all_to_all_peers import PeerGroup
 from sglang_dcp.distributed.exchange.symm_a2a.kernel import Workspace, inbox_bytes
+from sglang_dcp.distributed.exchange.symm_a2a.rendezvous import (
+    bounded_wait,
+    on_all_ranks,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -40,12 +45,15 @@ def unreachable_peer(group: PeerGroup) -> str:
 
 def _first_unreachable(mine: tuple[str, int], everyone: list[tuple[str, int]]) -> str:
     host, device = mine
+    visible = torch.cuda.device_count()
     # PyTorch takes the two for one GPU and raises.
     if everyone.count(mine) > 1:
         return f"ranks share GPU {device} of {host}, or each sees one GPU alone"
     for other_host, other in everyone:
         if other_host != host:
             return f"{host} and {other_host} are two nodes"
+        if other >= visible:
+            return f"the rank on GPU {device} does not see GPU {other}"
         if other != device and not torch.cuda.can_device_access_peer(device, other):
             return f"GPU {device} cannot access the memory of GPU {other}"
     return ""
@@ -54,40 +62,67 @@ def _first_unreachable(mine: tuple[str, int], everyone: list[tuple[str, int]]) -
 def make_workspace(group: PeerGroup, chunks: int, timeout_s: float) -> Workspace:
     """Allocate, map and empty the inboxes.
 
-    It is a collective, and must run before any capture.
+    It is a collective, and must run before any capture. No rank enters the rendezvous
+    before all have allocated, and no rank may store before every inbox is empty.
 
     Parameters
     ----------
     group : ranks that can all reach each other
     chunks : capacity of an inbox, the same on all ranks
     timeout_s : seconds that a kernel waits for a peer
-    """
-    from torch.distributed import _symmetric_memory as symmetric
 
+    Raises
+    ------
+    StepFailed
+        On all ranks, if a rank could not allocate or map.
+    """
     # The rendezvous takes no inference tensors.
     with torch.inference_mode(False):
-        inbox = symmetric.empty(
-            inbox_bytes(group.world_size, chunks),
-            dtype=torch.uint8,
-            device=torch.device("cuda", torch.cuda.current_device()),
-        )
-        handle = symmetric.rendezvous(inbox, group.device_group)
-        inbox.fill_(_EMPTY)
-        uses = torch.zeros(chunks, dtype=torch.int32, device=inbox.device)
-        fault = torch.zeros(2, dtype=torch.int32, pin_memory=True)
-    # No rank may store before every inbox is empty.
-    torch.cuda.synchronize()
-    torch.distributed.barrier(group=group.cpu_group)
+        memory = on_all_ranks(group, lambda: _allocate(group.world_size, chunks))
+        handle = on_all_ranks(group, lambda: _map(memory.inbox, group))
     workspace = Workspace(
         list(handle.buffer_ptrs),
-        uses,
-        fault,
+        memory.uses,
+        memory.fault,
         group.rank_in_group,
         timeout_s,
-        owned=(handle, inbox),
+        owned=(handle, memory.inbox),
     )
     _watch_faults(workspace)
     return workspace
+
+
+class _Memory(NamedTuple):
+    inbox: Tensor  # [bytes] uint8, symmetric
+    uses: Tensor  # [chunks] int32
+    fault: Tensor  # [2] int32, pinned
+
+
+def _allocate(world_size: int, chunks: int) -> _Memory:
+    from torch.distributed import _symmetric_memory as symmetric
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    return _Memory(
+        symmetric.empty(
+            inbox_bytes(world_size, chunks), dtype=torch.uint8, device=device
+        ),
+        torch.zeros(chunks, dtype=torch.int32, device=device),
+        torch.zeros(2, dtype=torch.int32, pin_memory=True),
+    )
+
+
+def _map(inbox: Tensor, group: PeerGroup) -> Any:
+    """Map the inboxes of all ranks, and empty the one of this rank."""
+    from torch.distributed import _symmetric_memory as symmetric
+
+    with bounded_wait(group.device_group):
+        handle = symmetric.rendezvous(inbox, group.device_group)
+    # Another user of symmetric memory may have chosen a backend that maps less.
+    if handle is None or not all(handle.buffer_ptrs):
+        raise RuntimeError("PyTorch mapped no address for the inbox of a peer")
+    inbox.fill_(_EMPTY)
+    torch.cuda.synchronize()
+    return handle
 
 
 def _watch_faults(workspace: Workspace) -> None:
