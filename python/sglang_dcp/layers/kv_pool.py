@@ -13,20 +13,81 @@ from typing import Any, Callable, Optional
 
 import torch
 
-from sglang_dcp.config import DcpConfigError, dcp_of
+from sglang_dcp.config import DcpConfig, DcpConfigError, dcp_of
 from sglang_dcp.context import get_context
+from sglang_dcp.layers.table_memory import added_table_bytes, tokens_beside_tables
 from sglang_dcp.releases.api import sglang_api
 
 logger = logging.getLogger(__name__)
 
 
-def config_from_budget(result: Any, kvc: Any, *args: Any, **kwargs: Any) -> Any:
-    """Hook: `KVCacheConfigurator.config_from_budget`; counts the tokens of all ranks."""
+def config_from_budget(
+    result: Any, kvc: Any, budget_bytes: int, *args: Any, **kwargs: Any
+) -> Any:
+    """Hook: `KVCacheConfigurator.config_from_budget`; counts the tokens of all ranks.
+
+    The pool leaves room for the tables that a server without DCP does not have.
+
+    Raises
+    ------
+    DcpConfigError
+        These tables leave no room for a pool.
+    """
     config = dcp_of(kvc.server_args)
     if config is None:
         return result
-    tokens = result.max_total_num_tokens
+    tokens = _tokens_beside_tables(
+        kvc, budget_bytes, result.max_total_num_tokens, config
+    )
     return dataclasses.replace(result, max_total_num_tokens=tokens * config.dcp_size)
+
+
+def _tokens_beside_tables(
+    kvc: Any, budget_bytes: int, tokens: int, config: DcpConfig
+) -> int:
+    """Return how many of one rank's `tokens` fit into the budget beside the tables."""
+    from sglang.srt.model_executor.pool_configurator import (
+        create_memory_pool_configurator,
+    )
+
+    page = config.logical_page_size
+    whole = create_memory_pool_configurator(kvc).calculate_pool_sizes(
+        budget_bytes, page
+    )
+    token_bytes = budget_bytes / whole.max_total_num_tokens
+    tables = _tables_of(kvc, tokens, config)
+    left = tokens_beside_tables(tokens, page, token_bytes, budget_bytes, tables)
+    context_len, taken = kvc.model_config.context_len, tables(left)
+    if not left:
+        raise DcpConfigError(
+            f"--context-length {context_len}: the tables of requests take "
+            f"{taken / 1e9:.1f} GB, and the KV pool may have {budget_bytes / 1e9:.1f} GB "
+            "with them; set --max-running-requests, or a shorter --context-length"
+        )
+    if taken >= 1e9 and get_context().tp_rank == 0:
+        logger.info(
+            "DCP: the KV pool leaves %.1f GB for tables of requests at --context-length "
+            "%d; a smaller --max-running-requests needs less",
+            taken / 1e9,
+            context_len,
+        )
+    return left
+
+
+def _tables_of(kvc: Any, most: int, config: DcpConfig) -> Callable[[int], int]:
+    """Return how many bytes of tables DCP adds to a pool of so many tokens of a rank."""
+    context_len, dcp_size = kvc.model_config.context_len, config.dcp_size
+    if sglang_api().resolved(kvc.server_args).max_running_requests is not None:
+        # It hardly depends on the pool then, and SGLang logs where it does.
+        named = kvc.resolve_max_num_reqs(most * dcp_size)
+        return lambda tokens: added_table_bytes(named, named, context_len, dcp_size)
+    without_dcp = kvc.resolve_max_num_reqs(most)
+
+    def tables(tokens: int) -> int:
+        requests = kvc.resolve_max_num_reqs(tokens * dcp_size)
+        return added_table_bytes(requests, without_dcp, context_len, dcp_size)
+
+    return tables
 
 
 # Indices into the tuple that `TpModelWorker.get_worker_info` returns.

@@ -28,6 +28,7 @@ from sglang_dcp.layers.kv_pool import (
     explain_input_bound,
     write_kv,
 )
+from sglang_dcp.layers.local_batch import LocalBatchBuilder
 
 CONFIGS = {
     "dcp2": DcpConfig(Layout(4, 2), page_size=4),
@@ -61,9 +62,13 @@ def configurator(config: DcpConfig | None, tp_rank: int = 0) -> Any:
         device="cuda",
         attention_backend="torch_native",
         kv_cache_dtype="auto",
+        max_running_requests=None,
     )
     return SimpleNamespace(
         server_args=args,
+        model_config=SimpleNamespace(context_len=60),
+        # SGLang's rule, with other numbers.
+        resolve_max_num_reqs=lambda tokens: max(3, tokens // 60),
         kv_cache_dtype=torch.bfloat16,
         model_dtype=torch.bfloat16,
         use_mla_backend=False,
@@ -82,12 +87,90 @@ class Builder:
         return self.pool
 
 
+# Bytes of a token in a rank's pool.
+CELL = 40
+ROOMY = 1 << 30
+
+
+@pytest.fixture(autouse=True)
+def sized_by_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang's sizing of a pool, whole pages."""
+    from sglang.srt.model_executor import pool_configurator
+
+    def calculate(available: int, page: int) -> Budget:
+        return Budget(available // CELL // page * page)
+
+    monkeypatch.setattr(
+        pool_configurator,
+        "create_memory_pool_configurator",
+        lambda kvc: SimpleNamespace(calculate_pool_sizes=calculate),
+    )
+
+
 @each_config
 def test_scheduler_sees_the_tokens_of_all_ranks(config: DcpConfig) -> None:
     budget = Budget(480)
-    seen = config_from_budget(budget, configurator(config), 123, cap_tokens=9)
+    seen = config_from_budget(budget, configurator(config), ROOMY, cap_tokens=9)
     assert seen == Budget(480 * config.dcp_size)
     assert budget == Budget(480), "SGLang's own object is not changed"
+
+
+@each_config
+@pytest.mark.parametrize("requested", [None, 12], ids=["default", "named"])
+def test_pool_and_tables_fit_where_a_pool_alone_fits_without_dcp(
+    requested: int | None, config: DcpConfig
+) -> None:
+    """Counts the tables by the tensors that hold them, of a pool that fills its budget."""
+    budget_bytes = CELL * 48000
+    kvc = configurator(config)
+    if requested:
+        kvc.server_args.max_running_requests = requested
+        kvc.resolve_max_num_reqs = lambda tokens: min(requested, tokens // 2)
+    # What SGLang makes of the whole budget, with DCP and without.
+    without = budget_bytes // CELL
+    seen = config_from_budget(Budget(without), kvc, budget_bytes)
+    local = seen.max_total_num_tokens // config.dcp_size
+    assert local % (config.page_size * config.dcp_size) == 0
+    requests = kvc.resolve_max_num_reqs(seen.max_total_num_tokens)
+    positions = kvc.model_config.context_len + 4
+    table = torch.zeros(requests + 1, positions, dtype=torch.int32)
+    plain_rows = kvc.resolve_max_num_reqs(without) + 1
+    plain_table = torch.zeros(plain_rows, positions, dtype=torch.int32)
+    builder = LocalBatchBuilder(table, config.dcp_size, 0, config.page_size)
+    taken = local * CELL + table.nbytes + builder.local_table.nbytes
+    allowed = budget_bytes + plain_table.nbytes
+    assert taken <= allowed
+    # Not a page more would fit.
+    pages_bytes = 2 * config.page_size * config.dcp_size * (CELL + 200)
+    assert taken > allowed - pages_bytes - 65 * 8
+
+
+def test_a_pool_that_the_user_made_small_keeps_its_tokens() -> None:
+    seen = config_from_budget(
+        Budget(64), configurator(CONFIGS["dcp2"]), 64 * CELL + 9999
+    )
+    assert seen.max_total_num_tokens == 128
+
+
+def test_tables_that_leave_no_pool_are_refused() -> None:
+    kvc = configurator(CONFIGS["dcp2"])
+    kvc.model_config.context_len = 1_010_000
+    with pytest.raises(DcpConfigError, match="--context-length 1010000.* take 0.0 GB"):
+        config_from_budget(Budget(480), kvc, 480 * CELL)
+
+
+def test_large_tables_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    """2048 requests of a million positions: 4 GB for the local tables of dcp 2."""
+    caplog.set_level(logging.INFO, "sglang_dcp")
+    kvc = configurator(CONFIGS["dcp2"])
+    kvc.model_config.context_len = 1_010_000
+    kvc.resolve_max_num_reqs = lambda tokens: 2048
+    seen = config_from_budget(Budget(10**9), kvc, 40 * 10**9)
+    assert seen.max_total_num_tokens == pytest.approx(
+        2 * (40e9 - 4.14e9) / 40, rel=0.001
+    )
+    [line] = caplog.messages
+    assert "leaves 4.1 GB for tables of requests at --context-length 1010000" in line
 
 
 def worker_of(config: DcpConfig | None) -> Any:
@@ -110,7 +193,7 @@ def test_no_prompt_reaches_into_the_last_two_pages(config: DcpConfig) -> None:
 @each_config
 def test_a_rank_holds_its_share(config: DcpConfig) -> None:
     builder, kvc = Builder(), configurator(config)
-    logical = config_from_budget(Budget(480), kvc).max_total_num_tokens
+    logical = config_from_budget(Budget(480), kvc, ROOMY).max_total_num_tokens
     pool = build_kv_pool(
         builder, kvc, max_total_num_tokens=logical, mha_pool_class=int, quant_method=3
     )
@@ -121,7 +204,7 @@ def test_a_rank_holds_its_share(config: DcpConfig) -> None:
 
 def test_off_is_the_very_same_object() -> None:
     budget, builder, kvc = Budget(480), Builder(), configurator(None)
-    assert config_from_budget(budget, kvc) is budget
+    assert config_from_budget(budget, kvc, 1) is budget
     info = (480, 0, 0, 0, 479, 474, 0)
     assert bound_input(info, worker_of(None)) is info
     pool = build_kv_pool(builder, kvc, max_total_num_tokens=481, mha_pool_class=int)
