@@ -144,20 +144,23 @@ class _ReplicatedLinearMethod:
     Raises
     ------
     DcpConfigError
-        The layer is quantized. A checkpoint or an environment variable may quantize
-        single layers of a model that names no quantization.
+        The layer is quantized, or its weight is packed for Intel's AMX engine. A
+        checkpoint or an environment variable may quantize single layers of a model that
+        names no quantization.
     """
 
-    def __init__(self, sharded: Any) -> None:
+    def __init__(self, layer: nn.Module) -> None:
         from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 
-        if not isinstance(sharded, UnquantizedLinearMethod):
+        sharded = layer.quant_method
+        packed = getattr(layer, "use_intel_amx_backend", False)
+        if packed or not isinstance(sharded, UnquantizedLinearMethod):
+            kind = "Intel's AMX engine" if packed else type(sharded).__name__
             raise DcpConfigError(
-                f"--dcp-replicate-q-proj: a Q projection is computed by "
-                f"{type(sharded).__name__}, and only an unquantized one can be held at "
-                "attn_tp width; drop the flag"
+                f"--dcp-replicate-q-proj: a Q projection is computed by {kind}, and only "
+                "an unquantized one can be held at attn_tp width; drop the flag"
             )
-        self._sharded = sharded
+        self._sharded: Any = sharded
         self.replicated = False
         self.weight: Optional[torch.Tensor] = None
         self.bias: Optional[torch.Tensor] = None
@@ -171,6 +174,9 @@ class _ReplicatedLinearMethod:
         return nn.functional.linear(x, self.weight, self.bias)
 
     def __getattr__(self, name: str) -> Any:
+        # Other forms of `apply` would compute with the sharded weight.
+        if name.startswith("apply"):
+            raise AttributeError(f"a replicated Q projection has no {name}")
         return getattr(self._sharded, name)
 
 
@@ -180,7 +186,7 @@ class _ReplicatedGqa(_ReplicatedAttention):
     def __init__(self, module: Any, group: Any) -> None:
         super().__init__(module, group)
         self._own = (module.q_size, module.num_heads)
-        self._method = _ReplicatedLinearMethod(module.qkv_proj.quant_method)
+        self._method = _ReplicatedLinearMethod(module.qkv_proj)
         module.qkv_proj.quant_method = self._method
 
     def refresh(self) -> None:
@@ -210,7 +216,7 @@ class _ReplicatedMla(_ReplicatedAttention):
         super().__init__(module, group)
         self._local_heads = module.num_local_heads
         self._layer = module.q_proj if module.q_lora_rank is None else module.q_b_proj
-        self._method = _ReplicatedLinearMethod(self._layer.quant_method)
+        self._method = _ReplicatedLinearMethod(self._layer)
         self._layer.quant_method = self._method
         self._prepare = module.forward_absorb_prepare
         module.forward_absorb_prepare = self._prepare_replicated

@@ -214,6 +214,28 @@ def check_quantized_layer(place: Place) -> None:
         QReplicas(attention, place.group)
 
 
+def check_packed_layer(place: Place) -> None:
+    """On Intel's AMX engine a weight is packed: its rows are no heads."""
+    from sglang_dcp.layers.q_replication import QReplicas
+
+    attention = Gqa(place.layout, bias=False)
+    attention.qkv_proj.use_intel_amx_backend = True
+    with pytest.raises(DcpConfigError, match="AMX engine.*drop the flag"):
+        QReplicas(attention, place.group)
+
+
+def check_other_forms_of_apply(place: Place) -> None:
+    """SGLang's callers ask for them, and take `apply` where a layer has none."""
+    from sglang_dcp.layers.q_replication import QReplicas
+
+    attention = Gqa(place.layout, bias=False)
+    forms = [n for n in dir(attention.qkv_proj.quant_method) if n.startswith("apply")]
+    QReplicas(attention, place.group)
+    assert [n for n in forms if hasattr(attention.qkv_proj.quant_method, n)] == [
+        "apply"
+    ]
+
+
 def check_hooks(place: Place) -> None:
     """`load_model` makes the replicas, every weight update refreshes them."""
     from sglang_dcp.layers.q_replication import after_load_model, around_weight_update
@@ -243,6 +265,8 @@ CHECKS = (
     check_mla_after_an_error,
     check_no_attention,
     check_quantized_layer,
+    check_packed_layer,
+    check_other_forms_of_apply,
     check_hooks,
 )
 
