@@ -243,6 +243,30 @@ HOOKS: tuple[Hook, ...] = (
             for verb, what in (("set", "write"), ("get", "read"))
         ),
         Hook(
+            "metrics-start",
+            f"{_SRT}.managers.scheduler.Scheduler.init_metrics_reporter",
+            Kind.AFTER,
+            "sglang_dcp.hooks.metrics:init_metrics_reporter",
+            "estimated bytes would count each cached token dcp_size times, and /metrics "
+            "would not tell the layout, nor when the exchange falls back",
+        ),
+        Hook(
+            "metrics-decode-estimate",
+            f"{_SRT}.managers.scheduler_components.metrics_reporter"
+            ".SchedulerMetricsReporter._estimate_decode_perf",
+            Kind.AFTER,
+            "sglang_dcp.hooks.metrics:estimate_decode_perf",
+            "the estimates would leave out the replicated part of the Q projection",
+        ),
+        Hook(
+            "server-info",
+            f"{_SRT}.managers.scheduler.Scheduler.get_internal_state",
+            Kind.AFTER,
+            "sglang_dcp.hooks.metrics:get_internal_state",
+            "/server_info would say that a scheduler has dcp_size 1, and not which "
+            "exchange is in use",
+        ),
+        Hook(
             "q-replication",
             f"{_SRT}.model_executor.model_runner.ModelRunner.load_model",
             Kind.AFTER,

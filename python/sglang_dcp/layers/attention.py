@@ -53,6 +53,10 @@ class DcpAttentionBackend(AttentionBackend):
         SGLang's pools: the logical slot table, and this rank's K and V.
     q_replicas : QReplicas, optional
         Replicated Q projections, which decode uses.
+
+    Attributes
+    ----------
+    exchange : Exchange
     """
 
     # Of the dummy prefills with which SGLang tunes kernels: as many requests at most as
@@ -75,7 +79,7 @@ class DcpAttentionBackend(AttentionBackend):
         self.req_to_token_pool = req_to_token_pool
         self.token_to_kv_pool = token_to_kv_pool
         self._batches = batches
-        self._exchange = exchange
+        self.exchange = exchange
         self._dcp_size = context.config.dcp_size
         self._dcp_rank = context.dcp_rank
         self._q_replicas = q_replicas
@@ -166,7 +170,7 @@ class DcpAttentionBackend(AttentionBackend):
         local = self._current_batch()
         if save_kv_cache:
             self._write(layer, local, k, v, k_rope)
-        out, _ = self._exchange.reduce(
+        out, _ = self.exchange.reduce(
             *self._decode(q, q_rope, layer, local.forward_batch),
             is_lse_base_on_e=self.backend.is_lse_base_on_e,
             empty_rows=local.empty_rows,
@@ -188,7 +192,7 @@ class DcpAttentionBackend(AttentionBackend):
                 return self.backend.decode_parts(*parts, layer, local)
         q = whole_rows(layer, q, q_rope)
         if q.shape[1] == layer.tp_q_head_num:
-            q = self._exchange.gather_heads(q)
+            q = self.exchange.gather_heads(q)
         return self.backend.decode(q, layer, local)
 
     def forward_extend(
@@ -237,9 +241,9 @@ class DcpAttentionBackend(AttentionBackend):
         if not local.has_cached_kv:
             return new.out
         base = self.backend.is_lse_base_on_e
-        gathered = self._exchange.gather_heads(q)
+        gathered = self.exchange.gather_heads(q)
         partial = self.backend.extend_paged_prefix(gathered, layer, local.forward_batch)
-        prefix = self._exchange.reduce(
+        prefix = self.exchange.reduce(
             *partial,
             is_lse_base_on_e=base,
             empty_rows=local.empty_rows,

@@ -91,6 +91,10 @@ class QReplicas:
             for attention in self._attentions:
                 attention.refresh()
 
+    def own_weights(self) -> list[torch.Tensor]:
+        """Return this rank's share of each replicated weight: [out, in] or [h, in, out]."""
+        return [own for found in self._attentions for own in found.own_weights()]
+
     def select(self, *, replicated: bool) -> None:
         """Choose the weights of the next forward: replicated in decode, sharded in extend.
 
@@ -123,6 +127,9 @@ class _ReplicatedAttention(ABC):
     def _gather(self, own: torch.Tensor) -> torch.Tensor:
         """Gather the rows of all ranks of the group, in rank order."""
         return self._group.all_gather(own.contiguous(), dim=0)
+
+    @abstractmethod
+    def own_weights(self) -> list[torch.Tensor]: ...
 
     @abstractmethod
     def refresh(self) -> None: ...
@@ -189,6 +196,9 @@ class _ReplicatedGqa(_ReplicatedAttention):
         self._method = _ReplicatedLinearMethod(module.qkv_proj)
         module.qkv_proj.quant_method = self._method
 
+    def own_weights(self) -> list[torch.Tensor]:
+        return [self._module.qkv_proj.weight[: self._own[0]]]
+
     def refresh(self) -> None:
         layer, method = self._module.qkv_proj, self._method
         method.weight = _renew(method.weight, self._replicate_rows(layer.weight))
@@ -223,6 +233,9 @@ class _ReplicatedMla(_ReplicatedAttention):
         sglang_api().keep_quant_method_of_q_b(module)
         self._replicated = False
         self._w_kc: Optional[torch.Tensor] = None
+
+    def own_weights(self) -> list[torch.Tensor]:
+        return [self._layer.weight, self._module.w_kc]
 
     def refresh(self) -> None:
         method = self._method
