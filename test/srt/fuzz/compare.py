@@ -6,6 +6,7 @@ the reference holds both candidates for equal within it; what follows cannot be 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -43,7 +44,7 @@ class Judge:
     """Collects the faults of mixes, and counts.
 
     `longest` is the longest prompt that the server takes. Its pool may cut an answer that
-    would end beyond.
+    would end beyond. With an infinite `tolerance` no two tokens are near ties.
     """
 
     def __init__(self, longest: int, tolerance: float = LOGPROB_TOLERANCE) -> None:
@@ -52,9 +53,16 @@ class Judge:
         self._tolerance = tolerance
 
     def faults(
-        self, mix: Mix, got: Sequence[Answer], want: Sequence[Answer]
+        self,
+        mix: Mix,
+        got: Sequence[Answer],
+        want: Sequence[Answer],
+        cut_all: bool = False,
     ) -> list[str]:
-        """One line for each request that differs."""
+        """One line for each request that differs.
+
+        With `cut_all` another mix may have aborted any request.
+        """
         found = []
         parted: set[int] = set()
         said: dict[int, int] = {}
@@ -64,7 +72,7 @@ class Judge:
                 continue
             # A session's prompt holds what was said before.
             length = len(ask.ids) + said.get(ask.session, 0)
-            cut = ask.may_end_early or mix.aborts_all
+            cut = ask.may_end_early or mix.aborts_all or cut_all
             ties = self.counts.ties
             fault = self._answer(ask, got[index], want[index], length, cut)
             if fault:
@@ -78,14 +86,13 @@ class Judge:
     def _answer(
         self, ask: Ask, got: Answer, want: Answer, length: int, cut: bool
     ) -> str:
-        if want.status == 400 or got.status == 400:
+        if want.status == 400:
             self.counts.refused += 1
-            if got.status == want.status or (cut and got.status == 0):
+            if got.status == 400 or (cut and got.status == 0):
                 return ""
-            return f"status {got.status} {got.message[:200]}, expected {want.status}"
-        if got.status != 200 and not cut:
-            return f"status {got.status}: {got.message[:300]}"
-        if got.status not in (0, 200, 503) and "bort" not in got.message:
+            return f"status {got.status} {got.message[:200]}, expected 400"
+        ended = cut and (got.status == 0 or "bort" in got.message)
+        if got.status != 200 and not ended:
             return f"status {got.status}: {got.message[:300]}"
         if got.status == 200 and len(got.outputs) != ask.n:
             return f"{len(got.outputs)} outputs, expected {ask.n}"
@@ -143,6 +150,8 @@ class Judge:
         return "", False
 
     def _is_tie(self, token: int, want: Output, at: int) -> bool:
+        if math.isinf(self._tolerance):
+            return False
         chosen = want.logprobs[at][0]
         for logprob, other in want.top[at]:
             if other == token and logprob is not None and chosen is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from fuzz import rest
@@ -28,21 +28,42 @@ class Result:
 
 
 async def drive(
-    tested: Client, reference: Client, setting: Setting, mixes: Iterable[Mix]
+    tested: Client,
+    reference: Client,
+    setting: Setting,
+    mixes: Iterable[Mix],
+    on_faults: Callable[[Mix, list[str]], None] = lambda mix, faults: None,
+    together: int = 3,
 ) -> Result:
-    """Run all mixes. Raises a group of `Lost` where a server no longer serves."""
+    """Run all mixes. Raises a group of `Lost` where a server no longer serves.
+
+    `on_faults` is called for each mix that fails, at once. So many mixes run `together`:
+    it takes less time, and the pool is fuller.
+    """
     judge = Judge(setting.longest_prompt)
     result = Result(counts=judge.counts)
-    queue: _Answered = asyncio.Queue(_AHEAD)
+    queue: _Answered = asyncio.Queue(_AHEAD * together)
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(_answer_all(reference, setting, mixes, queue))
-        while (item := await queue.get()) is not None:
-            mix, want = item
-            faults = await run_mix(tested, setting, judge, mix, want)
-            result.mixes += 1
-            if faults:
-                result.failed.append((mix, faults))
+        while group := await _next(queue, together):
+            for mix, _, faults in await run_mixes(tested, setting, judge, group):
+                result.mixes += 1
+                if faults:
+                    result.failed.append((mix, faults))
+                    on_faults(mix, faults)
     return result
+
+
+async def _next(queue: _Answered, count: int) -> list[tuple[Mix, list[Answer]]]:
+    """At most so many mixes; none at the end, and then at every call."""
+    group: list[tuple[Mix, list[Answer]]] = []
+    while len(group) < count:
+        item = await queue.get()
+        if item is None:
+            queue.put_nowait(None)
+            break
+        group.append(item)
+    return group
 
 
 async def _answer_all(
@@ -53,16 +74,29 @@ async def _answer_all(
     await queue.put(None)
 
 
-async def run_mix(
-    tested: Client, setting: Setting, judge: Judge, mix: Mix, want: list[Answer]
-) -> list[str]:
-    """Faults of one mix. Raises `Lost`, with the mix, where the server is in trouble."""
+async def run_mixes(
+    tested: Client,
+    setting: Setting,
+    judge: Judge,
+    group: Sequence[tuple[Mix, list[Answer]]],
+) -> list[tuple[Mix, list[Answer], list[str]]]:
+    """Run mixes side by side: each with its answers, and what is wrong with them.
+
+    `group` has them with the reference's answers. Raises `Lost`, with the mixes, where
+    the server is in trouble.
+    """
+    mixes = [mix for mix, _ in group]
     try:
-        got = await tested.run(mix)
+        answers = await asyncio.gather(*map(tested.run, mixes))
         await rest.settle(tested, setting.ranks)
     except (Lost, OSError, ExceptionGroup) as error:
-        raise Lost(f"seed {mix.seed}: {_causes(error)}\n{mix.to_json()}") from error
-    return judge.faults(mix, got, want)
+        texts = "\n".join(mix.to_json() for mix in mixes)
+        raise Lost(f"{_causes(error)}\n{texts}") from error
+    cut = any(mix.aborts_all for mix in mixes)
+    return [
+        (mix, got, judge.faults(mix, got, want, cut))
+        for (mix, want), got in zip(group, answers)
+    ]
 
 
 def _causes(error: Exception) -> str:
@@ -81,7 +115,9 @@ async def minimize(
         want = await run_alone(reference, smaller, setting.longest_prompt)
         for _ in range(repeat):
             judge = Judge(setting.longest_prompt)
-            if await run_mix(tested, setting, judge, smaller, want):
+            group = [(smaller, want)]
+            ((_, _, faults),) = await run_mixes(tested, setting, judge, group)
+            if faults:
                 return True
         return False
 

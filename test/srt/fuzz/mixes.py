@@ -94,6 +94,15 @@ class Ask:
         """Whether the answer may be cut by an abort or a lost connection."""
         return bool(self.abort_after or self.disconnect_after)
 
+    def __str__(self) -> str:
+        """What is not at its default, and the prompt's length."""
+        chosen = {
+            name: value
+            for name, value in asdict(self).items()
+            if name != "ids" and value != getattr(_PLAIN, name)
+        }
+        return f"{len(self.ids)} tokens, {chosen}"
+
     def sampling(self) -> dict[str, Any]:
         """The `sampling_params` of this request, without those that are not used."""
         params: dict[str, Any] = {
@@ -114,6 +123,9 @@ class Ask:
             "logit_bias": dict(self.logit_bias),
         }
         return {**params, **{name: value for name, value in optional.items() if value}}
+
+
+_PLAIN = Ask((0,), 0)
 
 
 @dataclass(frozen=True)

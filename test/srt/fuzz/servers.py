@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,7 +43,7 @@ class Setting:
     kind: str
     layout: str
     more: str = ""
-    per_rank: int = 128
+    per_rank: int = 64
     page_size: int = 1
     dcp_size: int = 2
     ranks: int = 2
@@ -95,7 +95,7 @@ SETTINGS: Mapping[str, Setting] = {
         "mla-v3",
         "--tp-size 2 --dcp-size 2 --dcp-comm-backend a2a --dcp-replicate-q-proj",
         "--chunked-prefill-size 64",
-        per_rank=192,
+        per_rank=96,
         page_size=16,
     ),
     "llama-tp4-attn2-a2a-page4-mixed": Setting(
@@ -115,25 +115,23 @@ SETTINGS: Mapping[str, Setting] = {
         "llama-2kv",
         "--tp-size 2 --attention-backend torch_native",
         "--chunked-prefill-size 16 --enable-mixed-chunk",
-        per_rank=256,
+        per_rank=128,
         dcp_size=1,
     ),
 }
 
 
 @contextmanager
-def pair(
-    setting: Setting, models: Path, more: str = ""
-) -> Iterator[tuple[ServerProcess, ServerProcess]]:
-    """The server under test and its reference, both ready. They start side by side."""
-    model = make_tiny_model(models / setting.kind, setting.kind)
-    with (
-        launched(model, f"{setting.flags} {more}", CHECKS) as tested,
-        launched(model, REFERENCE) as reference,
-    ):
-        for each in (tested, reference):
-            each.wait_ready(READY_SECONDS)
-        yield tested, reference
+def live(
+    kind: str, commands: Sequence[str], folder: Path
+) -> Iterator[list[ServerProcess]]:
+    """Servers of one model with these flags, ready. They start side by side."""
+    model = make_tiny_model(folder / "models" / kind, kind)
+    with ExitStack() as stack:
+        running = [stack.enter_context(launched(model, c, CHECKS)) for c in commands]
+        for server in running:
+            server.wait_ready(READY_SECONDS)
+        yield running
 
 
 def process_id(server: ServerProcess) -> int:

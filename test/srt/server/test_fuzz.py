@@ -17,7 +17,7 @@ from fuzz import rest
 from fuzz.client import Client
 from fuzz.drive import Result, drive
 from fuzz.mixes import make_mix
-from fuzz.servers import SETTINGS, Setting, pair
+from fuzz.servers import REFERENCE, SETTINGS, Setting, live
 
 pytestmark = pytest.mark.server
 
@@ -31,10 +31,10 @@ RUNS = {
 @pytest.mark.parametrize("name", RUNS)
 def test_mixes(name: str, tmp_path: Path) -> None:
     setting = SETTINGS[name]
-    with pair(setting, tmp_path) as (tested, reference):
-        urls = tested.base_url, reference.base_url
-        result = asyncio.run(_drive(setting, *urls, RUNS[name]))
-        trouble = rest.log_trouble(tested.log_path)
+    with live(setting.kind, (setting.flags, REFERENCE), tmp_path) as servers:
+        urls = [server.base_url for server in servers]
+        result = asyncio.run(_drive(setting, urls[0], urls[1], RUNS[name]))
+        trouble = rest.log_trouble(servers[0].log_path)
     print(f"{name}: {result.mixes} mixes, {result.counts}")
     assert not result.failed, "\n".join(
         f"seed {mix.seed}: {fault}" for mix, faults in result.failed for fault in faults

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fuzz import rest
+from fuzz import cuda, rest
 from fuzz.client import Answer, Lost, Output, Row, reference_ask
 from fuzz.compare import Judge
 from fuzz.mixes import Ask, Limits, Mix, Pause, make_mix
@@ -155,6 +155,8 @@ def test_an_aborted_answer_is_compared_as_far_as_it_came() -> None:
     part = replace(OUTPUT, ids=[65, 66], logprobs=OUTPUT.logprobs[:2], finish="abort")
     assert not faults(Answer(200, [part]), ask=ask)
     assert not faults(Answer(503, message="Aborted"), ask=ask)
+    assert not faults(Answer(400, message="Aborted by AbortReq."), ask=ask)
+    assert faults(Answer(400, message="too long"), ask=ask)
     wrong = replace(part, ids=[65, 70])
     assert faults(Answer(200, [wrong]), ask=ask)
     assert faults(Answer(500, message="list index out of range"), ask=ask)
@@ -253,3 +255,44 @@ def test_ranks_in_step_with_whole_pools(monkeypatch: pytest.MonkeyPatch) -> None
     assert "rank 1" in trouble(metrics(0, 252) + metrics(1, 252, decode=8))
     assert "252 of 256" in trouble(metrics(0, 248) + metrics(1, 248))
     assert "numbers of 1 ranks" in trouble(metrics(0, 252))
+
+
+# --- forced tokens
+
+
+def test_forced_tokens_are_compared_exactly_their_log_probabilities_are_not() -> None:
+    judge = Judge(250, float("inf"))
+    far = replace(OUTPUT, logprobs=[(-9.0, 65), (-9.0, 66), (-9.0, 67)])
+    mix, want = Mix(0, (ASK,)), [Answer(200, [replace(OUTPUT, top=NEAR_TIE)])]
+    assert not judge.faults(mix, [Answer(200, [far])], want)
+    other = replace(OUTPUT, ids=[65, 70, 67])
+    assert judge.faults(mix, [Answer(200, [other])], want)
+    no_number = replace(OUTPUT, logprobs=[(float("nan"), 65), *OUTPUT.logprobs[1:]])
+    assert judge.faults(mix, [Answer(200, [no_number])], want)
+
+
+def test_a_distance_is_measured_by_that_of_plain_tp_2() -> None:
+    want = [Answer(200, [OUTPUT])]
+
+    def off_by(gap: float) -> cuda.Distance:
+        distance = cuda.Distance()
+        rows: list[Row] = [(-0.1 - gap, 65), (-0.2, 66), (-0.3, 67)]
+        distance.add([Answer(200, [replace(OUTPUT, logprobs=rows)])], want)
+        return distance
+
+    spread = off_by(0.03)
+    assert spread.tokens == 3 and spread.mean == pytest.approx(0.01)
+    assert off_by(0.04).within(spread)
+    assert not off_by(0.05).within(spread)
+    assert not off_by(float("nan")).within(spread)
+
+
+@pytest.mark.parametrize("name", cuda.SETTINGS)
+def test_plain_gpu_servers_have_the_backend_and_no_dcp_flag(name: str) -> None:
+    tested, tp1, tp2 = cuda.specs(cuda.SETTINGS[name], "--log-level debug")
+    for plain in (tp1, tp2):
+        assert "dcp" not in plain.flags and "attn-tp" not in plain.flags
+        backend = plain.flags.split("--attention-backend ")[1].split()[0]
+        assert f"--attention-backend {backend} " in tested.flags
+        assert "--log-level debug" in plain.flags and plain.kind == tested.kind
+    assert (tested.gpus, tp1.gpus, tp2.gpus) == (2, 1, 2)
