@@ -88,7 +88,8 @@ class Judge:
     ) -> str:
         if want.status == 400:
             self.counts.refused += 1
-            if got.status == 400 or (cut and got.status == 0):
+            early = cut and (got.status == 0 or "bort" in got.message)
+            if got.status == 400 or early:
                 return ""
             return f"status {got.status} {got.message[:200]}, expected 400"
         ended = cut and (got.status == 0 or "bort" in got.message)

@@ -157,6 +157,8 @@ def test_an_aborted_answer_is_compared_as_far_as_it_came() -> None:
     assert not faults(Answer(503, message="Aborted"), ask=ask)
     assert not faults(Answer(400, message="Aborted by AbortReq."), ask=ask)
     assert faults(Answer(400, message="too long"), ask=ask)
+    queued = Answer(200, [replace(OUTPUT, ids=[])], "Abort in waiting queue")
+    assert not faults(queued, Answer(400), ask) and faults(queued, Answer(400))
     wrong = replace(part, ids=[65, 70])
     assert faults(Answer(200, [wrong]), ask=ask)
     assert faults(Answer(500, message="list index out of range"), ask=ask)
