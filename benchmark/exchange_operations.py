@@ -63,6 +63,8 @@ def make_exchanges(group: Any, sizes: Sequence[Size]) -> dict[str, Any]:
     spec = WorkspaceSpec(tokens, heads // group.world_size, BYTES_A_VALUE * dim)
     every = {name: create_exchange(name, group) for name in ("a2a", "ag_rs")}
     symm: Any = create_exchange("symm_a2a", group, spec)
+    if symm.in_use != "symm_a2a":
+        raise RuntimeError(f"symm_a2a fell back to a2a: {symm.fallbacks.counts}")
     # Without collectives: a fall-back to a2a, which would be timed as symm_a2a, raises.
     symm.group = SimpleNamespace(
         world_size=group.world_size, rank_in_group=group.rank_in_group

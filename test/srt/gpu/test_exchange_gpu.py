@@ -81,7 +81,10 @@ CASES = exchange_cases()
 @lru_cache(maxsize=None)
 def exchange_of(name: str, group: Any) -> Exchange:
     """One for all cases, as a server has: `symm_a2a` then goes on where it was."""
-    return create_exchange(name, group)
+    exchange = create_exchange(name, group)
+    # Else another one would be judged in its place.
+    assert exchange.in_use == name, exchange.fallbacks.counts
+    return exchange
 
 
 def check_groups(group: Any) -> None:

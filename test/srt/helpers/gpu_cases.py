@@ -220,6 +220,9 @@ def _assert_ran_as_meant(case: Case, run: Run, largest_batch: int) -> None:
     backend = run.info["attention_backend"]
     assert asked.get("--attention-backend", backend) == backend
     assert asked.get("--page-size", str(page_size)) == str(page_size)
+    comm = asked.get("--dcp-comm-backend", "a2a")
+    states = run.info["internal_states"]
+    assert [state["dcp_exchange_in_use"] for state in states] == [comm] * len(states)
     assert "leak" not in run.log.lower()
     in_graph, eager = (run.decode_batches(graph=graph) for graph in (True, False))
     assert max(eager if case.eager else in_graph) == largest_batch

@@ -44,6 +44,7 @@ OVERSIZED = (200, 8, 128)
 def check_replays(group: Any, replays: int = REPLAYS) -> None:
     """No wait of the host in between: ranks run ahead of each other as they like."""
     exchange = create_exchange("symm_a2a", group, SPEC)
+    assert exchange.in_use == "symm_a2a", exchange.fallbacks.counts
     batches = [Batch(group, exchange, size) for size in CAPTURED]
     graphs = [(batch, batch.captured()) for batch in batches]
     eager = [(b, b.call) for b in (Batch(group, exchange, size) for size in EAGER)]
@@ -101,7 +102,10 @@ def exchange_of(group: Any) -> Exchange:
     """One for all cases, as a server has one for all layers."""
     if id(group) not in _EXCHANGES:
         spec = WorkspaceSpec(tokens=64, heads=32, row_bytes=2048, timeout_s=60.0)
-        _EXCHANGES[id(group)] = create_exchange("symm_a2a", group, spec)
+        exchange = create_exchange("symm_a2a", group, spec)
+        # Else a2a would be judged in its place.
+        assert exchange.in_use == "symm_a2a", exchange.fallbacks.counts
+        _EXCHANGES[id(group)] = exchange
     return _EXCHANGES[id(group)]
 
 
