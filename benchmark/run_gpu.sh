@@ -8,6 +8,8 @@
 #   CACHE  archives of compiled kernels, unpacked into $HOME; they name SITE by its path
 #   FA3    archive of FlashAttention-3, unpacked into SITE
 #   OVERLAY  archive of a newer SGLang's sources, unpacked beside SITE, into SITE-RELEASE
+#   TRAINED  archives that together hold the GGUF file of a trained model, cut into parts: several
+#          calls carry one each. `accuracy` needs all of them
 #   AOT    archive of aot/NAME/NAME.so, FlashInfer's kernels compiled elsewhere (DESIGN.md)
 #          each once; they do not fit one call, so the first call carries some, the next the rest
 #   RELEASE  of OVERLAY: this SGLang runs, with the rest of STACK; without it STACK's own does
@@ -18,12 +20,14 @@
 #            kernels exchange symm backends latents    tests of kernels, beside each other
 #            shared server bf16 mla dtypes fused weights limits   live servers, one group after
 #                                                      the other; `shared` takes one GPU
+#            accuracy                                  perplexity and greedy replies of a trained
+#                                                      model (eval_accuracy.py), servers side by side
 #            bench decode fill off serving             timed, one after the other
 #            caches                                    what was compiled on the way, into
 #                                                      $OUT/caches.tar.xz: a next CACHE
 #          none: only unpack; default: the first four
 #   K      words of cases for pytest -k, in the groups of live servers
-#   DECODE_ARGS SERVING_ARGS BENCH_ARGS   options of the benchmarks
+#   ACCURACY_ARGS DECODE_ARGS SERVING_ARGS BENCH_ARGS   options of the benchmarks
 #   MIXING which values of NCCL_GRAPH_MIXING_SUPPORT `bench` measures with
 #   LIMIT  seconds of the whole call (550)
 set -uo pipefail
@@ -90,6 +94,7 @@ unpack "${DIST:-}" "$SITE"
 for archive in ${CACHE:-}; do unpack "$archive" "$HOME"; done
 unpack "${FA3:-}" "$SITE"
 unpack "${AOT:-}" "$SITE/flashinfer/data"
+for archive in ${TRAINED:-}; do unpack "$archive" "$SITE/trained"; done
 [[ -z $overlay ]] || unpack "${OVERLAY:-}" "$overlay"
 for folder in "$SITE" $overlay; do
   if [[ ! -e $folder/.compiled && -d $folder/sglang ]]; then
@@ -185,6 +190,12 @@ run_bench() {
   say "$name ended with $status"
   pack
 }
+if wanted accuracy; then
+  cat "$SITE"/trained/model.gguf.* >"$work/model.gguf"
+  # shellcheck disable=SC2086
+  run_bench accuracy benchmark/eval_accuracy.py "$logs/accuracy.json" --gguf "$work/model.gguf" \
+    ${ACCURACY_ARGS:---at-once 4}
+fi
 if wanted bench; then
   for mixing in ${MIXING:-0}; do
     # shellcheck disable=SC2086
