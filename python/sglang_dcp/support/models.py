@@ -54,6 +54,23 @@ def _sparse(model: Any) -> Optional[str]:
     return None if topk is None else _named(model, f"index_topk {topk}")
 
 
+def _dense_layers(model: Any) -> Optional[str]:
+    """SGLang makes every layer of Qwen3-MoE one of experts, and drops weights silently."""
+    if _name(model) != "Qwen3MoeForCausalLM":
+        return None
+    text = model.hf_text_config
+    if dense := getattr(text, "mlp_only_layers", None):
+        return _named(model, f"mlp_only_layers {dense}")
+    step = getattr(text, "decoder_sparse_step", 1)
+    return None if step == 1 else _named(model, f"decoder_sparse_step {step}")
+
+
+def _mlp_bias(model: Any) -> Optional[str]:
+    """SGLang's Llama has no biases there, and drops those of a checkpoint silently."""
+    biased = getattr(model.hf_text_config, "mlp_bias", False)
+    return _named(model, "mlp_bias") if biased else None
+
+
 def _architecture(model: Any) -> Optional[str]:
     known = GQA_ARCHITECTURES + MLA_ARCHITECTURES
     name = _name(model)
@@ -84,6 +101,18 @@ UNSUPPORTED_MODELS: tuple[Unsupported, ...] = (
         _sparse,
         "sparse attention (DSA) picks its keys from an index over the whole sequence",
         "serve this model without DCP",
+    ),
+    Unsupported(
+        "--model-path",
+        _dense_layers,
+        "SGLang itself leaves the weights of its dense layers out",
+        "serve this model by another engine",
+    ),
+    Unsupported(
+        "--model-path",
+        _mlp_bias,
+        "SGLang itself leaves these biases out",
+        "serve this model by another engine",
     ),
     Unsupported(
         "--model-path",

@@ -12,6 +12,7 @@ from sglang_dcp.config import DcpConfig, DcpConfigError
 from sglang_dcp.distributed.exchange import Exchange, exchange_class
 from sglang_dcp.layers.backends.capabilities import Requirement
 from sglang_dcp.support.backends import check_backend
+from sglang_dcp.support.lora import UNSUPPORTED_LORA, check_adapters_of_latents
 from sglang_dcp.support.rules import (
     DROP,
     Unsupported,
@@ -69,11 +70,6 @@ def _speculation(args: Any) -> Optional[str]:
     return name or None
 
 
-def _lora_paths(args: Any) -> Optional[bool]:
-    """SGLang turns LoRA on for them later, unless it was turned off by name."""
-    return True if args.lora_paths and args.enable_lora is not False else None
-
-
 def _late_weights(args: Any) -> Optional[str]:
     """Without replicated Q weights, nothing of ours reads weights before they arrive."""
     late = args.startup_weight_load_mode == "overlap"
@@ -108,7 +104,6 @@ _ACROSS_REPLICAS = (
 )
 _SECOND_CUT = "prefill context parallelism cuts the sequence a second time"
 _DRAFT = "a draft token would be checked against one shard of the sequence"
-_LORA_HEADS = "adapters are cut by SGLang's own KV-head count"
 
 UNSUPPORTED_SERVER_ARGS: tuple[Unsupported, ...] = (
     _at_least_one("page_size"),
@@ -273,8 +268,7 @@ UNSUPPORTED_SERVER_ARGS: tuple[Unsupported, ...] = (
         "DCP groups over several nodes were not tested",
         "use one node",
     ),
-    _flag("enable_lora", _LORA_HEADS),
-    Unsupported("--lora-paths", _lora_paths, _LORA_HEADS, DROP),
+    *UNSUPPORTED_LORA,
     _flag("enable_two_batch_overlap", "two batches would share one local table"),
     _flag(
         "enable_pdmux",
@@ -361,6 +355,8 @@ def check_server_args(args: Any, requirement: Optional[Requirement] = None) -> N
     """
     check_rules(UNSUPPORTED_SERVER_ARGS, args)
     _check_exchange(args.dcp, args.device)
+    if requirement is not None and requirement.mla:
+        check_adapters_of_latents(args)
     used = {}
     for kind in ("attention", "prefill_attention", "decode_attention"):
         name = getattr(args, f"{kind}_backend")

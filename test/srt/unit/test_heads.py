@@ -1,7 +1,8 @@
 """K/V heads cut over attn_tp: the model config's count and what the weight loader takes.
 
 Only this file loads a checkpoint's q, k and v through SGLang's own QKV layer for each
-rank of many layouts and compares with heads cut by hand; a server test sees few.
+rank of many layouts and compares with heads cut by hand; a server test sees few. Adapters
+of that layer are cut beside it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from sglang_dcp.config import DcpConfig
 from sglang_dcp.context import DcpContext, clear_context, set_context
 from sglang_dcp.demo.tiny_model import make_tiny_model
 from sglang_dcp.distributed.topology import Layout
+from sglang_dcp.hooks.cpu import without_pinned_memory
 from sglang_dcp.layers.heads import scale_kv_heads
 
 HIDDEN, HEAD_DIM = 10, 4
@@ -105,6 +107,49 @@ def test_fused_checkpoint(name: str, plugins: None) -> None:
         fused = torch.cat([weights[part] for part in "qkv"])
         layer.weight.weight_loader(layer.weight, fused)
         assert torch.equal(layer.weight, by_hand(weights, layout, kv_heads, rank))
+
+
+def cut_for_rank(layer: Any, full: torch.Tensor, rank: int, ranks: int) -> torch.Tensor:
+    """The rows of B, [outputs, adapter rank], that SGLang gives to one rank."""
+    from sglang.srt.lora.layers import QKVParallelLinearWithLoRA
+
+    wrapped = without_pinned_memory(QKVParallelLinearWithLoRA, layer, None)
+    if not hasattr(layer, "kv_tp_group"):  # until 0.5.22, the caller names the rank
+        return wrapped.slice_lora_b_weights(full, rank)
+    layer.tp_group = layer.kv_tp_group = SimpleNamespace(
+        rank_in_group=rank, world_size=ranks
+    )
+    return wrapped.slice_lora_b_weights(full)
+
+
+def buffer_rows(layout: Layout, heads: int, kv_heads: int) -> int:
+    """Rows of B that SGLang's pool sets aside, as it reads the scaled model config."""
+    from sglang.srt.lora.mem_pool import LoRAMemoryPool
+
+    seen = kv_heads * layout.dcp_size
+    config = SimpleNamespace(
+        num_key_value_heads=seen, num_attention_heads=heads, head_dim=HEAD_DIM
+    )
+    pool = SimpleNamespace(base_hf_config=config)
+    outputs = HEAD_DIM * (heads + 2 * seen)
+    rows: int = LoRAMemoryPool._column_parallel_lora_b_per_rank_dim(
+        pool, "qkv_proj", outputs, layout.tp_size
+    )
+    return rows
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_rows_of_b_go_where_rows_of_w_go(name: str, plugins: None) -> None:
+    layout, heads, kv_heads = LAYOUTS[name]
+    weights = checkpoint(heads, kv_heads, HEAD_DIM, HIDDEN)
+    stacked = torch.cat([weights[part] for part in "qkv"])
+    for rank in range(layout.tp_size):
+        layer = dcp_layer(layout, heads, kv_heads, rank, HEAD_DIM)
+        for part in "qkv":
+            layer.weight.weight_loader(layer.weight, weights[part], part)
+        got = cut_for_rank(layer, stacked, rank, layout.tp_size)
+        assert torch.equal(got, layer.weight)
+        assert len(got) == buffer_rows(layout, heads, kv_heads)
 
 
 def test_without_dcp_the_layer_is_sglangs(plugins: None) -> None:

@@ -90,6 +90,7 @@ FINE_SERVER = dict(
     nnodes=1,
     enable_lora=None,
     lora_paths=None,
+    lora_backend="csgmv",
     enable_two_batch_overlap=False,
     enable_pdmux=False,
     dllm_algorithm=None,
@@ -102,6 +103,9 @@ FINE_SERVER = dict(
     decode_attention_backend=None,
 )
 
+REPLICATE = {"dcp_replicate_q_proj": True}
+REPLICATED = DcpConfig(Layout(4, 2), replicate_q_proj=True)
+
 # Flag, the changed server argument, and what the message shows after the flag.
 SERVER_CASES: dict[str, tuple[dict[str, Any], str]] = {
     "--page-size": ({"page_size": -1}, " -1"),
@@ -113,7 +117,7 @@ SERVER_CASES: dict[str, tuple[dict[str, Any], str]] = {
     "--startup-weight-load-mode": (
         {
             "startup_weight_load_mode": "overlap",
-            "dcp": DcpConfig(Layout(4, 2), replicate_q_proj=True),
+            "dcp": REPLICATED,
         },
         " overlap",
     ),
@@ -161,8 +165,15 @@ SERVER_CASES: dict[str, tuple[dict[str, Any], str]] = {
     "--attn-dp-size": ({"attn_dp_size": 2}, " 2"),
     "--pp-size": ({"pp_size": 2}, " 2"),
     "--nnodes": ({"nnodes": 2}, " 2"),
-    "--enable-lora": ({"enable_lora": True}, ""),
-    "--lora-paths": ({"lora_paths": ["a=/b"]}, ""),
+    "--enable-lora": (
+        {"enable_lora": True, "dcp": REPLICATED},
+        " with --dcp-replicate-q-proj",
+    ),
+    "--lora-paths": (
+        {"lora_paths": ["a=/b"], "dcp": REPLICATED},
+        " with --dcp-replicate-q-proj",
+    ),
+    "--lora-backend": ({"enable_lora": True}, " csgmv on a CPU"),
     "--enable-two-batch-overlap": ({"enable_two_batch_overlap": True}, ""),
     "--enable-pdmux": ({"enable_pdmux": True}, ""),
     "--dllm-algorithm": ({"dllm_algorithm": "LowConfidence"}, " LowConfidence"),
@@ -239,6 +250,15 @@ MODEL_CASES: dict[str, tuple[dict[str, Any], str]] = {
         {"architecture": "DeepseekV32ForCausalLM", "text": {"index_topk": 2048}},
         "DeepseekV32ForCausalLM (index_topk 2048)",
     ),
+    "dense-layers": (
+        {"architecture": "Qwen3MoeForCausalLM", "text": {"mlp_only_layers": [0, 3]}},
+        "Qwen3MoeForCausalLM (mlp_only_layers [0, 3])",
+    ),
+    "dense-steps": (
+        {"architecture": "Qwen3MoeForCausalLM", "text": {"decoder_sparse_step": 2}},
+        "Qwen3MoeForCausalLM (decoder_sparse_step 2)",
+    ),
+    "mlp-bias": ({"text": {"mlp_bias": True}}, "LlamaForCausalLM (mlp_bias)"),
     "architecture": ({"architecture": "GptOssForCausalLM"}, "GptOssForCausalLM"),
 }
 CONFIG = DcpConfig(Layout(4, 2))
@@ -355,7 +375,9 @@ def test_other_values_that_are_refused(changes: dict[str, Any]) -> None:
         {"cuda_graph_backend_decode": "disabled"},
         {"cuda_graph_config": {"prefill": {"backend": "breakable"}}},
         {"cuda_graph_config": CudaGraphConfig()},
-        {"enable_lora": False, "lora_paths": ["a=/b"]},
+        {"enable_lora": False, "lora_paths": ["a=/b"], "dcp": REPLICATED},
+        {"enable_lora": True, "lora_backend": "torch_native"},
+        {"lora_paths": {"a": "/b"}, "lora_backend": "torch_native"},
     ],
     ids=str,
 )
@@ -449,7 +471,7 @@ def test_model(name: str) -> None:
     with pytest.raises(DcpConfigError) as caught:
         check_model(fine_model(**changes), CONFIG)
     assert str(caught.value).startswith(f"--model-path {shown} does not work with DCP")
-    assert "serve this model without DCP" in str(caught.value)
+    assert "; serve this model " in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -727,7 +749,7 @@ def test_replicated_q_of_a_quantized_model() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        pytest.param({name: value, **more}, message, id=name)
+        pytest.param({name: value, **more}, message, id=f"{name}-{value}")
         for name, value, message, more in (
             ("speculative_algorithm", "NGRAM", "--speculative-algorithm NGRAM", {}),
             ("disaggregation_mode", "prefill", "--disaggregation-mode prefill", {}),
@@ -736,8 +758,9 @@ def test_replicated_q_of_a_quantized_model() -> None:
             ("kv_cache_dtype", "fp8_e5m2", "--kv-cache-dtype fp8_e5m2", {}),
             ("attention_backend", "fa3", "--attention-backend fa3 .*use torch", {}),
             ("prefill_attention_backend", "triton", "--prefill-att.* triton", {}),
-            ("enable_lora", True, "--enable-lora ", {}),
-            ("lora_paths", ["a=/b"], "--lora-paths does", {}),
+            ("enable_lora", True, "--enable-lora with --dcp-rep", REPLICATE),
+            ("lora_paths", ["a=/b"], "--lora-paths with --dcp-rep", REPLICATE),
+            ("lora_paths", {"a": "/b"}, "--lora-backend csgmv on a CPU", {}),
             ("attn_dp_size", 2, "--attn-dp-size 2", {}),
             ("dwdp_size", 4, "--dwdp-size 4", {}),
             ("weight_cache_mode", "daemon", "--weight-cache-mode daemon", {}),

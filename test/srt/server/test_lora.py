@@ -1,0 +1,210 @@
+"""Live servers with LoRA adapters: DCP = transformers with the adapter merged by hand.
+
+Only here do adapters meet K/V heads that are sharded over fewer ranks than query heads.
+One server answers with several adapters at once, loads more than its slots hold, and loads
+and unloads at run time. Grammars ride on the same servers.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+from urllib.error import HTTPError
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from helpers.lora_adapters import Adapter, write_adapter, write_merged
+from helpers.request_set import Request, assert_equal_to_reference, hf_reference
+from helpers.servers import server
+from sglang_dcp.demo.client import Reply, http_json
+from sglang_dcp.demo.server import ServerProcess
+from sglang_dcp.demo.tiny_model import make_tiny_model
+
+pytestmark = pytest.mark.server
+
+_GQA = ("q_proj", "k_proj", "v_proj", "o_proj")
+_MLP = ("gate_proj", "up_proj", "down_proj")
+_MLA = ("q_a_proj", "kv_a_proj_with_mqa", "q_b_proj", "o_proj")
+# Two slots for three adapters and the base model, so adapters are evicted.
+_FLAGS = (
+    "--lora-backend torch_native --max-loras-per-batch 2 --max-total-tokens 4096 "
+    "--chunked-prefill-size 64 --constrained-json-disable-any-whitespace"
+)
+
+GQA_ADAPTERS = {
+    "all": Adapter(8, 16, _GQA + _MLP, seed=1),
+    "some": Adapter(4, 6, ("q_proj", "v_proj"), seed=2),
+    "late": Adapter(6, 6, _GQA, seed=3),
+}
+MLA_ADAPTERS = {
+    "all": Adapter(8, 16, _MLA, seed=1),
+    "some": Adapter(4, 6, ("q_b_proj", "o_proj"), seed=2),
+    "late": Adapter(6, 6, _MLA, seed=3),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    kind: str
+    flags: str
+    adapters: dict[str, Adapter]
+
+
+CASES = {
+    "llama-1kv-tp2-dcp2-ag_rs": Case("llama-1kv", "--tp 2 --dcp-size 2", GQA_ADAPTERS),
+    # With biases, and two K/V heads on two attention ranks.
+    "qwen2-tp4-attn-tp2-a2a": Case(
+        "qwen2", "--tp 4 --attn-tp-size 2 --dcp-comm-backend a2a", GQA_ADAPTERS
+    ),
+    "mla-moe-tp2-dcp2-a2a": Case(
+        "mla-moe", "--tp 2 --dcp-size 2 --dcp-comm-backend a2a", MLA_ADAPTERS
+    ),
+}
+
+
+def requests_with_adapters() -> list[tuple[Request, Optional[str]]]:
+    """Ragged requests; each prompt is sent with and without each adapter."""
+    draw = random.Random(4)
+    found: list[tuple[Request, Optional[str]]] = []
+    for length in (1, 30, 131):
+        ids = tuple(draw.randrange(256) for _ in range(length))
+        for name in (None, "all", "some"):
+            found.append((Request(f"{name}-{length}", ids, 9), name))
+    return found
+
+
+def ask(
+    running: ServerProcess, batch: Sequence[tuple[Request, Optional[str]]]
+) -> list[Reply]:
+    """Greedy replies to requests that arrive together."""
+    payload = {
+        "input_ids": [list(request.ids) for request, _ in batch],
+        "lora_path": [name for _, name in batch],
+        "sampling_params": [
+            {
+                "temperature": 0,
+                "max_new_tokens": request.max_new_tokens,
+                "ignore_eos": True,
+            }
+            for request, _ in batch
+        ],
+        "return_logprob": True,
+    }
+    replies = []
+    for answer in http_json(f"{running.base_url}/generate", payload, timeout=120):
+        pairs = answer["meta_info"]["output_token_logprobs"]
+        replies.append(Reply([int(p[1]) for p in pairs], [float(p[0]) for p in pairs]))
+    return replies
+
+
+class Oracle:
+    """Replies of transformers, with the weights of each adapter merged into a copy."""
+
+    def __init__(self, root: Path, model: Path, adapters: dict[str, Adapter]) -> None:
+        self._models: dict[Optional[str], Path] = {None: model}
+        for name, adapter in adapters.items():
+            merged = root / "merged" / name
+            self._models[name] = write_merged(merged, model, adapter)
+
+    def check(
+        self,
+        batch: Sequence[tuple[Request, Optional[str]]],
+        replies: Sequence[Reply],
+    ) -> None:
+        for name, model in self._models.items():
+            rows = [i for i, (_, used) in enumerate(batch) if used == name]
+            requests = [batch[i][0] for i in rows]
+            got = [replies[i] for i in rows]
+            if requests:
+                wanted = hf_reference(model, requests)
+                assert_equal_to_reference(requests, got, wanted)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    root = tmp_path_factory.mktemp("models")
+    return lambda kind: make_tiny_model(root / kind, kind)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_adapters_equal_to_merged_weights(
+    case: Case, models: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = models(case.kind)
+    paths = {
+        name: write_adapter(tmp_path / name, model, adapter)
+        for name, adapter in case.adapters.items()
+    }
+    oracle = Oracle(tmp_path, model, case.adapters)
+    # `--enable-lora` is not needed beside the paths.
+    started = f"--lora-paths all={paths['all']} some={paths['some']}"
+    batch = requests_with_adapters()
+    with server(model, f"{case.flags} {_FLAGS} {started}") as dcp:
+        oracle.check(batch, ask(dcp, batch))
+        _check_load_and_unload(dcp, oracle, paths["late"])
+        oracle.check(batch[:3], ask(dcp, batch[:3]))
+        _check_grammars(dcp, model)
+
+
+def _check_load_and_unload(dcp: ServerProcess, oracle: Oracle, path: Path) -> None:
+    """An adapter of run time answers right, also where SGLang loads it once more."""
+    ids = tuple(range(40, 95))
+    late = [(Request(f"late-{name}", ids, 9), name) for name in ("late", "all", None)]
+    with pytest.raises(HTTPError) as caught:
+        ask(dcp, late)
+    assert caught.value.code == 400
+    named = {"lora_name": "late", "lora_path": str(path)}
+    assert http_json(f"{dcp.base_url}/load_lora_adapter", named)["success"]
+    oracle.check(late, ask(dcp, late))
+    for gone in ("late", "some"):
+        left = http_json(f"{dcp.base_url}/unload_lora_adapter", {"lora_name": gone})
+        assert left["success"] and gone not in left["loaded_adapters"]
+    # Requests load again what they name.
+    oracle.check(late, ask(dcp, late))
+
+
+def _check_grammars(dcp: ServerProcess, model: Path) -> None:
+    """Replies that a grammar bounds, in one batch with a reply that none bounds."""
+    schema = {"type": "object", "properties": {"n": {"enum": ["red", "green"]}}}
+    schema.update(required=["n"], additionalProperties=False)
+    bounds: list[dict[str, Any]] = [
+        {"regex": "[a-c]{3,7}x"},
+        {"json_schema": json.dumps(schema)},
+        {"ebnf": 'root ::= "yes" | "no"'},
+        {},
+    ]
+    prompt = list(b"Hello")
+    payload = {
+        "input_ids": [prompt] * len(bounds),
+        "sampling_params": [
+            {"temperature": 0, "max_new_tokens": 40, **bound} for bound in bounds
+        ],
+    }
+    answers = http_json(f"{dcp.base_url}/generate", payload, timeout=120)
+    texts = [answer["text"] for answer in answers]
+    assert texts[0] == _bounded_greedy(model, prompt), texts
+    assert json.loads(texts[1])["n"] in ("red", "green"), texts
+    assert texts[2] in ("yes", "no") and len(texts[3]) == 40, texts
+
+
+def _bounded_greedy(model: Path, prompt: list[int]) -> str:
+    """What transformers answers if only `[a-c]{3,7}x` is allowed."""
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    text = ""
+    while not text.endswith("x"):
+        allowed = ("abc" if len(text) < 7 else "") + ("x" if len(text) >= 3 else "")
+        with torch.inference_mode():
+            logits = network(torch.tensor([prompt + list(text.encode())])).logits[0, -1]
+        text += max(allowed, key=lambda char: float(logits[ord(char)]))
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__, "-s"]))
