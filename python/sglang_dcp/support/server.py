@@ -70,6 +70,19 @@ def _speculation(args: Any) -> Optional[str]:
     return name or None
 
 
+def _foreign_models(args: Any) -> Optional[str]:
+    from sglang.srt.environ import envs
+
+    package: str = envs.SGLANG_EXTERNAL_MODEL_PACKAGE.get()
+    return package or None
+
+
+def _hooks_on_q(args: Any) -> Optional[str]:
+    """Hooks of a user see what a layer returns, and its width changes in decode."""
+    hooks = args.forward_hooks
+    return "with --dcp-replicate-q-proj" if hooks and args.dcp.replicate_q_proj else None
+
+
 def _late_weights(args: Any) -> Optional[str]:
     """Without replicated Q weights, nothing of ours reads weights before they arrive."""
     late = args.startup_weight_load_mode == "overlap"
@@ -283,6 +296,18 @@ UNSUPPORTED_SERVER_ARGS: tuple[Unsupported, ...] = (
         "use_ray",
         "Ray actors rebuild the server arguments",
         "start without Ray",
+    ),
+    Unsupported(
+        "--forward-hooks",
+        _hooks_on_q,
+        "in decode a Q projection returns the heads of its whole DCP group",
+        "drop --dcp-replicate-q-proj",
+    ),
+    Unsupported(
+        "SGLANG_EXTERNAL_MODEL_PACKAGE",
+        _foreign_models,
+        "its classes take the place of models by the names that DCP knows",
+        "unset the variable",
     ),
     Unsupported(
         "SGLANG_USE_HND_KVCACHE",

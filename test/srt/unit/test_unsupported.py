@@ -98,6 +98,7 @@ FINE_SERVER = dict(
     dcp=DcpConfig(Layout(4, 2)),
     elastic_ep_backend=None,
     use_ray=False,
+    forward_hooks=None,
     attention_backend="torch_native",
     prefill_attention_backend=None,
     decode_attention_backend=None,
@@ -180,6 +181,11 @@ SERVER_CASES: dict[str, tuple[dict[str, Any], str]] = {
     "--kv-canary": ({"kv_canary": "raise"}, " raise"),
     "--elastic-ep-backend": ({"elastic_ep_backend": "mooncake"}, " mooncake"),
     "--use-ray": ({"use_ray": True}, ""),
+    "--forward-hooks": (
+        {"forward_hooks": [{"name": "mine"}], "dcp": REPLICATED},
+        " with --dcp-replicate-q-proj",
+    ),
+    "SGLANG_EXTERNAL_MODEL_PACKAGE": ({}, " 1"),
     "SGLANG_USE_HND_KVCACHE": ({}, " 1"),
 }
 CASES = {
@@ -377,6 +383,7 @@ def test_other_values_that_are_refused(changes: dict[str, Any]) -> None:
         {"cuda_graph_config": CudaGraphConfig()},
         {"enable_lora": False, "lora_paths": ["a=/b"], "dcp": REPLICATED},
         {"enable_lora": True, "lora_backend": "torch_native"},
+        {"forward_hooks": [{"name": "mine"}]},
         {"lora_paths": {"a": "/b"}, "lora_backend": "torch_native"},
     ],
     ids=str,
