@@ -20,6 +20,8 @@
 #            kernels exchange symm backends latents    tests of kernels, beside each other
 #            shared server bf16 mla dtypes fused weights limits   live servers, one group after
 #                                                      the other; `shared` takes one GPU
+#            reports sleep long                        the same: public reports, memory saver,
+#                                                      prompts of 131,071 to 200,000 tokens
 #            accuracy                                  perplexity and greedy replies of a trained
 #                                                      model (eval_accuracy.py), servers side by side
 #            bench decode fill off serving             timed, one after the other
@@ -173,7 +175,10 @@ run_servers bf16 530 server_gpu_bf16
 run_servers mla 530 server_gpu_mla
 run_servers dtypes 200 server_gpu_dtypes
 run_servers fused 200 server_gpu_fused_write
-run_servers weights 200 server_gpu_weights
+run_servers weights 530 server_gpu_weights
+run_servers reports 530 server_gpu_reports
+run_servers sleep 530 server_gpu_memory_saver
+run_servers long 530 server_gpu_long
 run_servers limits 530 server_gpu_limits
 
 # Progress and tables to the terminal, the rest to a file.

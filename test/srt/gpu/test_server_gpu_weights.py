@@ -7,6 +7,7 @@ capture: a server whose weights were updated must answer as one that loaded them
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,9 +22,49 @@ from sglang_dcp.demo.client import http_json
 
 pytestmark = [pytest.mark.server, needs_gpus(2)]
 
+KINDS = ("llama-8kv-d64", "qwen3-moe-d128", "mla-moe-d512")
+BUCKETS = 3
 
-@pytest.mark.parametrize("kind", ["llama-8kv-d64", "mla-moe-d512"])
-def test_updated_weights_answer_as_loaded_ones(kind: str, tmp_path: Path) -> None:
+Update = Callable[[str, Path], None]
+
+
+def from_disk(base_url: str, checkpoint: Path) -> None:
+    _post(base_url, "disk", {"model_path": str(checkpoint)})
+
+
+def from_tensors(base_url: str, checkpoint: Path) -> None:
+    """In several requests, as a trainer sends them. All ranks read this process's GPU 0."""
+    from safetensors.torch import load_file
+    from sglang.srt.utils import MultiprocessingSerializer
+    from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
+
+    monkey_patch_torch_reductions()
+    named = sorted(load_file(checkpoint / "model.safetensors", device="cuda:0").items())
+    size = -(-len(named) // BUCKETS)
+    for start in range(0, len(named), size):
+        bucket = named[start : start + size]
+        parts = [
+            MultiprocessingSerializer.serialize(bucket, output_str=True)
+            for _ in range(TP2_DCP2.tp_size)
+        ]
+        last = start + size >= len(named)
+        _post(
+            base_url,
+            "tensor",
+            {"serialized_named_tensors": parts, "flush_cache": last},
+        )
+
+
+def _post(base_url: str, source: str, body: dict[str, object]) -> None:
+    answer = http_json(f"{base_url}/update_weights_from_{source}", body)
+    assert answer["success"], answer
+
+
+@pytest.mark.parametrize("update", [from_disk, from_tensors])
+@pytest.mark.parametrize("kind", KINDS)
+def test_updated_weights_answer_as_loaded_ones(
+    kind: str, update: Update, tmp_path: Path
+) -> None:
     waves = teacher_forcing.build_waves()[:-1]
     exchange = "symm_a2a", True
     old = exchange_case(kind, TP2_DCP2, "fa3", exchange, ("updated", "")).spec
@@ -32,15 +73,11 @@ def test_updated_weights_answer_as_loaded_ones(kind: str, tmp_path: Path) -> Non
         for server in (updated, loaded):
             server.wait_ready(READY_SECONDS)
         before = teacher_forcing.ask(updated.base_url, waves)
-        answer = http_json(
-            f"{updated.base_url}/update_weights_from_disk",
-            {"model_path": str(new.checkpoint(tmp_path))},
-        )
-        assert answer["success"], answer
+        update(updated.base_url, new.checkpoint(tmp_path))
         after = teacher_forcing.ask(updated.base_url, waves)
         wanted = teacher_forcing.ask(loaded.base_url, waves)
     far, near = (teacher_forcing.distance(found, wanted) for found in (before, after))
-    print(f"{kind}: |d logprob| before {far}; after {near}")
+    print(f"{kind}, {update.__name__}: |d logprob| before {far}; after {near}")
     assert near.mean < far.mean / 100
     assert near.worst_request < far.worst_request / 20
 
