@@ -60,6 +60,9 @@ class Client:
 
     def __init__(self, base_url: str) -> None:
         self._base_url = base_url
+        # One pause at a time: a pause that aborts waits for requests to end, and blocks
+        # the continuation of one in place, which holds them. That is SGLang's own.
+        self._pausing = asyncio.Lock()
 
     async def __aenter__(self) -> Client:
         # Without a limit: a paused server holds many connections.
@@ -123,7 +126,11 @@ class Client:
         if ask.abort_after:
             aborting = asyncio.create_task(self._abort(rid, ask.abort_after))
         limit = ask.disconnect_after or LOST_SECONDS
-        done, _ = await asyncio.wait([sending], timeout=limit)
+        try:
+            done, _ = await asyncio.wait([sending], timeout=limit)
+        except asyncio.CancelledError:
+            sending.cancel()
+            raise
         if ask.abort_after:
             await aborting
         if done:
@@ -169,11 +176,12 @@ class Client:
 
     async def _pause(self, pause: Pause) -> None:
         await asyncio.sleep(pause.at)
-        try:
-            await self.post("/pause_generation", {"mode": pause.mode})
-            await asyncio.sleep(pause.seconds)
-        finally:
-            await self.post("/continue_generation", {})
+        async with self._pausing:
+            try:
+                await self.post("/pause_generation", {"mode": pause.mode})
+                await asyncio.sleep(pause.seconds)
+            finally:
+                await self.post("/continue_generation", {})
 
     async def _flush_at(self, at: float) -> None:
         # It is refused while requests run, and that is fine.

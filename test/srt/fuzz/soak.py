@@ -123,6 +123,6 @@ async def _sample(
         found.aborted += 1
         if not ask.abort_after:
             raise Lost(f"{answer} for {ask}, which no one aborted")
-    elif not output.ids or output.finish != "length":
+    elif not output.ids or output.finish not in ("length", "stop"):
         raise Lost(f"{answer} for {ask}")
     return tuple(output.ids) if output else ()
