@@ -60,7 +60,9 @@ class ServerProcess:
         self.command = [sys.executable, "-m", "sglang.launch_server"]
         self.command += ["--model-path", self._model_path, "--device", device]
         self.command += ["--host", "127.0.0.1", "--port", str(self.port)]
-        self.command += ["--nccl-port", str(group_port), *args]
+        if not _has_replicas(args):
+            self.command += ["--nccl-port", str(group_port)]
+        self.command += args
         self._grace = grace
         self._env = _child_env(env or {}, device)
         self._log_path = Path(log_path) if log_path else None
@@ -205,6 +207,15 @@ def run_to_exit(
         log = Path(folder) / "server.log"
         with ServerProcess(model_path, args, log_path=log) as server:
             return server.wait_exit(timeout), log.read_text(errors="replace")
+
+
+def _has_replicas(args: Sequence[str]) -> bool:
+    """Whether SGLang starts several schedulers, each of which needs a port of its own.
+
+    It gives each of them the port that was named, so none may be named.
+    """
+    names = ("--dp-size", "--data-parallel-size")
+    return any(argument.split("=")[0] in names for argument in args)
 
 
 def _child_env(more: Mapping[str, str], device: str) -> dict[str, str]:

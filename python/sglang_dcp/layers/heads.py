@@ -7,7 +7,9 @@ tensor-parallel size. They see `kv_heads * dcp_size` heads, so each of them gets
 
 from __future__ import annotations
 
-from typing import Any, Callable
+from typing import Any, Callable, Optional
+
+import torch
 
 from sglang_dcp.config import DcpConfig
 from sglang_dcp.context import find_context
@@ -69,3 +71,26 @@ def qkv_parallel_linear_init(
         )
     self.total_num_kv_heads //= scale
     self.num_kv_head_replicas *= scale
+    shards = context.config.layout.tp_size // self.num_kv_head_replicas
+    for parameter in self.parameters():
+        if getattr(parameter, "is_gguf_weight", False):
+            repeat_gguf_heads(parameter, shards, self.num_kv_head_replicas)
+
+
+def repeat_gguf_heads(parameter: Any, shards: int, replicas: int) -> None:
+    """Let the loader of a GGUF weight give `replicas` consecutive ranks the same K/V heads.
+
+    SGLang cuts the rows of K and V, [rows, bytes], into one part for each rank, whether
+    ranks share heads or not. So the rows of each of `shards` parts are repeated before.
+    """
+    load = parameter.weight_loader
+
+    def load_repeated(
+        target: Any, rows: torch.Tensor, shard_id: Optional[str] = None
+    ) -> None:
+        if shard_id in ("k", "v"):
+            parts = rows.unflatten(0, (shards, -1))
+            rows = parts.repeat_interleave(replicas, dim=0).flatten(0, 1)
+        load(target, rows, shard_id)
+
+    parameter.weight_loader = load_repeated

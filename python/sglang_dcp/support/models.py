@@ -71,6 +71,11 @@ def _mlp_bias(model: Any) -> Optional[str]:
     return _named(model, "mlp_bias") if biased else None
 
 
+def _bitsandbytes(model: Any) -> Optional[str]:
+    name = model.quantization
+    return _named(model, name) if name == "bitsandbytes" else None
+
+
 def _architecture(model: Any) -> Optional[str]:
     known = GQA_ARCHITECTURES + MLA_ARCHITECTURES
     name = _name(model)
@@ -113,6 +118,12 @@ UNSUPPORTED_MODELS: tuple[Unsupported, ...] = (
         _mlp_bias,
         "SGLang itself leaves these biases out",
         "serve this model by another engine",
+    ),
+    Unsupported(
+        "--model-path",
+        _bitsandbytes,
+        "its loader cuts K/V rows by tensor-parallel rank",
+        "serve this model with another quantization",
     ),
     Unsupported(
         "--model-path",

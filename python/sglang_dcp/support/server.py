@@ -30,7 +30,11 @@ _KV_DTYPES = ("auto", "bfloat16", "bf16", "fp8_e4m3")
 
 # These formats copy whole parameters of a rank, and fill a larger one without an error.
 # The key of a presharded cache may lack the shapes.
-_LOADS_OF_SHARDS = ("sharded_state", "presharded", "remote", "remote_instance")
+# The loader of bitsandbytes cuts K/V rows itself, by tensor-parallel rank.
+_LOADS_OF_SHARDS = (
+    *("sharded_state", "presharded", "remote", "remote_instance"),
+    "bitsandbytes",
+)
 
 
 def _shards(args: Any) -> Optional[str]:
@@ -131,7 +135,7 @@ UNSUPPORTED_SERVER_ARGS: tuple[Unsupported, ...] = (
     Unsupported(
         "--load-format",
         _shards,
-        "its shards may have been cut for tensor parallelism without DCP",
+        "its weights may be cut for tensor parallelism without DCP",
         "use --load-format auto and the whole checkpoint",
     ),
     _flag(

@@ -59,7 +59,9 @@ def by_hand(full: dict[str, Any], layout: Layout, kv_heads: int, rank: int) -> A
     return torch.cat([own_q, k, v])
 
 
-def qkv_layer(heads: int, kv_heads: int, tp_rank: int, tp_size: int, v_dim: int) -> Any:
+def qkv_layer(
+    heads: int, kv_heads: int, tp_rank: int, tp_size: int, v_dim: int, **more: Any
+) -> Any:
     from sglang.srt.layers.linear import QKVParallelLinear
 
     # Later releases read rank and size from the context.
@@ -68,18 +70,26 @@ def qkv_layer(heads: int, kv_heads: int, tp_rank: int, tp_size: int, v_dim: int)
     given = {name: place[name] for name in place if name in names}
     with attention_width(tp_size, tp_rank):
         layer = QKVParallelLinear(
-            HIDDEN, HEAD_DIM, heads, kv_heads, bias=True, v_head_size=v_dim, **given
+            *(HIDDEN, HEAD_DIM, heads, kv_heads),
+            bias=True,
+            v_head_size=v_dim,
+            **given,
+            **more,
         )
-    for param in (layer.weight, layer.bias):
-        param.data.fill_(float("nan"))
+    for name in ("weight", "bias"):
+        if hasattr(layer, name):
+            getattr(layer, name).data.fill_(float("nan"))
     return layer
 
 
-def dcp_layer(layout: Layout, heads: int, kv_heads: int, rank: int, v_dim: int) -> Any:
+def dcp_layer(
+    layout: Layout, heads: int, kv_heads: int, rank: int, v_dim: int, **more: Any
+) -> Any:
     """As a model builds it: with the KV heads of the scaled model config."""
     clear_context()
     set_context(DcpContext(DcpConfig(layout), rank))
-    return qkv_layer(heads, kv_heads * layout.dcp_size, rank, layout.tp_size, v_dim)
+    seen = kv_heads * layout.dcp_size
+    return qkv_layer(heads, seen, rank, layout.tp_size, v_dim, **more)
 
 
 @pytest.mark.parametrize("v_dim", [HEAD_DIM, 6], ids=["same-v", "wide-v"])
@@ -107,6 +117,23 @@ def test_fused_checkpoint(name: str, plugins: None) -> None:
         fused = torch.cat([weights[part] for part in "qkv"])
         layer.weight.weight_loader(layer.weight, fused)
         assert torch.equal(layer.weight, by_hand(weights, layout, kv_heads, rank))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_gguf_rows(name: str, plugins: None) -> None:
+    """Blocks of bytes, which SGLang cuts by rank whether ranks share K/V heads or not."""
+    from sglang.srt.layers.quantization.gguf import GGUFConfig
+
+    layout, heads, kv_heads = LAYOUTS[name]
+    weights = checkpoint(heads, kv_heads, HEAD_DIM, HIDDEN)
+    for rank in range(layout.tp_size):
+        layer = dcp_layer(
+            layout, heads, kv_heads, rank, HEAD_DIM, quant_config=GGUFConfig()
+        )
+        for part in "qkv":
+            layer.qweight.weight_loader(layer.qweight, weights[part], part)
+        taken = layer.qweight.data_container
+        assert torch.equal(torch.cat(taken), by_hand(weights, layout, kv_heads, rank))
 
 
 def cut_for_rank(layer: Any, full: torch.Tensor, rank: int, ranks: int) -> torch.Tensor:

@@ -264,6 +264,10 @@ MODEL_CASES: dict[str, tuple[dict[str, Any], str]] = {
         {"architecture": "Qwen3MoeForCausalLM", "text": {"decoder_sparse_step": 2}},
         "Qwen3MoeForCausalLM (decoder_sparse_step 2)",
     ),
+    "bitsandbytes": (
+        {"quantization": "bitsandbytes"},
+        "LlamaForCausalLM (bitsandbytes)",
+    ),
     "mlp-bias": ({"text": {"mlp_bias": True}}, "LlamaForCausalLM (mlp_bias)"),
     "architecture": ({"architecture": "GptOssForCausalLM"}, "GptOssForCausalLM"),
 }
@@ -363,6 +367,7 @@ def test_an_unknown_comm_backend_is_named_without_dcp_too(server_args: Any) -> N
         {"load_format": "remote"},
         {"load_format": "remote_instance"},
         {"load_format": "presharded"},
+        {"load_format": "bitsandbytes"},
         {"device": "npu"},
         {"cuda_graph_backend_decode": "tc_piecewise"},
     ],
