@@ -17,7 +17,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     text = "Print every hook; exit with 0 if a server with DCP flags would start."
     commands.add_parser("status", help=text, description=text)
-    text = "Record the hashes of the installed SGLang as a known release."
+    text = "Record the hashes of the installed SGLang, a fork of a known release."
     commands.add_parser("record", help=text, description=text)
     text = "Print what changed for the hooks; exit with 1 if one no longer fits."
     command = commands.add_parser("compare", help=text, description=text)

@@ -145,11 +145,13 @@ class ServerProcess:
         # every rank. /model_info answers before the ranks are ready.
         if _fetch(f"{self.base_url}/health_generate") is None:
             return False
-        served = json.loads(_fetch(f"{self.base_url}/model_info") or b"{}")
-        if served.get("model_path") != self._model_path:
+        info = _fetch(f"{self.base_url}/model_info")
+        if info is None:
+            return False
+        served = json.loads(info)["model_path"]
+        if served != self._model_path:
             raise ServerFailed(
-                f"{self.base_url} serves {served.get('model_path')}, "
-                f"not {self._model_path}"
+                f"{self.base_url} serves {served}, not {self._model_path}"
             )
         return True
 

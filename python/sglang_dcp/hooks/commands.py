@@ -36,7 +36,20 @@ def status() -> int:
 
 
 def record() -> int:
-    """Record the hashes of the installed SGLang, which is a new release or a fork."""
+    """Record the hashes of the installed SGLang, which is a new release or a fork.
+
+    Return 1, and write nothing, for a release that `sglang_api` has no functions for.
+    """
+    from sglang_dcp.releases.api import is_served, served_numbers
+
+    version = sglang_version()
+    if not is_served(version):
+        print(
+            f"sglang {version} cannot be recorded: this sglang-dcp has functions for "
+            f"{', '.join(served_numbers())} only; follow 'Move to a new SGLang release' "
+            "in CONTRIBUTING.md"
+        )
+        return 1
     from sglang_dcp.hooks import verify
     from sglang_dcp.hooks.table import CPU_HOOKS, HOOKS, relied_files, rows_of
     from sglang_dcp.releases import (
@@ -47,7 +60,7 @@ def record() -> int:
         write_release,
     )
 
-    version, root = sglang_version(), verify.package_root()
+    root = verify.package_root()
     paths = {verify.target_file(hook) for hook in rows_of(HOOKS + CPU_HOOKS)}
     paths |= {root / name for name in relied_files()}
     found = {

@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from typing import Any
+from typing import Any, Optional
 
+from sglang_dcp.config import DcpConfigError
 from sglang_dcp.hooks import server_args
 from sglang_dcp.hooks.server_args_fields import dcp_fields
+
+# Page size of a rank, set once `page_size` is logical. It has no flag.
+_RANK_PAGE = "dcp_page_size"
 
 
 def extend_dataclass(base: Any, module: str, name: str) -> Any:
     """Make a subclass of the dataclass `base`. `extend_server_args` has the details."""
 
     def __post_init__(self: Any) -> None:
+        _reject_resolved(self)
         asked = server_args.resolve(self)
         server_args.set_config(self, asked)
         self.dcp_size = 1
@@ -70,8 +75,10 @@ def extend_dataclass(base: Any, module: str, name: str) -> Any:
         "_get_default_attn_backend": _get_default_attn_backend,
         "__setstate__": __setstate__,
     }
+    marker = (_RANK_PAGE, Optional[int], dataclasses.field(default=None))
+    fields = [*map(_spec, dcp_fields()), marker]
     extended = dataclasses.make_dataclass(
-        name, list(map(_spec, dcp_fields())), bases=(base,), namespace=namespace
+        name, fields, bases=(base,), namespace=namespace
     )
     extended.__module__ = module
     return extended
@@ -81,6 +88,19 @@ def _spec(field: Any) -> tuple[str, Any, Any]:
     return field.name, field.annotation, dataclasses.field(default=field.default)
 
 
+def _reject_resolved(args: Any) -> None:
+    """Raise DcpConfigError for what `dataclasses.asdict` made of resolved arguments.
+
+    Their pages are logical, and would be multiplied a second time.
+    """
+    rank_page = getattr(args, _RANK_PAGE)
+    if rank_page is not None:
+        raise DcpConfigError(
+            f"page_size {args.page_size}: these server arguments were resolved before, "
+            f"from page_size {rank_page}; start from the arguments that you gave then"
+        )
+
+
 def _show_sizes(args: Any) -> None:
     """Show the layout in the log and in `/server_info`. Schedulers hide `dcp_size` again."""
     if args.dcp is not None:
@@ -88,4 +108,5 @@ def _show_sizes(args: Any) -> None:
             "dcp.layout",
             dcp_size=args.dcp.dcp_size,
             attn_tp_size=args.dcp.attn_tp_size,
+            dcp_page_size=args.dcp.page_size,
         )

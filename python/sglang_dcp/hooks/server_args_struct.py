@@ -113,6 +113,9 @@ def _shown(args: Any) -> dict[str, Any]:
         "attn_tp_size": args.dcp.attn_tp_size,
         "dcp_comm_backend": args.dcp.comm_backend,
         "dcp_replicate_q_proj": args.dcp.replicate_q_proj,
+        # No field: so nobody can take these arguments, whose pages are logical, for new
+        # ones, whose pages would be multiplied again.
+        "dcp_page_size": args.dcp.page_size,
     }
 
 

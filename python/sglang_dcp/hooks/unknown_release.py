@@ -6,9 +6,11 @@ ours, so it is rejected too.
 
 from __future__ import annotations
 
+import argparse
 import functools
 import sys
-from typing import Any, Callable
+from pathlib import Path
+from typing import Any, Callable, Iterable, Optional
 
 from sglang_dcp.config import DcpConfigError
 
@@ -39,11 +41,61 @@ def reject_flags(reason: str) -> None:
 
 
 def check_command_line(reason: str, argv: list[str], *args: Any, **kwargs: Any) -> None:
-    """Exit with 2 if `argv` has one of our flags."""
-    given = [word for word in argv if word.split("=")[0] in _FLAGS]
+    """Exit with 2 if `argv` has one of our flags, also shortened or in `--config`."""
+    words = [*argv, *_words_of_config(argv)]
+    given = next((word for word in words if _is_exact(word)), None)
+    given = given or _shortened(words)
     if given:
-        print(f"sglang-dcp: error: {given[0]}: {reason}{_OWN_DCP}", file=sys.stderr)
+        print(f"sglang-dcp: error: {given}: {reason}{_OWN_DCP}", file=sys.stderr)
         sys.exit(2)
+
+
+def _is_exact(word: str) -> bool:
+    return word.split("=")[0] in _FLAGS
+
+
+def _words_of_config(argv: list[str]) -> Iterable[str]:
+    """Return the flags of the file that `--config` names.
+
+    A file that cannot be read, or that is no mapping, is left to SGLang, which rejects it.
+    """
+    for word, following in zip(argv, [*argv[1:], ""]):
+        name, _, value = word.partition("=")
+        path = Path(value or following)
+        if name == "--config" and path.is_file():
+            yield from _flags_in(path)
+
+
+def _flags_in(path: Path) -> Iterable[str]:
+    import yaml  # type: ignore[import-untyped]
+
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return
+    if isinstance(content, dict):
+        yield from (f"--{key}".replace("_", "-") for key in content)
+
+
+def _shortened(words: Iterable[str]) -> Optional[str]:
+    """Return the first word that SGLang's parser could only take for one of our flags.
+
+    The parser accepts the beginning of a flag, if no other flag begins so.
+    """
+    short = [word for word in words if _begins_one_of(word, _FLAGS)]
+    if not short:
+        return None
+    from sglang.srt.server_args import ServerArgs
+
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    others = set(parser._option_string_actions) - set(_FLAGS)
+    return next((word for word in short if not _begins_one_of(word, others)), None)
+
+
+def _begins_one_of(word: str, flags: Iterable[str]) -> bool:
+    name = word.split("=")[0]
+    return name.startswith("--") and any(flag.startswith(name) for flag in flags)
 
 
 def check_engine(reason: str, engine: Any, *args: Any, **kwargs: Any) -> None:

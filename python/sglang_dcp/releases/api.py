@@ -1,8 +1,8 @@
 """What differs between SGLang releases, as small functions with one meaning.
 
-`sglang_api()` returns the functions for the installed release. No other place of this
-package asks for a version, except the tables of hooks and of unsupported arguments, whose
-rows say from which release to which they hold.
+`sglang_api()` returns the functions for the installed release. Nothing else branches on a
+version, except the tables of hooks and of unsupported arguments, whose rows say from which
+release to which they hold.
 
 This module imports SGLang only inside of functions.
 """
@@ -22,6 +22,19 @@ _MODULES = {
     "0.5.16": "sglang_dcp.releases.v0_5_16",
     "0.5.23": "sglang_dcp.releases.v0_5_23",
 }
+
+
+def served_numbers() -> list[str]:
+    """List the numbers of the releases that have functions here, oldest first."""
+    return list(_MODULES)
+
+
+def is_served(version: str) -> bool:
+    """Whether the functions here were written for the release with this number.
+
+    What follows the three numbers does not count, as in a fork's `0.5.23.post1`.
+    """
+    return by_number(version)[:3] in map(by_number, _MODULES)
 
 
 class SglangApi(ABC):

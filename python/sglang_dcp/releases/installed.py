@@ -3,15 +3,39 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import re
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Optional
+
+# Stands for a version that nothing tells. No release has it, so it is an unknown one.
+NO_VERSION = "(no version)"
+_ASSIGNED = re.compile(r"^__version__\b.*=\s*['\"]([^'\"]+)['\"]", re.MULTILINE)
 
 
 @functools.cache
 def sglang_version() -> str:
-    """Return the version of the installed SGLang."""
-    return version("sglang")
+    """Return the version of the installed SGLang, or `NO_VERSION`.
+
+    A source tree on `PYTHONPATH` may have no metadata. Then its files tell the version.
+    They are read and not imported, because plugins load before SGLang is ready.
+    """
+    try:
+        return version("sglang")
+    except PackageNotFoundError:
+        return _version_in_source() or NO_VERSION
+
+
+def _version_in_source() -> Optional[str]:
+    spec = importlib.util.find_spec("sglang")
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        for name in ("_version.py", "version.py"):
+            file = Path(folder) / name
+            found = _ASSIGNED.search(file.read_text()) if file.is_file() else None
+            if found:
+                return found[1]
+    return None
 
 
 def by_number(release: str) -> tuple[int, ...]:

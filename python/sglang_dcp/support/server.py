@@ -16,6 +16,7 @@ from sglang_dcp.support.lora import UNSUPPORTED_LORA, check_adapters_of_latents
 from sglang_dcp.support.rules import (
     DROP,
     Unsupported,
+    Value,
     above,
     below,
     check_rules,
@@ -63,7 +64,7 @@ def _decode_graph(args: Any) -> Optional[str]:
         name = (config.get("decode") or {}).get("backend", name)
     elif config is not None:
         name = config.decode.backend
-    return None if name in (None, "full", "disabled") else name
+    return None if name in (None, "full", "breakable", "disabled") else name
 
 
 def _speculation(args: Any) -> Optional[str]:
@@ -91,6 +92,16 @@ def _late_weights(args: Any) -> Optional[str]:
     """Without replicated Q weights, nothing of ours reads weights before they arrive."""
     late = args.startup_weight_load_mode == "overlap"
     return "overlap" if late and args.dcp.replicate_q_proj else None
+
+
+def _beside_replicated_q(name: str) -> Value:
+    """Apply to any truthy value of argument `name`, with replicated Q weights."""
+
+    def value(args: Any) -> Optional[Any]:
+        found = given(name)(args)
+        return found if found and args.dcp.replicate_q_proj else None
+
+    return value
 
 
 def _flag(
@@ -161,11 +172,16 @@ UNSUPPORTED_SERVER_ARGS: tuple[Unsupported, ...] = (
         "its eager collectives would run on the communicators of captured graphs, "
         "which DCP forbids NCCL to serve (NCCL_GRAPH_MIXING_SUPPORT=0)",
     ),
-    _flag("debug_cuda_graph", "not tested"),
+    _flag(
+        "debug_cuda_graph",
+        "its replay runs decode steps eagerly outside of graph capture, where exchanges "
+        "leave PyNccl",
+        "use --disable-cuda-graph, which runs decode eagerly too",
+    ),
     Unsupported(
         "--cuda-graph-backend-decode",
         _decode_graph,
-        "not tested",
+        "torch.compile would freeze the local batch, which changes between forwards",
         "use --cuda-graph-backend-decode full, also in --cuda-graph-config",
     ),
     Unsupported(
@@ -227,11 +243,19 @@ UNSUPPORTED_SERVER_ARGS: tuple[Unsupported, ...] = (
         "enable_attn_tp_input_scattered",
         "it pads a prefill with tokens that belong to no request",
     ),
-    _flag("enable_single_batch_overlap", "not tested"),
-    _flag("torchao_config", "not tested", until="0.5.23"),
-    _flag("cpu_offload_gb", "not tested"),
     Unsupported(
-        "--offload-group-size", above("offload_group_size", 0), "not tested", DROP
+        "--torchao-config",
+        _beside_replicated_q("torchao_config"),
+        "--dcp-replicate-q-proj copies Q weights before they are quantized",
+        "drop --dcp-replicate-q-proj",
+        until="0.5.23",
+    ),
+    Unsupported(
+        "--cpu-offload-gb",
+        _beside_replicated_q("cpu_offload_gb"),
+        "--dcp-replicate-q-proj gathers Q weights between GPUs, and they may lie in host "
+        "memory",
+        "drop --dcp-replicate-q-proj",
     ),
     _flag(
         "enable_mis",

@@ -252,6 +252,26 @@ def test_chunk_below_a_logical_page_is_refused(server_args: Any) -> None:
         server_args(tp_size=4, dcp_size=2, page_size=4, chunked_prefill_size=4)
 
 
+def test_resolved_arguments_are_no_new_ones(server_args: Any) -> None:
+    """Their pages are logical already: a second resolution would multiply them again."""
+    done = server_args(tp_size=4, dcp_size=2, page_size=4)
+    shown = as_server_info(done)
+    assert (shown["page_size"], shown["dcp_page_size"]) == (8, 4)
+    with pytest.raises((DcpConfigError, TypeError), match="page_size"):
+        resolve_server_args(type(done)(**shown))
+
+
+@pytest.mark.skipif(
+    in_range(sglang_version(), None, "0.5.23"), reason="needs a record, as of 0.5.23"
+)
+def test_what_a_record_was_asked_for_may_be_asked_again(server_args: Any) -> None:
+    import msgspec
+
+    done = server_args(tp_size=4, dcp_size=2, page_size=4)
+    again = resolve_server_args(type(done)(**msgspec.structs.asdict(done)))
+    assert sglang_api().resolved(again).page_size == 8 and again.dcp == done.dcp
+
+
 def test_dcp_itself_is_no_argument(server_args: Any) -> None:
     with pytest.raises(TypeError, match="dcp"):
         server_args(dcp=DcpConfig(Layout(2, 1)))

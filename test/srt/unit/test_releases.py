@@ -6,7 +6,10 @@ that an unknown SGLang takes for its own.
 
 from __future__ import annotations
 
+import importlib.util
 import sys
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,10 +18,16 @@ import torch
 
 from sglang_dcp import releases
 from sglang_dcp.config import DcpConfigError
-from sglang_dcp.hooks import install, unknown_release
+from sglang_dcp.hooks import commands, install, unknown_release
 from sglang_dcp.hooks.table import CPU_HOOKS, HOOKS, RELIES_ON, rows_of
-from sglang_dcp.releases import UnknownRelease, api, known_versions, load_release
-from sglang_dcp.releases.installed import in_range, sglang_version
+from sglang_dcp.releases import (
+    UnknownRelease,
+    api,
+    installed,
+    known_versions,
+    load_release,
+)
+from sglang_dcp.releases.installed import NO_VERSION, in_range, sglang_version
 
 KNOWN = known_versions()
 ROWS = (*HOOKS, *CPU_HOOKS, *RELIES_ON)
@@ -77,6 +86,78 @@ def test_functions_of_a_release(
     finally:
         api.sglang_api.cache_clear()
     assert found == f"sglang_dcp.releases.{module}"
+
+
+@pytest.mark.parametrize(
+    ("version", "served"),
+    [
+        ("0.5.15", False),
+        ("0.5.16", True),
+        ("0.5.16.post1", True),
+        ("0.5.17", False),
+        ("0.5.22", False),
+        ("0.5.23", True),
+        ("0.5.23+fork", True),
+        ("0.5.24", False),
+        (NO_VERSION, False),
+    ],
+)
+def test_only_releases_with_functions_can_be_recorded(
+    version: str,
+    served: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    written: list[str] = []
+
+    def write(release: Any) -> Path:
+        written.append(release.version)
+        return Path(f"{release.version}.json")
+
+    monkeypatch.setattr(commands, "sglang_version", lambda: version)
+    monkeypatch.setattr(releases, "write_release", write)
+    assert commands.record() == (0 if served else 1)
+    assert written == ([version] if served else [])
+    if not served:
+        line = capsys.readouterr().out
+        assert version in line and "Move to a new SGLang release" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "wanted"),
+    [
+        ("_version.py", "__version__ = version = '0.5.23'\n", "0.5.23"),
+        ("version.py", '__version__ = "0.5.9"\n', "0.5.9"),
+        ("version.py", 'try:\n    __version__ = get("sglang")\n', NO_VERSION),
+        ("other.py", "", NO_VERSION),
+    ],
+)
+def test_version_of_a_source_tree(
+    name: str, text: str, wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SGLang without metadata; its code would end the test, so nothing may import it."""
+    folder = tmp_path / "sglang"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("1 / 0\n")
+    (folder / name).write_text(text)
+    spec = importlib.util.spec_from_file_location(
+        "sglang", folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+
+    def no_metadata(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(installed, "version", no_metadata)
+    monkeypatch.setattr(installed.importlib.util, "find_spec", lambda name: spec)
+    assert installed.sglang_version.__wrapped__() == wanted
+
+
+def test_no_version_is_an_unknown_release(monkeypatch: pytest.MonkeyPatch) -> None:
+    reasons: list[str] = []
+    monkeypatch.setattr(install, "sglang_version", lambda: NO_VERSION)
+    monkeypatch.setattr(unknown_release, "reject_flags", reasons.append)
+    install.load()
+    assert reasons[0].startswith("sglang (no version) is not known")
 
 
 def test_no_kernel_reads_q_b_proj_past_its_quant_method(
@@ -147,8 +228,45 @@ def test_our_flags_end_an_unknown_release(
     assert shown.count("\n") == 1 and "SGLANG_PLUGINS" in shown
 
 
-def test_without_our_flags_an_unknown_release_starts() -> None:
+@pytest.mark.parametrize(
+    "word",
+    ["--dcp-si", "--dcp-comm=a2a", "--no-dcp-rep", "--attn-tp-s", "--decode-con"],
+)
+def test_shortened_flags_end_an_unknown_release(
+    word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        unknown_release.check_command_line(REASON, ["--tp", "2", word, "2"])
+    assert caught.value.code == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"sglang-dcp: error: {word}: {REASON}")
+    assert shown.count("\n") == 1
+
+
+@pytest.mark.parametrize("key", ["dcp-size", "dcp_size", "attn-tp-size", "dcp-comm-b"])
+def test_flags_in_a_config_file_end_an_unknown_release(
+    key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "server.yaml"
+    config.write_text(f"tp-size: 2\n{key}: 2\n")
+    with pytest.raises(SystemExit) as caught:
+        unknown_release.check_command_line(REASON, ["--config", str(config)])
+    assert caught.value.code == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"sglang-dcp: error: --{key.replace('_', '-')}: {REASON}")
+    assert shown.count("\n") == 1
+
+
+def test_without_our_flags_an_unknown_release_starts(tmp_path: Path) -> None:
+    """Nor does a value, a flag that SGLang alone has, or a file that SGLang refuses."""
     unknown_release.check_command_line(REASON, ["--tp", "2", "--dp-size", "1"])
+    unknown_release.check_command_line(REASON, ["--d", "2", "--attention-b", "triton"])
+    for name, text in {"fine": "tp-size: 2", "list": "- dcp-size", "bad": "{"}.items():
+        config = tmp_path / f"{name}.yaml"
+        config.write_text(text)
+        unknown_release.check_command_line(REASON, ["--config", str(config)])
+    unknown_release.check_command_line(REASON, ["--config", str(tmp_path / "none")])
+    unknown_release.check_command_line(REASON, ["--config"])
     unknown_release.check_engine(REASON, object(), model_path="x", attn_tp_size=None)
 
 

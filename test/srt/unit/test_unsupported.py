@@ -28,6 +28,7 @@ from sglang_dcp.distributed.topology import Layout
 from sglang_dcp.layers.backends.capabilities import FP8, Requirement
 from sglang_dcp.layers.backends.registry import backend_names, backends
 from sglang_dcp.releases.api import sglang_api
+from sglang_dcp.releases.installed import in_range, sglang_version
 from sglang_dcp.support.backends import check_backend, default_backend
 from sglang_dcp.support.models import (
     GQA_ARCHITECTURES,
@@ -126,8 +127,8 @@ SERVER_CASES: dict[str, tuple[dict[str, Any], str]] = {
     "--enable-symm-mem": ({"enable_symm_mem": True}, ""),
     "--debug-cuda-graph": ({"debug_cuda_graph": True}, ""),
     "--cuda-graph-backend-decode": (
-        {"cuda_graph_backend_decode": "breakable"},
-        " breakable",
+        {"cuda_graph_backend_decode": "tc_piecewise"},
+        " tc_piecewise",
     ),
     "SGLANG_ENABLE_METADATA_GLUE_GRAPH": ({}, " 1"),
     "--enable-nvidia-megakernel": ({"enable_nvidia_megakernel": True}, ""),
@@ -139,10 +140,11 @@ SERVER_CASES: dict[str, tuple[dict[str, Any], str]] = {
     "--moe-a2a-backend": ({"moe_a2a_backend": "deepep"}, " deepep"),
     "--moe-dense-tp-size": ({"moe_dense_tp_size": 1}, " 1"),
     "--enable-attn-tp-input-scattered": ({"enable_attn_tp_input_scattered": True}, ""),
-    "--enable-single-batch-overlap": ({"enable_single_batch_overlap": True}, ""),
-    "--torchao-config": ({"torchao_config": "int4wo-128"}, " int4wo-128"),
-    "--cpu-offload-gb": ({"cpu_offload_gb": 4}, " 4"),
-    "--offload-group-size": ({"offload_group_size": 2}, " 2"),
+    "--torchao-config": (
+        {"torchao_config": "int4wo-128", "dcp": REPLICATED},
+        " int4wo-128",
+    ),
+    "--cpu-offload-gb": ({"cpu_offload_gb": 4, "dcp": REPLICATED}, " 4"),
     "--enable-mis": ({"enable_mis": True}, ""),
     "--speculative-algorithm": ({"speculative_algorithm": "EAGLE"}, " EAGLE"),
     "--disaggregation-mode": ({"disaggregation_mode": "decode"}, " decode"),
@@ -369,7 +371,6 @@ def test_an_unknown_comm_backend_is_named_without_dcp_too(server_args: Any) -> N
         {"load_format": "presharded"},
         {"load_format": "bitsandbytes"},
         {"device": "npu"},
-        {"cuda_graph_backend_decode": "tc_piecewise"},
     ],
     ids=str,
 )
@@ -383,6 +384,11 @@ def test_other_values_that_are_refused(changes: dict[str, Any]) -> None:
     [
         {"load_format": LoadFormat.DUMMY},
         {"cuda_graph_backend_decode": "full"},
+        {"cuda_graph_backend_decode": "breakable"},
+        {"cuda_graph_config": {"decode": {"backend": "breakable"}}},
+        {"enable_single_batch_overlap": True},
+        {"cpu_offload_gb": 4},
+        {"offload_group_size": 2},
         {"cuda_graph_backend_decode": "disabled"},
         {"cuda_graph_config": {"prefill": {"backend": "breakable"}}},
         {"cuda_graph_config": CudaGraphConfig()},
@@ -397,15 +403,25 @@ def test_values_beside_refused_ones(changes: dict[str, Any]) -> None:
     check_server_args(fine_server(**changes))
 
 
+@pytest.mark.skipif(
+    in_range(sglang_version(), "0.5.23", None), reason="SGLang itself refuses it there"
+)
 @pytest.mark.parametrize("resolved", [False, True])
 def test_a_decode_graph_that_the_json_names(resolved: bool) -> None:
     """SGLang lets it win over the flag, and resolves both into one object."""
-    config: Any = {"decode": {"backend": "breakable"}}
+    config: Any = {"decode": {"backend": "tc_piecewise"}}
     if resolved:
         config = CudaGraphConfig.from_dict(config)
     args = fine_server(cuda_graph_backend_decode="full", cuda_graph_config=config)
-    with pytest.raises(DcpConfigError, match="--cuda-graph-backend-decode breakable"):
+    with pytest.raises(
+        DcpConfigError, match="--cuda-graph-backend-decode tc_piecewise"
+    ):
         check_server_args(args)
+
+
+@since("torchao_config")
+def test_torchao_without_replicated_q() -> None:
+    check_server_args(fine_server(torchao_config="int8wo"))
 
 
 @since("startup_weight_load_mode")
