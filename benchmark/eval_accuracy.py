@@ -196,7 +196,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--page-size", type=int, default=16)
     add("--chunk", type=int, help="--chunked-prefill-size; default: 2048, on a CPU 512")
     add("--at-once", type=int, default=1, help="servers that run beside each other")
-    add("--ready-s", type=float, default=300.0, help="for a server to start")
+    add("--ready-s", type=float, default=600.0, help="for a server to start")
     add("--off-plugins", default="none", help="SGLANG_PLUGINS of SGLang's own DCP")
     for name, value in asdict(ON_GPU).items():
         count = "+" if isinstance(value, tuple) else None
