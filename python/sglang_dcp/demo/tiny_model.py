@@ -49,8 +49,13 @@ def make_tiny_model(path: str | Path, kind: str, *, seed: int = 0) -> Path:
     """
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} is unknown; choose one of {', '.join(KINDS)}")
+    return make_model(path, kind, KINDS[kind], seed=seed)
+
+
+def make_model(path: str | Path, kind: str, spec: TinyModel, *, seed: int = 0) -> Path:
+    """Do what `make_tiny_model` does, for a specification of the caller's own."""
     path = Path(path)
-    mark = _marker(kind, seed)
+    mark = _marker(kind, spec, seed)
     if path.exists():
         found = path / MARKER
         if not found.is_file():
@@ -62,7 +67,7 @@ def make_tiny_model(path: str | Path, kind: str, *, seed: int = 0) -> Path:
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".tiny-") as scratch:
         fresh = Path(scratch) / "model"
         fresh.mkdir()
-        _write_model(fresh, KINDS[kind], seed)
+        _write_model(fresh, spec, seed)
         _write_tokenizer(fresh)
         (fresh / MARKER).write_text(json.dumps(mark, indent=2) + "\n")
         if path.exists():
@@ -71,9 +76,9 @@ def make_tiny_model(path: str | Path, kind: str, *, seed: int = 0) -> Path:
     return path
 
 
-def _marker(kind: str, seed: int) -> dict[str, Any]:
-    spec = json.dumps([FORMAT_VERSION, asdict(KINDS[kind]), seed], sort_keys=True)
-    digest = hashlib.sha256(spec.encode()).hexdigest()
+def _marker(kind: str, spec: TinyModel, seed: int) -> dict[str, Any]:
+    text = json.dumps([FORMAT_VERSION, asdict(spec), seed], sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()
     return {"kind": kind, "seed": seed, "spec_sha256": digest}
 
 
@@ -81,16 +86,17 @@ def _write_model(path: Path, spec: TinyModel, seed: int) -> None:
     import torch
     import transformers
 
-    config = getattr(transformers, spec.config_class)(
-        vocab_size=VOCAB_SIZE,
-        max_position_embeddings=CONTEXT_LENGTH,
-        bos_token_id=256,
-        eos_token_id=257,
-        pad_token_id=258,
-        tie_word_embeddings=False,
-        dtype="float32",
+    sizes = {
+        "vocab_size": VOCAB_SIZE,
+        "max_position_embeddings": CONTEXT_LENGTH,
+        "bos_token_id": 256,
+        "eos_token_id": 257,
+        "pad_token_id": 258,
+        "tie_word_embeddings": False,
+        "dtype": "float32",
         **spec.sizes,
-    )
+    }
+    config = getattr(transformers, spec.config_class)(**sizes)
     # transformers draws initial weights from the global generator, which must not change.
     with torch.random.fork_rng(devices=[]):
         model = getattr(transformers, spec.architecture)(config).float()
@@ -102,9 +108,10 @@ def _write_model(path: Path, spec: TinyModel, seed: int) -> None:
                 weight.copy_(1 + spec.norm_std * noise)
             else:
                 weight.copy_(spec.weight_std * noise)
-        head = model.get_output_embeddings().weight
-        head[: _PRINTABLE.start] = 0
-        head[_PRINTABLE.stop :] = 0
+        if not sizes["tie_word_embeddings"]:
+            head = model.get_output_embeddings().weight
+            head[: _PRINTABLE.start] = 0
+            head[_PRINTABLE.stop :] = 0
     with _no_progress_bar():
         model.save_pretrained(path)
     _add_config_keys(path / "config.json", spec.extra)

@@ -1,4 +1,4 @@
-"""Hook of SGLang's `ModelConfig`: checks the model and scales its K/V-head count."""
+"""Hooks of a model's config and of the model that SGLang builds from it."""
 
 from __future__ import annotations
 
@@ -26,3 +26,22 @@ def model_config_from_server_args(
         check_model(model, config)
         scale_kv_heads(model, config)
     return model
+
+
+def initialize_model(result: Any, model_config: Any, *args: Any, **kwargs: Any) -> Any:
+    """Hook: `_initialize_model`; the model is built, and its weights are not loaded.
+
+    Raises
+    ------
+    DcpConfigError
+        The model has an attention layer that DCP does not support.
+    """
+    from sglang_dcp.context import find_context
+    from sglang_dcp.layers.loading import prepare_loading
+    from sglang_dcp.support.attention_layers import check_attention_layers
+
+    context = find_context()
+    if context is not None:
+        check_attention_layers(result, model_config, context.config)
+        prepare_loading(result, model_config, context.config.layout)
+    return result

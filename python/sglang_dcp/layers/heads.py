@@ -46,6 +46,23 @@ def scale_kv_heads(model: Any, config: DcpConfig) -> None:
             holder.num_key_value_heads = seen
 
 
+def kv_head_counts(model: Any) -> tuple[int, int]:
+    """Return the K/V heads of the checkpoint, and those that SGLang's code sees.
+
+    `model` is a `ModelConfig` after `scale_kv_heads`, and has no latent attention.
+    """
+    seen = model.get_total_num_kv_heads()
+    return seen // getattr(model.hf_text_config, _MARK), seen
+
+
+def qkv_layer_of(module: Any) -> Optional[Any]:
+    """Return the QKV layer right below `module`, or None."""
+    from sglang.srt.layers.linear import QKVParallelLinear
+
+    found = [c for c in module.children() if isinstance(c, QKVParallelLinear)]
+    return found[0] if found else None
+
+
 def qkv_parallel_linear_init(
     original: Callable[..., None], self: Any, *args: Any, **kwargs: Any
 ) -> None:

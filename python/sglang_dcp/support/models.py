@@ -6,20 +6,8 @@ from typing import Any, Optional
 
 from sglang_dcp.config import DcpConfig, DcpConfigError
 from sglang_dcp.layers.heads import is_mla
+from sglang_dcp.support.architectures import ONE_RANK_IN_SGLANG, SERVED
 from sglang_dcp.support.rules import Unsupported, check_rules, raise_unsupported
-
-# Compared with tp 1 by the tests in test/srt.
-GQA_ARCHITECTURES = (
-    "LlamaForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-    "Qwen3MoeForCausalLM",
-)
-MLA_ARCHITECTURES = (
-    "DeepseekV2ForCausalLM",
-    "DeepseekV3ForCausalLM",
-    "Glm4MoeLiteForCausalLM",
-)
 
 
 def _named(model: Any, what: str) -> str:
@@ -41,7 +29,16 @@ def _windowed(model: Any) -> Optional[str]:
         return _named(model, "sliding window layers")
     used = getattr(text, "use_sliding_window", True)
     window = getattr(text, "sliding_window", None)
-    return _named(model, f"sliding_window {window}") if used and window else None
+    # As long as the context, it hides nothing. Phi-3 names such a window.
+    if not used or not window or window >= model.context_len:
+        return None
+    return _named(model, f"sliding_window {window}")
+
+
+def _layer_kinds(model: Any) -> Optional[str]:
+    kinds = {*(getattr(model.hf_text_config, "layer_types", None) or ())}
+    others = sorted(kinds - {"full_attention"})
+    return _named(model, f"layer_types {' '.join(others)}") if others else None
 
 
 def _encoder_decoder(model: Any) -> Optional[str]:
@@ -55,8 +52,8 @@ def _sparse(model: Any) -> Optional[str]:
 
 
 def _dense_layers(model: Any) -> Optional[str]:
-    """SGLang makes every layer of Qwen3-MoE one of experts, and drops weights silently."""
-    if _name(model) != "Qwen3MoeForCausalLM":
+    """SGLang makes every layer of Qwen's MoE one of experts, and drops weights silently."""
+    if _name(model) not in ("Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM"):
         return None
     text = model.hf_text_config
     if dense := getattr(text, "mlp_only_layers", None):
@@ -77,9 +74,13 @@ def _bitsandbytes(model: Any) -> Optional[str]:
 
 
 def _architecture(model: Any) -> Optional[str]:
-    known = GQA_ARCHITECTURES + MLA_ARCHITECTURES
     name = _name(model)
-    return None if name in known else name
+    return None if name in SERVED else name
+
+
+def _one_rank(model: Any) -> Optional[str]:
+    name = _name(model)
+    return name if name in ONE_RANK_IN_SGLANG else None
 
 
 UNSUPPORTED_MODELS: tuple[Unsupported, ...] = (
@@ -127,8 +128,20 @@ UNSUPPORTED_MODELS: tuple[Unsupported, ...] = (
     ),
     Unsupported(
         "--model-path",
+        _layer_kinds,
+        "only layers of full attention can work on a part of the sequence",
+        "serve this model without DCP",
+    ),
+    Unsupported(
+        "--model-path",
+        _one_rank,
+        "SGLang itself cannot run it with --tp-size above 1",
+        "serve this model with --tp-size 1",
+    ),
+    Unsupported(
+        "--model-path",
         _architecture,
-        "DCP supports only " + ", ".join(GQA_ARCHITECTURES + MLA_ARCHITECTURES),
+        "DCP supports only " + ", ".join(SERVED),
         "serve this model without DCP",
     ),
 )

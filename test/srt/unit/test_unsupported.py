@@ -29,13 +29,9 @@ from sglang_dcp.layers.backends.capabilities import FP8, Requirement
 from sglang_dcp.layers.backends.registry import backend_names, backends
 from sglang_dcp.releases.api import sglang_api
 from sglang_dcp.releases.installed import in_range, sglang_version
+from sglang_dcp.support.architectures import ONE_RANK_IN_SGLANG, SERVED
 from sglang_dcp.support.backends import check_backend, default_backend
-from sglang_dcp.support.models import (
-    GQA_ARCHITECTURES,
-    MLA_ARCHITECTURES,
-    UNSUPPORTED_MODELS,
-    check_model,
-)
+from sglang_dcp.support.models import UNSUPPORTED_MODELS, check_model
 from sglang_dcp.support.rules import Unsupported, rules_in_force
 from sglang_dcp.support.server import UNSUPPORTED_SERVER_ARGS, check_server_args
 
@@ -229,6 +225,7 @@ def fine_model(**changes: Any) -> SimpleNamespace:
         is_encoder_decoder=False,
         attention_arch=AttentionArch.MHA,
         quantization=None,
+        context_len=8192,
         hf_text_config=SimpleNamespace(**text),
         hf_config=SimpleNamespace(architectures=[architecture]),
         get_total_num_kv_heads=lambda: kv_heads,
@@ -262,6 +259,10 @@ MODEL_CASES: dict[str, tuple[dict[str, Any], str]] = {
         {"architecture": "Qwen3MoeForCausalLM", "text": {"mlp_only_layers": [0, 3]}},
         "Qwen3MoeForCausalLM (mlp_only_layers [0, 3])",
     ),
+    "dense-layers-of-qwen2": (
+        {"architecture": "Qwen2MoeForCausalLM", "text": {"mlp_only_layers": [0]}},
+        "Qwen2MoeForCausalLM (mlp_only_layers [0])",
+    ),
     "dense-steps": (
         {"architecture": "Qwen3MoeForCausalLM", "text": {"decoder_sparse_step": 2}},
         "Qwen3MoeForCausalLM (decoder_sparse_step 2)",
@@ -272,6 +273,11 @@ MODEL_CASES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "mlp-bias": ({"text": {"mlp_bias": True}}, "LlamaForCausalLM (mlp_bias)"),
     "architecture": ({"architecture": "GptOssForCausalLM"}, "GptOssForCausalLM"),
+    "layer-kinds": (
+        {"text": {"layer_types": ["full_attention", "chunked_attention"]}},
+        "LlamaForCausalLM (layer_types chunked_attention)",
+    ),
+    **{name: ({"architecture": name}, name) for name in ONE_RANK_IN_SGLANG},
 }
 CONFIG = DcpConfig(Layout(4, 2))
 
@@ -704,15 +710,13 @@ def test_every_mla_backend_has_a_hook_that_chooses_the_forward_method() -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        *(
-            pytest.param({"architecture": name}, id=name)
-            for name in GQA_ARCHITECTURES + MLA_ARCHITECTURES
-        ),
+        *(pytest.param({"architecture": name}, id=name) for name in SERVED),
         # Qwen2 carries a window that it does not use.
         pytest.param(
             {"text": {"sliding_window": 4096, "use_sliding_window": False}},
             id="unused-window",
         ),
+        pytest.param({"text": {"sliding_window": 8192}}, id="window-of-the-context"),
         pytest.param(
             {"text": {"layer_types": ["full_attention"] * 2}}, id="full-layers"
         ),

@@ -1,0 +1,49 @@
+"""The architectures that DCP serves: those whose models were compared with tp 1.
+
+The comparisons are in `test/srt/ranks/test_models.py` and `test/srt/server`. Whatever is
+listed here, `attention_layers` looks at each attention layer that SGLang builds.
+"""
+
+from __future__ import annotations
+
+GQA_ARCHITECTURES: tuple[str, ...] = (
+    "LlamaForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+    "ApertusForCausalLM",
+    "ArceeForCausalLM",
+    "CohereForCausalLM",
+    "Ernie4_5_ForCausalLM",
+    "Ernie4_5_MoeForCausalLM",
+    "GemmaForCausalLM",
+    "Glm4ForCausalLM",
+    "Glm4MoeForCausalLM",
+    "GraniteForCausalLM",
+    "GraniteMoeForCausalLM",
+    "InternLM3ForCausalLM",
+    "IQuestCoderForCausalLM",
+    "MiMoForCausalLM",
+    "MiniMaxM2ForCausalLM",
+    "Ministral3ForCausalLM",
+    "MistralForCausalLM",
+    "MixtralForCausalLM",
+    "Olmo2ForCausalLM",
+    "Phi3ForCausalLM",
+    "PhiMoEForCausalLM",
+    "Qwen2MoeForCausalLM",
+    "StableLmForCausalLM",
+    "XverseForCausalLM",
+)
+
+MLA_ARCHITECTURES: tuple[str, ...] = (
+    "DeepseekV2ForCausalLM",
+    "DeepseekV3ForCausalLM",
+    "Glm4MoeLiteForCausalLM",
+)
+
+SERVED = GQA_ARCHITECTURES + MLA_ARCHITECTURES
+
+# OLMoE norms Q and K of one rank with the weights of all heads. Starcoder2 takes a rank
+# for the number of its pipeline stage.
+ONE_RANK_IN_SGLANG: tuple[str, ...] = ("OlmoeForCausalLM", "Starcoder2ForCausalLM")
