@@ -85,6 +85,12 @@ MODEL_KINDS: Mapping[str, TinyModel] = {
         {"use_qk_norm": True, "qk_norm_type": "per_layer", "scoring_func": "sigmoid"},
         head_dim=16,
         rotary_dim=8,
+        # The transformers of SGLang 0.5.16 do not read `rotary_dim`.
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 5e6,
+            "partial_rotary_factor": 0.5,
+        },
         num_local_experts=4,
         num_experts_per_tok=2,
     ),
