@@ -44,6 +44,14 @@ MLA_ARCHITECTURES: tuple[str, ...] = (
 
 SERVED = GQA_ARCHITECTURES + MLA_ARCHITECTURES
 
+# Their Q norm has weights for the heads of one rank or of all. Cohere's has them only if
+# the model config asks for that norm.
+NORMS_OVER_HEADS: tuple[str, ...] = (
+    "CohereForCausalLM",
+    "MiniMaxM2ForCausalLM",
+    "Olmo2ForCausalLM",
+)
+
 # OLMoE norms Q and K of one rank with the weights of all heads. Starcoder2 takes a rank
 # for the number of its pipeline stage.
 ONE_RANK_IN_SGLANG: tuple[str, ...] = ("OlmoeForCausalLM", "Starcoder2ForCausalLM")

@@ -6,7 +6,11 @@ from typing import Any, Optional
 
 from sglang_dcp.config import DcpConfig, DcpConfigError
 from sglang_dcp.layers.heads import is_mla
-from sglang_dcp.support.architectures import ONE_RANK_IN_SGLANG, SERVED
+from sglang_dcp.support.architectures import (
+    NORMS_OVER_HEADS,
+    ONE_RANK_IN_SGLANG,
+    SERVED,
+)
 from sglang_dcp.support.rules import Unsupported, check_rules, raise_unsupported
 
 
@@ -160,10 +164,17 @@ def check_model(model: Any, config: DcpConfig) -> None:
         config.layout.check_heads(heads, kv_heads)
     except ValueError as error:
         raise DcpConfigError(str(error)) from None
-    if config.replicate_q_proj and model.quantization is not None:
-        raise_unsupported(
-            "--dcp-replicate-q-proj",
-            f"with quantization {model.quantization}",
-            "only unquantized Q projections can be held at attn_tp width",
-            "drop the flag",
-        )
+    if config.replicate_q_proj:
+        _check_replicated_q(model)
+
+
+def _check_replicated_q(model: Any) -> None:
+    flag, hint = "--dcp-replicate-q-proj", "drop the flag"
+    if model.quantization is not None:
+        value = f"with quantization {model.quantization}"
+        reason = "only unquantized Q projections can be held at attn_tp width"
+        raise_unsupported(flag, value, reason, hint)
+    normed = getattr(model.hf_text_config, "use_qk_norm", True)
+    if normed and _name(model) in NORMS_OVER_HEADS:
+        reason = "its Q norm has weights for the heads of one rank or of all"
+        raise_unsupported(flag, f"with {_name(model)}", reason, hint)

@@ -22,16 +22,17 @@ from helpers.model_kinds import MODEL_KINDS
 from helpers.model_ranks import Run, hf_logprobs, run_forked, run_model
 from sglang_dcp.demo.tiny_kinds import KINDS
 from sglang_dcp.demo.tiny_model import make_model
-from sglang_dcp.support.architectures import SERVED
+from sglang_dcp.support.architectures import NORMS_OVER_HEADS, SERVED
 
 TP1 = Run("tp1", (("tp_size", 1),))
 DCP2 = Run("dcp2", (("tp_size", 2), ("dcp_size", 2), ("dcp_comm_backend", "a2a")))
 REPLICATED = Run("dcp2-q", (*DCP2.arguments, ("dcp_replicate_q_proj", True)))
 ATTN2 = Run("tp4-attn2", (("tp_size", 4), ("attn_tp_size", 2)))
 
-# Norms over all heads. Their K weights are cut or repeated for each rank, and
-# --dcp-replicate-q-proj is refused.
-OVER_HEADS = ("cohere", "minimax-m2", "olmo2")
+# Their K weights are cut or repeated for each rank, and replicated Q is refused.
+OVER_HEADS = [
+    name for name, kind in MODEL_KINDS.items() if kind.architecture in NORMS_OVER_HEADS
+]
 # Set it to run each model in every way, which takes twice as long.
 ALL_RUNS = bool(os.environ.get("SGLANG_DCP_TEST_ALL_RUNS"))
 

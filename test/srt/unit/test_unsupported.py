@@ -29,7 +29,11 @@ from sglang_dcp.layers.backends.capabilities import FP8, Requirement
 from sglang_dcp.layers.backends.registry import backend_names, backends
 from sglang_dcp.releases.api import sglang_api
 from sglang_dcp.releases.installed import in_range, sglang_version
-from sglang_dcp.support.architectures import ONE_RANK_IN_SGLANG, SERVED
+from sglang_dcp.support.architectures import (
+    NORMS_OVER_HEADS,
+    ONE_RANK_IN_SGLANG,
+    SERVED,
+)
 from sglang_dcp.support.backends import check_backend, default_backend
 from sglang_dcp.support.models import UNSUPPORTED_MODELS, check_model
 from sglang_dcp.support.rules import Unsupported, rules_in_force
@@ -776,6 +780,15 @@ def test_replicated_q_of_a_quantized_model() -> None:
     check_model(fine_model(), config)
     with pytest.raises(DcpConfigError, match="--dcp-replicate-q-proj .* fp8.*drop"):
         check_model(fine_model(quantization="fp8"), config)
+
+
+@pytest.mark.parametrize("name", NORMS_OVER_HEADS)
+def test_replicated_q_of_a_model_that_norms_over_heads(name: str) -> None:
+    config = DcpConfig(Layout(4, 2), replicate_q_proj=True)
+    check_model(fine_model(architecture=name), CONFIG)
+    check_model(fine_model(architecture=name, text={"use_qk_norm": False}), config)
+    with pytest.raises(DcpConfigError, match=f"--dcp-replicate-q-proj with {name}"):
+        check_model(fine_model(architecture=name), config)
 
 
 @pytest.mark.parametrize(
