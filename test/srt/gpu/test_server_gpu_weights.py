@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from urllib.error import HTTPError
 
 import pytest
 
@@ -19,6 +20,7 @@ from helpers.gpu_servers import make_server
 from helpers.nccl_ranks import needs_gpus
 from helpers.servers import READY_SECONDS
 from sglang_dcp.demo.client import http_json
+from sglang_dcp.releases.installed import in_range, sglang_version
 
 pytestmark = [pytest.mark.server, needs_gpus(2)]
 
@@ -29,7 +31,7 @@ Update = Callable[[str, Path], None]
 
 
 def from_disk(base_url: str, checkpoint: Path) -> None:
-    _post(base_url, "disk", {"model_path": str(checkpoint)})
+    _post(base_url, "update_weights_from_disk", {"model_path": str(checkpoint)})
 
 
 def from_tensors(base_url: str, checkpoint: Path) -> None:
@@ -41,6 +43,10 @@ def from_tensors(base_url: str, checkpoint: Path) -> None:
     monkey_patch_torch_reductions()
     named = sorted(load_file(checkpoint / "model.safetensors", device="cuda:0").items())
     size = -(-len(named) // BUCKETS)
+    # SGLang refuses tensors outside such a session as of 0.5.23, and has none before.
+    in_session = in_range(sglang_version(), "0.5.23", None)
+    if in_session:
+        _post(base_url, "begin_weight_update", {})
     for start in range(0, len(named), size):
         bucket = named[start : start + size]
         parts = [
@@ -50,13 +56,19 @@ def from_tensors(base_url: str, checkpoint: Path) -> None:
         last = start + size >= len(named)
         _post(
             base_url,
-            "tensor",
+            "update_weights_from_tensor",
             {"serialized_named_tensors": parts, "flush_cache": last},
         )
+    if in_session:
+        _post(base_url, "end_weight_update", {})
 
 
-def _post(base_url: str, source: str, body: dict[str, object]) -> None:
-    answer = http_json(f"{base_url}/update_weights_from_{source}", body)
+def _post(base_url: str, endpoint: str, body: dict[str, object]) -> None:
+    """Raise AssertionError with SGLang's message if it refuses the request."""
+    try:
+        answer = http_json(f"{base_url}/{endpoint}", body)
+    except HTTPError as error:
+        raise AssertionError(f"/{endpoint}: {error.read().decode()}") from error
     assert answer["success"], answer
 
 
