@@ -85,7 +85,9 @@ def _foreign_models(args: Any) -> Optional[str]:
 def _hooks_on_q(args: Any) -> Optional[str]:
     """Hooks of a user see what a layer returns, and its width changes in decode."""
     hooks = args.forward_hooks
-    return "with --dcp-replicate-q-proj" if hooks and args.dcp.replicate_q_proj else None
+    return (
+        "with --dcp-replicate-q-proj" if hooks and args.dcp.replicate_q_proj else None
+    )
 
 
 def _late_weights(args: Any) -> Optional[str]:

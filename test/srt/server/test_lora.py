@@ -172,8 +172,12 @@ def _check_load_and_unload(dcp: ServerProcess, oracle: Oracle, path: Path) -> No
 
 def _check_grammars(dcp: ServerProcess, model: Path) -> None:
     """Replies that a grammar bounds, in one batch with a reply that none bounds."""
-    schema = {"type": "object", "properties": {"n": {"enum": ["red", "green"]}}}
-    schema.update(required=["n"], additionalProperties=False)
+    schema = {
+        "type": "object",
+        "properties": {"n": {"enum": ["red", "green"]}},
+        "required": ["n"],
+        "additionalProperties": False,
+    }
     bounds: list[dict[str, Any]] = [
         {"regex": "[a-c]{3,7}x"},
         {"json_schema": json.dumps(schema)},
