@@ -12,6 +12,8 @@ SGLANG ?= $(NEWEST)
 VENV ?= .venv$(if $(filter-out $(NEWEST),$(SGLANG)),-$(SGLANG))
 BIN := $(VENV)/bin
 OUT ?= .cache/bench
+# Which live servers `test` starts.
+SERVERS ?= server
 STAMP := $(VENV)/.installed
 TRAINED := $(VENV)/.trained-model
 SOURCES := python test benchmark setup.py
@@ -30,7 +32,7 @@ demo: $(STAMP)
 
 # Two at a time, but servers one after the other: each takes more than a core to start.
 test: test-fast $(TRAINED)
-	$(BIN)/python -m pytest -m server
+	$(BIN)/python -m pytest -m "$(SERVERS)"
 
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m "not server"
@@ -56,7 +58,8 @@ soak: $(STAMP)
 	PYTHONPATH=test/srt $(BIN)/python -m fuzz --soak $(or $(MINUTES),10) $(ARGS)
 
 # Builds wheel and sdist, and runs the command line from the wheel in an environment of its own.
-# Then the older release, as far as the time of CI goes.
+# Then the older release, as far as the time of CI goes. Tests marked `long` do not fit into it.
+ci: SERVERS := server and not long
 ci: lint test
 	bash .ci/wheel.sh $(BIN)
 	$(MAKE) test-hooks SGLANG=0.5.16 VENV=.venv-0.5.16

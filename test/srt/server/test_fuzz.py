@@ -19,7 +19,7 @@ from fuzz.drive import Result, drive
 from fuzz.mixes import make_mix
 from fuzz.servers import REFERENCE, SETTINGS, Setting, live
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.long]
 
 # Setting, and its seeds.
 RUNS = {

@@ -19,7 +19,7 @@ from helpers.servers import server
 from real_text import Sample, draw_sample
 from trained_model import INSTALL, find_gguf, make_trained_model
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.long]
 
 # Chunks end inside the texts, and pages inside chunks.
 COMMON = "--max-total-tokens 4096 --chunked-prefill-size 192 --page-size 4"
