@@ -25,7 +25,7 @@ from sglang_dcp.demo.client import greedy, http_json
 from sglang_dcp.demo.server import ServerProcess, _fetch, _free_port_pair
 from sglang_dcp.demo.tiny_model import make_tiny_model
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.long]
 
 INPUT, OUTPUT, PAGE, DCP = 1000, 200, 4, 2
 PER_RANK = 1600
