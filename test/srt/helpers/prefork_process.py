@@ -27,6 +27,8 @@ from dataclasses import dataclass
 from multiprocessing import spawn, util
 from typing import Any
 
+import setproctitle
+
 Work = Callable[[], None]
 
 # What imports nearly all that a CPU server has imported once it is ready.
@@ -67,6 +69,8 @@ def main(channel: socket.socket) -> None:
     """Import, then fork a server for each message until the sender ends."""
     for name in MODULES:
         importlib.import_module(name)
+    # It looks for the memory of the title here, as servers replace their environment.
+    setproctitle.getproctitle()
     gc.collect()
     gc.freeze()
     work = _serve(channel)
