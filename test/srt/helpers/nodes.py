@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 from helpers.servers import READY_SECONDS, launched
 from sglang_dcp.demo.server import ServerProcess, free_port
@@ -43,3 +45,18 @@ def nodes(
 
 def logs(started: Sequence[ServerProcess]) -> list[str]:
     return [node.log_path.read_text(errors="replace") for node in started]
+
+
+def node_args(**changes: Any) -> SimpleNamespace:
+    """The part of SGLang's resolved arguments that tells one node from another."""
+    found = dict(
+        nnodes=2,
+        node_rank=1,
+        dist_init_addr="host:1",
+        dist_timeout=None,
+        watchdog_timeout=300,
+        attention_backend="torch_native",
+        dtype="float32",
+        kv_cache_dtype="auto",
+    )
+    return SimpleNamespace(**{**found, **changes})
