@@ -123,9 +123,7 @@ def check_nodes_agree(
         raise NodesDisagree(fault)
 
 
-def _missing(
-    store: Any, what: str, ranks: Sequence[int], wait_s: float
-) -> list[int]:
+def _missing(store: Any, what: str, ranks: Sequence[int], wait_s: float) -> list[int]:
     """Wait until each of `ranks` has set its key, and return those that have not."""
     keys = {rank: f"{what}/{rank}" for rank in ranks}
     try:

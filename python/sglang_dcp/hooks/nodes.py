@@ -82,4 +82,6 @@ def where_groups_lie(config: DcpConfig, node: Node) -> str:
     """Return whether the exchange of `config` crosses nodes, for the log."""
     if config.layout.groups_inside_nodes(node.ranks):
         return f"each DCP group of {config.dcp_size} ranks lies inside a node"
-    return f"DCP groups of {config.dcp_size} ranks lie across nodes, and so do exchanges"
+    return (
+        f"DCP groups of {config.dcp_size} ranks lie across nodes, and so do exchanges"
+    )

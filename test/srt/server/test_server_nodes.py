@@ -149,7 +149,9 @@ def test_equal_to_tp1(
     assert info["max_total_num_tokens"] == 4096 * case.dcp_size
     per_node = case.attn_tp_size * case.dcp_size // 2
     for rank, log in enumerate(said):
-        assert log.count(f"DCP: node {rank} of 2 with {per_node} ranks; {case.says}") == 1
+        assert (
+            log.count(f"DCP: node {rank} of 2 with {per_node} ranks; {case.says}") == 1
+        )
         assert "leak" not in log.lower()
     assert [log.count("DCP layout: ") for log in said] == [1, 0]
     print(f"max |d logprob| {request_set.max_difference(replies, want):.2e}")

@@ -49,7 +49,9 @@ def stores() -> Iterator[list[Any]]:
     """One client for each rank of a store that rank 0 has."""
     from torch.distributed import TCPStore
 
-    server = TCPStore("127.0.0.1", 0, WORLD, True, timedelta(20), wait_for_workers=False)
+    server = TCPStore(
+        "127.0.0.1", 0, WORLD, True, timedelta(20), wait_for_workers=False
+    )
     clients = [
         TCPStore("127.0.0.1", server.port, WORLD, False, timedelta(20))
         for _ in range(1, WORLD)
@@ -57,7 +59,9 @@ def stores() -> Iterator[list[Any]]:
     yield [server, *clients]
 
 
-def faults(stores: list[Any], nodes: dict[int, Node], wait_s: float = 20.0) -> list[str]:
+def faults(
+    stores: list[Any], nodes: dict[int, Node], wait_s: float = 20.0
+) -> list[str]:
     """What each rank of `nodes` finds. It must find it only once all know it."""
 
     def check(rank: int) -> str:
@@ -94,12 +98,16 @@ def test_all_ranks_find_the_one_that_differs(rank: int, stores: list[Any]) -> No
 def test_all_ranks_find_those_that_say_nothing(stores: list[Any]) -> None:
     found = faults(stores, {rank: node(0) for rank in (0, 2)}, wait_s=1.0)
     assert found[0] == found[1]
-    assert found[0].startswith("ranks 1, 3 run without DCP flags; give all nodes the same")
+    assert found[0].startswith(
+        "ranks 1, 3 run without DCP flags; give all nodes the same"
+    )
 
 
 def test_each_field_of_the_config_is_compared() -> None:
     named = {field.name for field in fields(DcpConfig)}
-    assert named == set(OTHER), "give the new field a value here, and hooks.nodes a fact"
+    assert named == set(
+        OTHER
+    ), "give the new field a value here, and hooks.nodes a fact"
     facts = _facts(node_args(), CONFIG)
     for name, value in OTHER.items():
         changed = _facts(node_args(), replace(CONFIG, **{name: value}))
@@ -163,8 +171,16 @@ def test_a_node_whose_peers_came_goes_on() -> None:
     ("layout", "nodes", "says"),
     [
         (Layout(4, 2), 2, "each DCP group of 2 ranks lies inside a node"),
-        (Layout(4, 1), 2, "DCP groups of 4 ranks lie across nodes, and so do exchanges"),
-        (Layout(4, 2), 4, "DCP groups of 2 ranks lie across nodes, and so do exchanges"),
+        (
+            Layout(4, 1),
+            2,
+            "DCP groups of 4 ranks lie across nodes, and so do exchanges",
+        ),
+        (
+            Layout(4, 2),
+            4,
+            "DCP groups of 2 ranks lie across nodes, and so do exchanges",
+        ),
     ],
     ids=str,
 )
