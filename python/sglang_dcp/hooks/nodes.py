@@ -25,7 +25,7 @@ def node_of(resolved: Any, config: DcpConfig) -> Optional[Node]:
     return Node(
         rank=resolved.node_rank,
         count=resolved.nnodes,
-        ranks=config.tp_size // resolved.nnodes,
+        ranks=resolved.tp_size // resolved.nnodes,
         address=resolved.dist_init_addr or "the address of the environment",
         wait_s=float(resolved.dist_timeout or resolved.watchdog_timeout),
         facts=tuple(_facts(resolved, config).items()),
@@ -39,7 +39,7 @@ def _facts(resolved: Any, config: DcpConfig) -> dict[str, str]:
     group would merge to wrong outputs.
     """
     facts = {
-        "--tp-size": config.tp_size,
+        "--tp-size": resolved.tp_size,
         "--attn-tp-size": config.attn_tp_size,
         "--dcp-size": config.dcp_size,
         "--dcp-comm-backend": config.comm_backend,
@@ -68,7 +68,7 @@ def exit_unless_nodes_agree(context: DcpContext) -> None:
         check_nodes_agree(_get_default_store(), node, rank, world_size)
     except NodesDisagree as error:
         sys.exit(f"sglang-dcp: error: {error}")
-    if context.tp_rank % node.ranks == 0:
+    if rank % node.ranks == 0:
         logger.info(
             "DCP: node %d of %d with %d ranks; %s",
             node.rank,

@@ -47,7 +47,8 @@ def check(rank: int, name: str) -> None:
     from sglang_dcp.distributed.topology import Layout
     from sglang_dcp.hooks.nodes import node_of
 
-    changes = dict(CASES[name][rank // NODE])
+    node_0, node_1, wanted = CASES[name]
+    changes = dict((node_0, node_1)[rank // NODE])
     layout = Layout(WORLD, changes.pop("attn_tp_size", 2))
     config = DcpConfig(layout, changes.pop("comm_backend", "ag_rs"))
     node = node_of(node_args(node_rank=rank // NODE, **changes), config)
@@ -61,7 +62,7 @@ def check(rank: int, name: str) -> None:
         said = str(ended.code)
     assert node.met.is_set()
     assert time.monotonic() - start < 30, "a rank waited for others"
-    if wanted := CASES[name][2]:
+    if wanted:
         assert said.startswith(f"sglang-dcp: error: {wanted}; give all nodes"), said
         with pytest.raises(RuntimeError, match="does not exist"):
             get_dcp_group()

@@ -201,6 +201,22 @@ def test_a_dead_rank_ends_both_nodes(model: Path) -> None:
     assert "terminated with -9" in said[1], said[1][-3000:]
 
 
+@long
+def test_the_watchdog_ends_a_node_whose_peer_stalls(model: Path) -> None:
+    """As where a host is lost: its connections stay open, and nothing comes."""
+    flags = "--tp 2 --dcp-size 2 --max-total-tokens 4096 --watchdog-timeout 20"
+    with nodes(model, flags) as pair:
+        busy = threading.Thread(target=ask_for_ever, args=(pair[0].base_url,))
+        busy.start()
+        time.sleep(3)
+        for process in everything_of(pair[1]):
+            process.suspend()
+        pair[0].wait_exit(END_S)
+        busy.join(END_S)
+        said = logs(pair)[0]
+    assert "watchdog timeout" in said, said[-3000:]
+
+
 @dataclass(frozen=True)
 class Wrong:
     """Flags of each node that do not fit together, and what the log of each must say."""
