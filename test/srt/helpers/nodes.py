@@ -51,6 +51,7 @@ def node_args(**changes: Any) -> SimpleNamespace:
     """The part of SGLang's resolved arguments that tells one node from another."""
     found = dict(
         tp_size=4,
+        dp_size=1,
         nnodes=2,
         node_rank=1,
         dist_init_addr="host:1",
