@@ -165,20 +165,23 @@ def only_node_0_serves(node_1: ServerProcess) -> None:
 
 
 @long
-@pytest.mark.parametrize("killed", [0, 1])
-def test_a_killed_node_ends_the_other(killed: int, model: Path) -> None:
-    """Node 1 dies while a request runs. Node 0 dies at rest."""
+@pytest.mark.parametrize(
+    ("killed", "at_work"),
+    [(0, False), (1, False), (1, True)],
+    ids=["node-0-idle", "node-1-idle", "node-1-at-work"],
+)
+def test_a_killed_node_ends_the_other(killed: int, at_work: bool, model: Path) -> None:
     flags = f"--tp 2 --dcp-size 2 --max-total-tokens 4096 {WATCHDOG}"
     with nodes(model, flags) as pair:
         busy = threading.Thread(target=ask_for_ever, args=(pair[0].base_url,))
-        if killed == 1:
+        if at_work:
             busy.start()
             time.sleep(3)
         for process in everything_of(pair[killed]):
             process.kill()
         code = pair[1 - killed].wait_exit(END_S)
         said = logs(pair)[1 - killed]
-        if killed == 1:
+        if at_work:
             busy.join(END_S)
     assert code != 0
     assert "Scheduler hit an exception" in said and "onnection" in said, said[-3000:]

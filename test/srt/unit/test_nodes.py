@@ -11,11 +11,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from helpers.gloo_ranks import run_python
+from helpers.gpu_nodes import make_nodes
 from helpers.nodes import node_args
 from sglang_dcp.config import DcpConfig
 from sglang_dcp.distributed.nodes import (
@@ -186,6 +188,21 @@ def test_the_log_says_where_groups_lie(layout: Layout, nodes: int, says: str) ->
     config = DcpConfig(layout)
     found = node_of(node_args(nnodes=nodes, node_rank=0), config)
     assert found is not None and where_groups_lie(config, found) == says
+
+
+def test_launches_of_the_gpu_tests_see_gpus_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,5,3,1,0")
+    first = make_nodes(tmp_path, ["--tp", "4"], tmp_path, {"A": "b"}, nodes=2, gpus=4)
+    pair = (first, *first.others)
+    assert [node._env["CUDA_VISIBLE_DEVICES"] for node in pair] == ["7,5", "3,1"]
+    assert len({node._env["NCCL_HOSTID"] for node in pair}) == 2
+    commands = [" ".join(node.command) for node in pair]
+    for rank, command in enumerate(commands):
+        assert command.endswith(f"--node-rank {rank}")
+    meets = {command.split("--dist-init-addr ")[1].split()[0] for command in commands}
+    assert len(meets) == 1 and meets.pop().startswith("127.0.0.1:")
 
 
 if __name__ == "__main__":
