@@ -140,8 +140,9 @@ def silence(ranks: Sequence[int]) -> str:
         return ""
     listed = ", ".join(map(str, ranks))
     return (
-        f"ranks {listed} run without DCP flags; give all nodes the same --dcp-size, "
-        "--attn-tp-size, --dcp-comm-backend and --dcp-replicate-q-proj"
+        f"ranks {listed} named no layout: they have no DCP flags, or ended; give all nodes "
+        "the same --dcp-size, --attn-tp-size, --dcp-comm-backend and "
+        "--dcp-replicate-q-proj"
     )
 
 

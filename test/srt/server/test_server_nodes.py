@@ -230,7 +230,7 @@ class Wrong:
 
 DIFFERENT = "is a2a on node 0 and ag_rs on node 1; give all nodes the same flags"
 NOT_MET = "--node-rank 0: the ranks of --nnodes 2 did not meet at 127.0.0.1:"
-SILENT = "ranks {} run without DCP flags; give all nodes the same --dcp-size"
+SILENT = "ranks {} named no layout: they have no DCP flags, or ended; give all nodes"
 # What SGLang says where ranks of the other node have ended.
 GONE = "Scheduler hit an exception"
 WRONG = {

@@ -101,7 +101,7 @@ def test_all_ranks_find_those_that_say_nothing(stores: list[Any]) -> None:
     found = faults(stores, {rank: node(0) for rank in (0, 2)}, wait_s=1.0)
     assert found[0] == found[1]
     assert found[0].startswith(
-        "ranks 1, 3 run without DCP flags; give all nodes the same"
+        "ranks 1, 3 named no layout: they have no DCP flags, or ended; give all nodes"
     )
 
 
