@@ -128,10 +128,6 @@ def _at_least_one(name: str) -> Unsupported:
     )
 
 
-_ACROSS_REPLICAS = (
-    "DCP groups are cut from the whole tensor-parallel group and would cross its "
-    "data-parallel replicas"
-)
 _SECOND_CUT = "prefill context parallelism cuts the sequence a second time"
 _DRAFT = "a draft token would be checked against one shard of the sequence"
 
@@ -280,23 +276,11 @@ UNSUPPORTED_SERVER_ARGS: tuple[Unsupported, ...] = (
         "use --attention-context-parallel-size 1",
     ),
     _flag("enable_prefill_cp", _SECOND_CUT),
-    _flag(
-        "enable_dp_attention",
-        _ACROSS_REPLICAS,
-        "use --dp-size replicas without --enable-dp-attention",
-    ),
     Unsupported(
         "--dwdp-size",
         above("dwdp_size", 1),
-        "it turns data-parallel attention on, and " + _ACROSS_REPLICAS,
-        "use --dwdp-size 1",
-        since="0.5.23",
-    ),
-    Unsupported(
-        "--attn-dp-size",
-        above("attn_dp_size", 1),
-        _ACROSS_REPLICAS,
-        "use --attn-dp-size 1, with any --dp-size",
+        "it runs the attention of each request on one rank",
+        "use --dwdp-size 1, and --dp-size with DP attention",
         since="0.5.23",
     ),
     Unsupported(
