@@ -182,6 +182,7 @@ def prepare(args: Any) -> None:
 def finish(args: Any) -> None:
     """Check the model and make pages logical, after SGLang resolved `args`."""
     from sglang_dcp.support.backends import requirement_of
+    from sglang_dcp.support.experts import check_experts_of
     from sglang_dcp.support.server import check_server_args
 
     api = sglang_api()
@@ -190,6 +191,7 @@ def finish(args: Any) -> None:
         return
     model = api.model_config(args)
     check_server_args(resolved, requirement_of(resolved, model, api.uses_mla(args)))
+    check_experts_of(resolved, (model.hf_config.architectures or ["?"])[0])
     _check_replicas(args.dcp, Replicas(*api.attention_replicas(resolved)))
     if api.turn_off_prefill_graph(args):
         logger.info("DCP: prefill CUDA graph turned off")

@@ -118,8 +118,7 @@ class DcpAttentionBackend(AttentionBackend):
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Build the local batch and plan, once for all layers."""
         if forward_batch.forward_mode.is_idle():
-            # SGLang then asks no layer for attention, on all ranks of the replica.
-            self._local = None
+            # No layer attends then, on any rank of this replica of DP attention.
             return
         self._local = self._batches.build(forward_batch)
         self.prefill.init_forward_metadata()

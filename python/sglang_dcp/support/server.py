@@ -12,6 +12,7 @@ from sglang_dcp.config import DcpConfig, DcpConfigError
 from sglang_dcp.distributed.exchange import Exchange, exchange_class
 from sglang_dcp.layers.backends.capabilities import Requirement
 from sglang_dcp.support.backends import check_backend
+from sglang_dcp.support.experts import check_experts
 from sglang_dcp.support.lora import UNSUPPORTED_LORA, check_adapters_of_latents
 from sglang_dcp.support.rules import (
     DROP,
@@ -230,17 +231,6 @@ UNSUPPORTED_SERVER_ARGS: tuple[Unsupported, ...] = (
         "use --model-impl auto",
         fine=("auto", "sglang"),
     ),
-    _flag(
-        "moe_a2a_backend",
-        "tokens would be scattered over ranks that must all see them",
-        "use --moe-a2a-backend none, with any --ep-size",
-        fine=("none",),
-    ),
-    _flag("moe_dense_tp_size", "tokens would be padded over the attention width"),
-    _flag(
-        "enable_attn_tp_input_scattered",
-        "it pads a prefill with tokens that belong to no request",
-    ),
     Unsupported(
         "--torchao-config",
         _beside_replicated_q("torchao_config"),
@@ -393,6 +383,7 @@ def check_server_args(args: Any, requirement: Optional[Requirement] = None) -> N
         The message has the first unsupported flag, its value, the reason and a hint.
     """
     check_rules(UNSUPPORTED_SERVER_ARGS, args)
+    check_experts(args)
     _check_exchange(args.dcp, args.device)
     if requirement is not None and requirement.mla:
         check_adapters_of_latents(args)
