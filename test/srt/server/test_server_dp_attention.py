@@ -61,7 +61,7 @@ LONG = {
     # 300 tokens a rank: eight requests at once evict what the radix tree holds.
     "qwen3-moe-ag_rs-lm-head-page4-eviction": Case(
         "qwen3-moe",
-        "--dcp-size 2 --enable-dp-lm-head --page-size 4 --ep-size 4",
+        "--dcp-size 2 --enable-dp-lm-head --page-size 4",
         pool=300,
         page_size=4,
     ),

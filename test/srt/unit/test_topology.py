@@ -206,7 +206,8 @@ def test_bad_layouts_say_what_to_do(
             6,
             2,
             r"--tp-size 8 / 2 replicas, 4 ranks each, does not divide.* 6 query heads. "
-            r"Use --tp-size 4 \(--dcp-size 2\) or --tp-size 12 \(--dcp-size 3, 6\)",
+            r"Use --tp-size 4 \(--dcp-size 2\) or --tp-size 6 \(--dcp-size 3\) or "
+            r"--tp-size 12 \(--dcp-size 3, 6\)",
             id="q-heads-of-replicas",
         ),
         pytest.param(Layout(2, 1), 6, 4, "6 query heads and 4 KV heads", id="ragged"),

@@ -529,22 +529,28 @@ def test_models_of_replicas_and_of_exchanged_tokens(name: str) -> None:
 
 @pytest.mark.parametrize("name", SERVED)
 def test_dp_attention_is_what_sglangs_source_says(name: str) -> None:
-    """Its attention takes its heads by the width of a replica's ranks, or it does not."""
+    """Attention takes its heads by the width of a replica's ranks, or it does not."""
     from sglang.srt.models.registry import ModelRegistry
 
-    source = inspect.getsource(inspect.getmodule(attention_source(ModelRegistry, name)))
-    by_replica = "attn_tp_size" in source
-    # PhiMoE's experts add up over all ranks, and 0.5.23 refuses it.
-    assert by_replica == (name in DP_ATTENTION or name == "PhiMoEForCausalLM")
+    model, _ = ModelRegistry.resolve_model_cls([name])
+    sources = map(inspect.getsource, classes_of(model, set()))
+    [by_replica] = {
+        "attn_tp_size" in source for source in sources if "RadixAttention(" in source
+    }
+    # PhiMoE's experts add up over all ranks. 0.5.23 refuses it.
+    assert by_replica == (name in (*DP_ATTENTION, "PhiMoEForCausalLM"))
 
 
-def attention_source(registry: Any, name: str) -> Any:
-    """The class that builds the attention layers of architecture `name`."""
-    found, _ = registry.resolve_model_cls([name])
-    for kind in found.__mro__:
-        if "Attention(nn.Module)" in inspect.getsource(inspect.getmodule(kind)):
-            return kind
-    return found
+def classes_of(model: type, known: set[type]) -> set[type]:
+    """`model` and the classes of SGLang's models that its source names, and so on."""
+    known.add(model)
+    module = sys.modules[model.__module__]
+    for word in set(re.findall(r"\b[A-Z]\w+", inspect.getsource(model))):
+        found = getattr(module, word, None)
+        ours = isinstance(found, type) and "sglang.srt.models" in found.__module__
+        if ours and found not in known:
+            classes_of(found, known)
+    return known
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
