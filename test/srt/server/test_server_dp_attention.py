@@ -139,15 +139,20 @@ def test_replicas_with_dcp_long(
 
 
 @pytest.mark.long
-def test_dense_layers_without_replicas(
-    models: Callable[[str], Path], references: Callable[[str], Reference]
+@pytest.mark.parametrize(
+    "scatter", ["--moe-dense-tp-size 1", "--enable-attn-tp-input-scattered"]
+)
+def test_scattered_tokens_without_replicas(
+    scatter: str,
+    models: Callable[[str], Path],
+    references: Callable[[str], Reference],
 ) -> None:
     """The scatter that MoE all-to-all needs, over all ranks: SGLang pads each prefill."""
-    flags = "--tp 4 --attn-tp-size 2 --moe-dense-tp-size 1 --dcp-comm-backend a2a"
-    requests, wanted = references("mla-moe").requests, references("mla-moe").replies
+    flags = f"--tp 4 --attn-tp-size 2 {scatter} --dcp-comm-backend a2a"
+    want = references("mla-moe")
     with server(models("mla-moe"), flags, CHECK_EVERY_BATCH) as dcp:
-        replies = request_set.run_requests(dcp.base_url, requests)
-    request_set.assert_equal_to_reference(requests, replies, wanted)
+        replies = request_set.run_requests(dcp.base_url, want.requests)
+    request_set.assert_equal_to_reference(want.requests, replies, want.replies)
 
 
 def check(
