@@ -169,6 +169,7 @@ def check(
     with server(model, flags, CHECK_EVERY_BATCH) as dcp:
         replies = request_set.run_requests(dcp.base_url, want.requests)
         request_set.assert_equal_to_reference(want.requests, replies, want.replies)
+        difference = request_set.max_difference(replies, want.replies)
         for busy in range(REPLICAS):
             _check_one_busy(dcp, want, busy)
         _check_uneven(dcp, want)
@@ -178,6 +179,7 @@ def check(
     # Each replica has ranks 0 and 1 of a layout of its own.
     layouts = re.findall(r"DP(\d) TP(\d).*?DCP layout: 2 ranks = attn_tp 1 x dcp 2", log)
     assert sorted(layouts) == [("0", "0"), ("1", "2")]
+    print(f"{case.kind} {case.flags}: max |d logprob| {difference:.2e}")
 
 
 def _check_plain(model: Path, flags: str, want: Reference) -> None:
