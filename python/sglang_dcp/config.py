@@ -148,7 +148,10 @@ def _ranks_of_replica(tp_size: int, replicas: Replicas) -> tuple[int, str]:
     if count == 1:
         return tp_size, f"--tp-size {tp_size}"
     ranks = tp_size // count
-    return ranks, f"the {ranks} ranks of a replica (--tp-size {tp_size} / {flag} {count})"
+    return (
+        ranks,
+        f"the {ranks} ranks of a replica (--tp-size {tp_size} / {flag} {count})",
+    )
 
 
 def _fewer(tp_size: int, value: int, replicas: Replicas) -> str:

@@ -209,7 +209,9 @@ class Layout:
         if self.replicas == 1:
             return f"--tp-size {self.tp_size}"
         whole = self.tp_size * self.replicas
-        return f"--tp-size {whole} / {self.replicas} replicas, {self.tp_size} ranks each,"
+        return (
+            f"--tp-size {whole} / {self.replicas} replicas, {self.tp_size} ranks each,"
+        )
 
     def _check_rank(self, tp_rank: int) -> None:
         if not 0 <= tp_rank < self.tp_size:

@@ -158,11 +158,14 @@ def all_gather_into_tensor(
     output: torch.Tensor,
     input: torch.Tensor,
 ) -> None:
-    """Hook: `GroupCoordinator.all_gather_into_tensor`; on CPU the method of its custom op."""
-    on_cpu = input.device.type == "cpu"
-    (group._all_gather_into_tensor if on_cpu else partial(original, group))(
-        output, input
-    )
+    """Hook: `GroupCoordinator.all_gather_into_tensor`; on CPU the method of its custom op.
+
+    gloo takes the rows of all ranks one after the other, and not in a dimension of ranks.
+    """
+    if input.device.type == "cpu":
+        group._all_gather_into_tensor(output.view(-1, *input.shape[1:]), input)
+    else:
+        original(group, output, input)
 
 
 def reduce_scatter_tensor(
@@ -172,10 +175,10 @@ def reduce_scatter_tensor(
     input: torch.Tensor,
 ) -> None:
     """Hook: `GroupCoordinator.reduce_scatter_tensor`; on CPU the method of its custom op."""
-    on_cpu = input.device.type == "cpu"
-    (group._reduce_scatter_tensor if on_cpu else partial(original, group))(
-        output, input
-    )
+    if input.device.type == "cpu":
+        group._reduce_scatter_tensor(output, input)
+    else:
+        original(group, output, input)
 
 
 def padding_length(original: Callable[..., int], backend: Any) -> int:

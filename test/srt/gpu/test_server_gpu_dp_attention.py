@@ -56,7 +56,11 @@ def cases() -> Iterator[Case]:
             ("fa3", ("a2a", False), "--page-size 64"),
             ("fa3", ("symm_a2a", True), "--page-size 1 --enable-dp-lm-head"),
             ("flashinfer", ("symm_a2a", False), "--page-size 16 --enable-mixed-chunk"),
-            ("flashinfer", ("ag_rs", True), "--page-size 1 --chunked-prefill-size 4000"),
+            (
+                "flashinfer",
+                ("ag_rs", True),
+                "--page-size 1 --chunked-prefill-size 4000",
+            ),
             ("fa3", ("a2a", True), "--page-size 1 --disable-cuda-graph"),
             *((("triton", ("a2a", False), "--page-size 1"),) if not latent else ()),
             *((("fa3", ("a2a", False), "--moe-dense-tp-size 1"),) if latent else ()),
@@ -119,9 +123,7 @@ def ask(server: ServerProcess, plan: Plan) -> Run:
     return Run(replies, info, log)
 
 
-def ask_replica(
-    server: ServerProcess, replica: int, wave: Wave
-) -> Mapping[str, Reply]:
+def ask_replica(server: ServerProcess, replica: int, wave: Wave) -> Mapping[str, Reply]:
     if not wave:
         return {}
     return teacher_forcing.ask(server.base_url, [wave], routed_dp_rank=replica)

@@ -115,9 +115,7 @@ def ask(base_url: str, waves: Sequence[Wave], **fields: Any) -> dict[str, Reply]
     return replies
 
 
-def _ask_wave(
-    base_url: str, wave: Wave, fields: Mapping[str, Any]
-) -> Iterator[Reply]:
+def _ask_wave(base_url: str, wave: Wave, fields: Mapping[str, Any]) -> Iterator[Reply]:
     # One HTTP request: the batch forms whatever the speed of this client's threads.
     payload = {
         "input_ids": [list(prompt.ids) for prompt in wave],

@@ -177,7 +177,9 @@ def check(
         log = dcp.log_path.read_text(errors="replace")
     assert "leak" not in log.lower()
     # Each replica has ranks 0 and 1 of a layout of its own.
-    layouts = re.findall(r"DP(\d) TP(\d).*?DCP layout: 2 ranks = attn_tp 1 x dcp 2", log)
+    layouts = re.findall(
+        r"DP(\d) TP(\d).*?DCP layout: 2 ranks = attn_tp 1 x dcp 2", log
+    )
     assert sorted(layouts) == [("0", "0"), ("1", "2")]
     print(f"{case.kind} {case.flags}: max |d logprob| {difference:.2e}")
 

@@ -183,19 +183,33 @@ def test_rows_of_a_replica_by_hand() -> None:
 @pytest.mark.parametrize("name", ["all_gather_into_tensor", "reduce_scatter_tensor"])
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_collectives_of_replicas_without_the_custom_op(name: str, device: str) -> None:
-    called: list[str] = []
+    called: list[tuple[str, int]] = []
 
     class Group:
         pass
 
     def note(who: str) -> Any:
-        return lambda *args: called.append(f"{who} {len(args)}")
+        return lambda *args: called.append((who, len(args)))
 
     group = Group()
     setattr(group, f"_{name}", note("method"))
-    row = torch.empty(2, device=device)
-    getattr(cpu, name)(note("original"), group, row, row)
-    assert called == ["method 2" if device == "cpu" else "original 3"]
+    rows = torch.empty(2, 5, device=device)
+    getattr(cpu, name)(note("original"), group, rows, rows)
+    assert called == [("method", 2) if device == "cpu" else ("original", 3)]
+
+
+def test_ranks_gathered_in_a_dimension_of_their_own() -> None:
+    """As SGLang gathers logits over a replica. gloo refuses such an output."""
+
+    class Group:
+        def _all_gather_into_tensor(self, output: Any, input: Any) -> None:
+            assert output.shape == (3 * len(input), *input.shape[1:])
+            output.copy_(torch.cat([input, input + 10, input + 20]))
+
+    logits = torch.arange(8.0).view(2, 4)
+    for output in (torch.empty(3, 2, 4), torch.empty(6, 4)):
+        cpu.all_gather_into_tensor(print, Group(), output, logits)
+        assert torch.equal(output.view(6, 4)[2:4], logits + 10)
 
 
 def test_padding_of_an_eager_batch(plugins: None) -> None:
