@@ -10,6 +10,8 @@ import torch
 
 from sglang_dcp.config import DcpConfig, dcp_of
 from sglang_dcp.context import DcpContext, clear_context, find_context, set_context
+from sglang_dcp.distributed.nodes import watch_meeting
+from sglang_dcp.hooks.nodes import exit_unless_nodes_agree, node_of
 from sglang_dcp.hooks.server_args import mixes_captured_and_eager
 from sglang_dcp.releases.api import sglang_api
 
@@ -37,7 +39,10 @@ def configure_scheduler_process(
     _stop_nccl_graph_mixing(api.resolved(server_args), config)
     # SGLang numbers the ranks of a replica of DP attention in a row.
     rank = api.scheduler_tp_rank(args, kwargs) % config.tp_size
-    set_context(DcpContext(config, rank))
+    node = node_of(api.resolved(server_args), config)
+    set_context(DcpContext(config, rank, node))
+    if node is not None:
+        watch_meeting(node)
 
 
 def _stop_nccl_graph_mixing(server_args: Any, config: DcpConfig) -> None:
@@ -57,11 +62,18 @@ def _stop_nccl_graph_mixing(server_args: Any, config: DcpConfig) -> None:
 
 
 def initialize_model_parallel(result: Any, *args: Any, **kwargs: Any) -> Any:
-    """Hook: `initialize_model_parallel`, after SGLang made its groups."""
+    """Hook: `initialize_model_parallel`, after SGLang made its groups.
+
+    Raises
+    ------
+    SystemExit
+        With DCP on several nodes, if they do not belong together.
+    """
     from sglang_dcp.distributed.groups import init_dcp_groups
 
     context = find_context()
     if context is not None:
+        exit_unless_nodes_agree(context)
         init_dcp_groups(context.config.layout)
     return result
 
