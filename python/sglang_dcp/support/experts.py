@@ -73,7 +73,7 @@ UNSUPPORTED_EXPERTS: tuple[Unsupported, ...] = (
     Unsupported(
         "--enable-lora",
         _lora_beside_replicas,
-        "SGLang's adapters need a replica of one rank",
+        "SGLang's adapters work only in replicas of one rank",
         "drop the adapters, or use --dp-size replicas without DP attention",
     ),
 )
