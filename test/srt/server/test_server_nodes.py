@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.error import HTTPError, URLError
 
-import psutil
 import pytest
 
 from helpers import request_set
 from helpers.nodes import launched_nodes, logs, nodes
-from helpers.servers import READY_SECONDS, server
+from helpers.servers import READY_SECONDS, everything_of, server, title
 from sglang_dcp.demo.client import Reply, http_json
 from sglang_dcp.demo.server import ServerProcess
 from sglang_dcp.demo.tiny_model import make_tiny_model
@@ -280,19 +279,6 @@ def ask_for_ever(base_url: str) -> None:
         http_json(f"{base_url}/generate", payload, timeout=END_S)
     except (URLError, OSError, ValueError):
         return
-
-
-def everything_of(node: ServerProcess) -> list[psutil.Process]:
-    assert node._process is not None
-    leader = psutil.Process(node._process.pid)
-    return [leader, *leader.children(recursive=True)]
-
-
-def title(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except (psutil.NoSuchProcess, psutil.ZombieProcess):
-        return ""
 
 
 if __name__ == "__main__":
