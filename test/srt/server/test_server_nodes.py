@@ -30,8 +30,9 @@ long = pytest.mark.long
 
 INSIDE = "each DCP group of 2 ranks lies inside a node"
 ACROSS = "DCP groups of {} ranks lie across nodes"
-# Of a server that is told so, to end. Each rank is a process of one busy core.
+# Within the watchdog's default of 300 s.
 END_S = 180
+# It must leave time for the first forward: 0.5.16 compiles a kernel in it.
 WATCHDOG = "--watchdog-timeout 60"
 TINY = "--max-total-tokens 512"
 
@@ -170,7 +171,7 @@ def only_node_0_serves(node_1: ServerProcess) -> None:
     ids=["node-0-idle", "node-1-idle", "node-1-at-work"],
 )
 def test_a_killed_node_ends_the_other(killed: int, at_work: bool, model: Path) -> None:
-    flags = f"--tp 2 --dcp-size 2 --max-total-tokens 4096 {WATCHDOG}"
+    flags = "--tp 2 --dcp-size 2 --max-total-tokens 4096"
     with nodes(model, flags) as pair:
         busy = threading.Thread(target=ask_for_ever, args=(pair[0].base_url,))
         if at_work:
@@ -188,7 +189,7 @@ def test_a_killed_node_ends_the_other(killed: int, at_work: bool, model: Path) -
 
 @long
 def test_a_dead_rank_ends_both_nodes(model: Path) -> None:
-    flags = f"--tp 2 --dcp-size 2 --max-total-tokens 4096 {WATCHDOG}"
+    flags = "--tp 2 --dcp-size 2 --max-total-tokens 4096"
     with nodes(model, flags) as pair:
         busy = threading.Thread(target=ask_for_ever, args=(pair[0].base_url,))
         busy.start()
@@ -206,7 +207,7 @@ def test_a_dead_rank_ends_both_nodes(model: Path) -> None:
 @long
 def test_the_watchdog_ends_a_node_whose_peer_stalls(model: Path) -> None:
     """As where a host is lost: its connections stay open, and nothing comes."""
-    flags = "--tp 2 --dcp-size 2 --max-total-tokens 4096 --watchdog-timeout 20"
+    flags = f"--tp 2 --dcp-size 2 --max-total-tokens 4096 {WATCHDOG}"
     with nodes(model, flags) as pair:
         busy = threading.Thread(target=ask_for_ever, args=(pair[0].base_url,))
         busy.start()
