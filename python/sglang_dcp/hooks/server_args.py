@@ -228,9 +228,9 @@ def _align_chunk(chunk: Optional[int], page: int) -> Optional[int]:
 
 def _check_replicas(config: DcpConfig, replicas: Replicas) -> None:
     """Raise if SGLang decided on other replicas of DP attention than the flags name."""
-    if replicas.count != config.layout.replicas:
+    if replicas.number != config.layout.replicas:
         raise DcpConfigError(
-            f"SGLang chose {replicas.count} replicas of DP attention for this model, and "
+            f"SGLang chose {replicas.number} replicas of DP attention for this model, and "
             f"the flags name {config.layout.replicas}; name as many by {replicas.flag}"
         )
 

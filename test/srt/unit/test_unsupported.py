@@ -549,7 +549,7 @@ def test_dp_attention_is_what_sglangs_source_says(name: str) -> None:
     assert by_replica == (name in (*DP_ATTENTION, "PhiMoEForCausalLM"))
 
 
-def classes_of(model: type, known: set[type]) -> set[type]:
+def classes_of(model: Any, known: set[type]) -> set[type]:
     """`model` and the classes of SGLang's models that its source names, and so on."""
     known.add(model)
     module = sys.modules[model.__module__]
