@@ -19,6 +19,7 @@ from sglang_dcp.distributed.exchange import Exchange, create_exchange
 from sglang_dcp.distributed.groups import get_dcp_group
 from sglang_dcp.layers.backends.attention_calls import by_head, check_call, whole_rows
 from sglang_dcp.layers.backends.base import InnerBackend, Partial
+from sglang_dcp.layers.decode_rows import as_decode_rows
 from sglang_dcp.layers.kv_pool import write_kv
 from sglang_dcp.layers.local_batch import LocalBatch, LocalBatchBuilder
 from sglang_dcp.layers.mla.prefill import MlaPrefill
@@ -80,6 +81,7 @@ class DcpAttentionBackend(AttentionBackend):
         self.token_to_kv_pool = token_to_kv_pool
         self._batches = batches
         self.exchange = exchange
+        self._context = context
         self._dcp_size = context.config.dcp_size
         self._dcp_rank = context.dcp_rank
         self._q_replicas = q_replicas
@@ -109,29 +111,57 @@ class DcpAttentionBackend(AttentionBackend):
             getattr(runner, "dcp_q_replicas", None),
         )
 
+    def sibling(self, runner: Any) -> DcpAttentionBackend:
+        """Build another one for the same runner, with plans of its own.
+
+        Both share the local table and the exchange, so they may not run at once.
+        """
+        view = RunnerView(runner, self._batches.local_table, self._context.config)
+        other = type(self)(
+            type(self.backend).from_runner(view),
+            self._batches.sibling(),
+            self.exchange,
+            self._context,
+            self.req_to_token_pool,
+            self.token_to_kv_pool,
+            self._q_replicas,
+        )
+        other.prefill_attention_backend_str = self.prefill_attention_backend_str
+        other.decode_attention_backend_str = self.decode_attention_backend_str
+        return other
+
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
-        """Build the local batch and plan, once for all layers."""
+        """Build the local batch and plan, once for all layers.
+
+        A verification and a draft's extension become decode steps, with a row for each
+        query token (`decode_rows`).
+        """
         if forward_batch.forward_mode.is_idle():
             return
-        self._local = self._batches.build(forward_batch)
+        batch = as_decode_rows(forward_batch)
+        self._local = self._batches.build(batch)
         self.prefill.init_forward_metadata()
-        self.backend.init_forward_metadata(forward_batch, self._local.forward_batch)
-        self._select_q_width(replicated=forward_batch.forward_mode.is_decode())
+        self.backend.init_forward_metadata(batch, self._local.forward_batch)
+        self._select_q_width(replicated=batch.forward_mode.is_decode())
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
-        """Allocate what captured decode steps read, before the first capture."""
-        self._batches.init_static(max_bs)
-        self.backend.init_cuda_graph_state(max_bs, max_num_tokens)
+        """Allocate what captured decode steps read, before the first capture.
+
+        `max_num_tokens` counts the rows: one for each query token of each request.
+        """
+        self._batches.init_static(max_num_tokens)
+        self.backend.init_cuda_graph_state(max_num_tokens, max_num_tokens)
 
     def init_forward_metadata_out_graph(
         self, forward_batch: ForwardBatch, in_capture: bool = False
     ) -> None:
         """Refresh what a captured decode step reads, outside the graph."""
-        if not forward_batch.forward_mode.is_decode():
+        batch = as_decode_rows(forward_batch)
+        if not batch.forward_mode.is_decode():
             raise NotImplementedError(
                 f"DCP captures decode only, not {forward_batch.forward_mode}"
             )
-        self._local = self._batches.build_static(forward_batch)
+        self._local = self._batches.build_static(batch)
         self.backend.init_graph_metadata(self._local.forward_batch, in_capture)
         self._select_q_width(replicated=True)
 
@@ -211,11 +241,15 @@ class DcpAttentionBackend(AttentionBackend):
 
         Shapes and errors are those of `forward_decode`, with local heads in `q`. In an
         expanded MLA prefill it returns what `MlaPrefill.attend` returns. Never captured.
+        A forward that was planned as a decode step is one, and may be captured.
         """
+        local = self._current_batch()
+        if local.forward_batch.forward_mode.is_decode():
+            keys = (save_kv_cache, q_rope, k_rope)
+            return self.forward_decode(q, k, v, layer, forward_batch, *keys, **kwargs)
         check_call(layer, k, kwargs)
         if forward_batch.attn_attend_prefix_cache is not None:
             return self.prefill.attend(q, k, v, layer, forward_batch)
-        local = self._current_batch()
         q = whole_rows(layer, q, q_rope)
         keys = whole_rows(layer, k, k_rope)
         out = self._extend_in_parts(q, keys, v, layer, local, forward_batch)
