@@ -58,9 +58,7 @@ UNSUPPORTED_SPECULATION: tuple[Unsupported, ...] = (
         DROP,
         until="0.5.23",
     ),
-    Unsupported(
-        "--speculative-algorithm", _unserved, _UNPROVEN, DROP, since="0.5.23"
-    ),
+    Unsupported("--speculative-algorithm", _unserved, _UNPROVEN, DROP, since="0.5.23"),
     Unsupported(
         "--speculative-eagle-topk",
         _while_speculating(above("speculative_eagle_topk", 1)),
