@@ -169,6 +169,11 @@ class DcpAttentionBackend(AttentionBackend):
         """Return the length of padding rows: one token, which DCP rank 0 owns."""
         return 1
 
+    def update_verify_buffers_to_fill_after_draft(
+        self, spec_info: Any, cuda_graph_bs: Optional[int]
+    ) -> None:
+        """Do nothing: the plan of a chain depends on no draft token."""
+
     def _select_q_width(self, *, replicated: bool) -> None:
         if self._q_replicas is not None:
             self._q_replicas.select(replicated=replicated)

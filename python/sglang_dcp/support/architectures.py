@@ -44,6 +44,13 @@ MLA_ARCHITECTURES: tuple[str, ...] = (
 
 SERVED = GQA_ARCHITECTURES + MLA_ARCHITECTURES
 
+# Draft models of these, beside any model above as a draft.
+DRAFT_ARCHITECTURES: tuple[str, ...] = (
+    "LlamaForCausalLMEagle",
+    "LlamaForCausalLMEagle3",
+    "DeepseekV3ForCausalLMNextN",
+)
+
 # Their Q norm has weights for the heads of one rank or of all. Cohere's has them only if
 # the model config asks for that norm.
 NORMS_OVER_HEADS: tuple[str, ...] = (

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Optional
 
-from sglang_dcp.support.rules import DROP, Unsupported, Value, above, given, switched_on
+from sglang_dcp.support.rules import DROP, Unsupported, Value, above, given
 
 # Algorithms whose servers on GPUs were compared with tp 1. None was yet.
 SERVED: tuple[str, ...] = ()
@@ -129,13 +129,6 @@ UNSUPPORTED_SPECULATION: tuple[Unsupported, ...] = (
         _while_speculating(given("speculative_moe_a2a_backend", "none")),
         "tokens would be scattered over ranks that must all see them",
         "use --speculative-moe-a2a-backend none",
-        since="0.5.23",
-    ),
-    Unsupported(
-        "SGLANG_ENABLE_OVERLAP_PLAN_STREAM",
-        _while_speculating(switched_on("SGLANG_ENABLE_OVERLAP_PLAN_STREAM")),
-        "a plan would rewrite the local table beside the forward that reads it",
-        "unset the variable",
         since="0.5.23",
     ),
 )
