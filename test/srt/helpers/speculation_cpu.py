@@ -24,6 +24,7 @@ _PLACES = {
     "build_tree_kernel_efficient_func": f"{_OPS}.spec_tree",
     "verify_tree_greedy_func": f"{_OPS}.spec_tree",
     "assign_req_to_token_pool_func": "sglang.srt.mem_cache.allocation",
+    "copy_all_layer_kv_cache_func": "sglang.kernels.ops.kvcache.cache_move",
 }
 
 
@@ -38,6 +39,19 @@ def install() -> None:
     setattr(whole, reconstruct.__name__, reconstruct)
     setattr(whole, "reconstruct_indices_from_tree_mask_func", reconstruct)
     sys.modules[whole.__name__] = whole
+
+
+def copy_all_layer_kv_cache_func(
+    data_ptrs: Tensor,
+    strides: Tensor,
+    tgt_loc: Tensor,
+    src_loc: Tensor,
+    num_locs: int,
+    num_locs_upper: int,
+    kv_copy_config: dict[str, int],
+) -> None:
+    """A pool warms it up on slot 0. With DCP nothing may be moved by logical slots."""
+    assert not tgt_loc.any() and not src_loc.any(), "K/V would be moved"
 
 
 def assign_req_to_token_pool_func(
