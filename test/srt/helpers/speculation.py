@@ -69,7 +69,9 @@ class KnownCorpus:
 
     def _draft(self, tokens: list[int], length: int) -> list[int]:
         count = self._width - 1
-        right = {"all": count, "none": 0, "some": length % (count + 1)}[self._right]
+        # The same for every server, and for each position another number.
+        some = random.Random(length).randrange(count + 1)
+        right = {"all": count, "none": 0, "some": some}[self._right]
         known = self._continuation(tokens, length)[:right]
         more = [self._draw.randrange(256) for _ in range(count - len(known))]
         return [tokens[-1], *known, *more]

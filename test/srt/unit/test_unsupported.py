@@ -925,6 +925,52 @@ def test_sglang_defaults_are_the_fine_values(server_args: Any) -> None:
     assert {name: getattr(resolved, name) for name in fine} == fine
 
 
+@since("enable_return_aux_hidden_states")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        pytest.param(
+            {"architectures": ["ExaoneForCausalLM"]},
+            "^--speculative-draft-model-path .*: --model-path ExaoneForCausalLM does not",
+            id="architecture",
+        ),
+        pytest.param(
+            {"num_attention_heads": 2},
+            "^--speculative-draft-model-path .* --tp-size 4 does not divide .* 2 query",
+            id="heads",
+        ),
+        pytest.param({"architectures": ["LlamaForCausalLMEagle3"]}, "", id="eagle3"),
+        pytest.param({}, "", id="the-target"),
+    ],
+)
+def test_draft_model(
+    changes: dict[str, Any],
+    message: str,
+    server_args: Any,
+    tiny_llama: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A draft is checked at start too, and may be of an architecture of its own."""
+    monkeypatch.setattr(speculation, "SERVED", ALGORITHMS)
+    config = json.loads((Path(tiny_llama) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
+    arguments = dict(
+        tp_size=4,
+        dcp_size=2,
+        speculative_algorithm="EAGLE",
+        speculative_eagle_topk=1,
+        speculative_num_steps=3,
+        speculative_num_draft_tokens=4,
+        speculative_draft_model_path=str(tmp_path),
+    )
+    if not message:
+        assert server_args(**arguments).dcp.dcp_size == 2
+        return
+    with pytest.raises(DcpConfigError, match=message):
+        server_args(**arguments)
+
+
 def test_real_model_config_with_a_window(
     server_args: Any, tiny_llama: str, tmp_path: Path
 ) -> None:
