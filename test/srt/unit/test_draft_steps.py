@@ -21,6 +21,9 @@ from sglang_dcp.hooks import speculation
 from sglang_dcp.layers import attention
 from sglang_dcp.layers.draft_steps import DraftSteps
 from sglang_dcp.layers.local_batch import LocalBatchBuilder
+from sglang_dcp.layers.workspace import rows_per_request
+from sglang_dcp.releases.installed import in_range, sglang_version
+from sglang_dcp.support import speculation as refused
 
 STEPS, REQUESTS, DCP, RANK = 4, 3, 2, 1
 CONFIG = DcpConfig(Layout(DCP, 1))
@@ -147,6 +150,25 @@ def test_captured_steps_have_room_for_one_token_of_each_request(runner: Any) -> 
 def test_a_captured_verification_has_room_for_its_rows(runner: Any) -> None:
     runner.attn_backend.init_cuda_graph_state(8, 8 * STEPS)
     assert runner.attn_backend.backend.sizes == (8 * STEPS, 8 * STEPS)
+
+
+def test_an_exchange_has_room_for_all_rows(
+    server_args: Any, tiny_llama: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert rows_per_request(server_args(tp_size=2, dcp_size=2)) == 1
+    if not in_range(sglang_version(), "0.5.23", None):
+        return
+    monkeypatch.setattr(refused, "SERVED", ("STANDALONE",))
+    args = server_args(
+        tp_size=2,
+        dcp_size=2,
+        speculative_algorithm="STANDALONE",
+        speculative_draft_model_path=tiny_llama,
+        speculative_eagle_topk=1,
+        speculative_num_steps=4,
+        speculative_num_draft_tokens=5,
+    )
+    assert rows_per_request(args) == 5
 
 
 def factory(args: Any, runner: Any, steps: int = STEPS) -> Any:
