@@ -81,7 +81,6 @@ class DcpAttentionBackend(AttentionBackend):
         self.token_to_kv_pool = token_to_kv_pool
         self._batches = batches
         self.exchange = exchange
-        self._context = context
         self._dcp_size = context.config.dcp_size
         self._dcp_rank = context.dcp_rank
         self._q_replicas = q_replicas
@@ -90,45 +89,36 @@ class DcpAttentionBackend(AttentionBackend):
 
     @classmethod
     def for_runner(
-        cls, backend: type[InnerBackend], runner: Any
+        cls,
+        backend: type[InnerBackend],
+        runner: Any,
+        beside: Optional[DcpAttentionBackend] = None,
     ) -> DcpAttentionBackend:
-        """Build for SGLang's `ModelRunner`, from the process's context and groups."""
+        """Build for SGLang's `ModelRunner`, from the process's context and groups.
+
+        It shares local table and exchange with `beside`, a backend of the same runner. So
+        the two may not run at once. Plans and static tensors are its own.
+        """
         context = get_context()
-        table = runner.req_to_token_pool.req_to_token
         config = context.config
-        batches = LocalBatchBuilder(
-            table, config.dcp_size, context.dcp_rank, config.page_size
-        )
+        if beside is not None:
+            batches, exchange = beside._batches.sibling(), beside.exchange
+        else:
+            where = (config.dcp_size, context.dcp_rank, config.page_size)
+            table = runner.req_to_token_pool.req_to_token
+            batches = LocalBatchBuilder(table, *where)
+            exchange = create_exchange(
+                config.comm_backend, get_dcp_group(), workspace_spec(runner)
+            )
         return cls(
             backend.from_runner(RunnerView(runner, batches.local_table, config)),
             batches,
-            create_exchange(
-                config.comm_backend, get_dcp_group(), workspace_spec(runner)
-            ),
+            exchange,
             context,
             runner.req_to_token_pool,
             runner.token_to_kv_pool,
             getattr(runner, "dcp_q_replicas", None),
         )
-
-    def sibling(self, runner: Any) -> DcpAttentionBackend:
-        """Build another one for the same runner, with plans of its own.
-
-        Both share the local table and the exchange, so they may not run at once.
-        """
-        view = RunnerView(runner, self._batches.local_table, self._context.config)
-        other = type(self)(
-            type(self.backend).from_runner(view),
-            self._batches.sibling(),
-            self.exchange,
-            self._context,
-            self.req_to_token_pool,
-            self.token_to_kv_pool,
-            self._q_replicas,
-        )
-        other.prefill_attention_backend_str = self.prefill_attention_backend_str
-        other.decode_attention_backend_str = self.decode_attention_backend_str
-        return other
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Build the local batch and plan, once for all layers.

@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Optional
 
+from sglang_dcp.layers.attention import DcpAttentionBackend
 from sglang_dcp.layers.decode_rows import as_draft_step
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
-
-    from sglang_dcp.layers.attention import DcpAttentionBackend
 
 
 class DraftSteps:
@@ -42,7 +41,15 @@ class DraftSteps:
     def for_runner(cls, runner: Any, steps: int) -> DraftSteps:
         """Build beside the backend of the draft model's runner, for `steps` tokens."""
         base: DcpAttentionBackend = runner.attn_backend
-        return cls([base.sibling(runner) for _ in range(steps - 1)])
+        inner = type(base.backend)
+        found = [
+            DcpAttentionBackend.for_runner(inner, runner, base)
+            for _ in range(steps - 1)
+        ]
+        for backend in found:
+            backend.prefill_attention_backend_str = base.prefill_attention_backend_str
+            backend.decode_attention_backend_str = base.decode_attention_backend_str
+        return cls(found)
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Plan every step of an eager draft."""

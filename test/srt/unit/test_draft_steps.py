@@ -7,6 +7,7 @@ static tensors, and that all of them share one local table and one exchange.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -55,7 +56,15 @@ class Inner:
 
 
 @pytest.fixture
-def runner(monkeypatch: pytest.MonkeyPatch) -> Any:
+def context() -> Iterator[DcpContext]:
+    context = DcpContext(CONFIG, RANK)
+    set_context(context)
+    yield context
+    clear_context()
+
+
+@pytest.fixture
+def runner(context: DcpContext, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The draft's runner, with the backend that SGLang's registry made for it."""
     monkeypatch.setattr(
         attention,
@@ -66,7 +75,9 @@ def runner(monkeypatch: pytest.MonkeyPatch) -> Any:
     )
     logical = torch.arange(REQUESTS * 32, dtype=torch.int32).view(REQUESTS, 32)
     batches = LocalBatchBuilder(logical, DCP, RANK, 1)
-    runner = SimpleNamespace(server_args=ON, req_to_token_pool=None)
+    runner = SimpleNamespace(
+        server_args=ON, req_to_token_pool=None, token_to_kv_pool=None
+    )
     view = SimpleNamespace(
         req_to_token_pool=SimpleNamespace(req_to_token=batches.local_table)
     )
@@ -74,7 +85,7 @@ def runner(monkeypatch: pytest.MonkeyPatch) -> Any:
         Inner(view),  # type: ignore[arg-type]
         batches,
         object(),  # type: ignore[arg-type]
-        DcpContext(CONFIG, RANK),
+        context,
         None,
         None,
     )
