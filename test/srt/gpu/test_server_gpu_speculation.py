@@ -5,15 +5,16 @@ scheduler and the exchanges over NCCL and NVLink. Drafts are right or wrong as t
 NGRAM's corpus is replaced by one that knows the forced tokens. A draft that is wrong and
 stays readable, or a row that sees too much, moves log-probabilities by whole units.
 
-A draft model is measured by how many of its tokens are accepted. If it is the target
-itself, that is all but a few: 16 bit decides between near ties. Without its own exchange it
-would be hardly any.
+A draft model is measured by how many of its tokens are accepted, beside plain tp. If it is
+the target itself, these are most of them: SGLang hides the first token of a prompt from a
+draft. Without its own exchange there would be hardly any.
 
 The plugin opens these servers, which DCP refuses otherwise.
 """
 
 from __future__ import annotations
 
+import random
 import re
 import sys
 from collections.abc import Iterator
@@ -146,18 +147,17 @@ STANDALONE = f"{chain('STANDALONE', 4)} --speculative-eagle-topk 1"
 def draft_specs(case: Case, seed: int) -> tuple[Spec, Spec]:
     """A DCP server and plain tp 2 whose draft is the target (seed 0) or a stranger."""
     flags = f"{STANDALONE} --speculative-draft-model-path @seed{seed}"
-    door = dict(plugin=speculation.DOOR, env=((speculation.SERVED, "STANDALONE"),))
-    plain = BF16.plain(case.kind, 2)
-    return tuple(  # type: ignore[return-value]
-        replace(
+
+    def drafting(spec: Spec) -> Spec:
+        return replace(
             spec,
             name=f"{spec.name}-draft{seed}",
             flags=f"{spec.flags} {flags}",
-            plugin=str(door["plugin"]),
-            env=door["env"],  # type: ignore[arg-type]
+            plugin=speculation.DOOR,
+            env=((speculation.SERVED, "STANDALONE"),),
         )
-        for spec in (case.spec, plain)
-    )
+
+    return drafting(case.spec), drafting(BF16.plain(case.kind, 2))
 
 
 DRAFTED = [
@@ -183,7 +183,9 @@ DRAFTED = [
 def test_as_many_drafts_accepted_as_by_plain_tp(
     case: Case, seed: int, tmp_path: Path
 ) -> None:
-    prompts = [list(range(32, 32 + n)) for n in (1, 2, 3, 30, 64, 90)]
+    draw = random.Random(2)
+    lens = (1, 2, 3, 30, 64, 90, 700, 2100)
+    prompts = [[draw.randrange(256) for _ in range(n)] for n in lens]
     lengths = []
     for spec in draft_specs(case, seed):
         with live(spec, tmp_path) as server:
@@ -191,7 +193,7 @@ def test_as_many_drafts_accepted_as_by_plain_tp(
         lengths.append(mean(a.meta["spec_accept_length"] for a in answers))
     ours, theirs = lengths
     print(f"{case.name} draft {seed}: accepted {ours:.3f}, plain tp 2 {theirs:.3f}")
-    assert theirs > 3.5 if seed == 0 else theirs < 1.5
+    assert theirs > 1.3 if seed == 0 else theirs < 1.5
     assert abs(ours - theirs) < 0.1 * theirs
 
 

@@ -94,10 +94,13 @@ class KnownCorpus:
 
 
 def open_door() -> None:
-    """Let servers of this process start with the algorithms that it names."""
+    """Let servers of this process start with the algorithms that it names.
+
+    A server without DCP names none.
+    """
     from sglang_dcp.support import speculation
 
-    served = tuple(os.environ[SERVED].split(","))
+    served = tuple(os.environ.get(SERVED, "").split(","))
     speculation.SERVED = served  # type: ignore[misc]
 
 
