@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Optional
 
 from sglang_dcp.config import DcpConfig
+from sglang_dcp.distributed.nodes import Node
 
 
 @dataclass(frozen=True)
@@ -16,11 +17,15 @@ class DcpContext:
     ----------
     config : DcpConfig
     tp_rank : int
-        Rank within the tensor-parallel group of this replica.
+        Rank in the pool of `config.layout`: in the tensor-parallel group, or with DP
+        attention in this replica's part of it.
+    node : Node, optional
+        The node of this process; None if there is one node only.
     """
 
     config: DcpConfig
     tp_rank: int
+    node: Optional[Node] = None
 
     @property
     def dcp_rank(self) -> int:

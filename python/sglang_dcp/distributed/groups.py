@@ -35,8 +35,9 @@ def init_dcp_groups(layout: Layout, *, backend: str | None = None) -> None:
     """Create the DCP and attention-TP groups from SGLang's world group.
 
     The world is read as consecutive pools of ``layout.tp_size`` global ranks. A pool is
-    one TP group, that of a pipeline stage or of a data-parallel replica. With
-    ``dcp_size`` 1 nothing is created, and the accessors keep raising.
+    one TP group, that of a pipeline stage or of a data-parallel replica. With DP attention
+    it is one replica in a TP group, the ranks of SGLang's own attention-TP group. No group
+    crosses a pool. With ``dcp_size`` 1 nothing is created, and the accessors keep raising.
 
     Parameters
     ----------
@@ -134,8 +135,11 @@ def get_dcp_group() -> GroupCoordinator:
 def get_attn_tp_group() -> GroupCoordinator:
     """Return the group of ranks with this rank's ``dcp_rank``, in ``attn_tp_rank`` order.
 
-    This is not SGLang's group of the same name, which belongs to DP attention. Its
-    collectives run over torch.distributed, also in graph capture.
+    This is not SGLang's group of the same name, which belongs to DP attention. This
+    package sends nothing over it, on one node or several. It is for forks and plug-ins
+    that join what is sharded by K/V heads: scales of all K/V heads, or K/V of a whole
+    token for a transfer. Its collectives run over torch.distributed, also in graph
+    capture.
 
     Raises
     ------

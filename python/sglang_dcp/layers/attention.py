@@ -17,7 +17,13 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang_dcp.context import DcpContext, get_context
 from sglang_dcp.distributed.exchange import Exchange, create_exchange
 from sglang_dcp.distributed.groups import get_dcp_group
-from sglang_dcp.layers.backends.attention_calls import by_head, check_call, whole_rows
+from sglang_dcp.layers.backends.attention_calls import (
+    by_head,
+    check_call,
+    first_rows,
+    padded_rows,
+    whole_rows,
+)
 from sglang_dcp.layers.backends.base import InnerBackend, Partial
 from sglang_dcp.layers.decode_rows import as_decode_rows
 from sglang_dcp.layers.kv_pool import write_kv
@@ -96,19 +102,20 @@ class DcpAttentionBackend(AttentionBackend):
     ) -> DcpAttentionBackend:
         """Build for SGLang's `ModelRunner`, from the process's context and groups.
 
-        It shares local table and exchange with `beside`, a backend of the same runner. So
-        the two may not run at once. Plans and static tensors are its own.
+        Beside another backend of the same runner, both share local table and exchange, so
+        they may not run at once.
         """
         context = get_context()
         config = context.config
         if beside is not None:
             batches, exchange = beside._batches.sibling(), beside.exchange
         else:
-            where = (config.dcp_size, context.dcp_rank, config.page_size)
-            table = runner.req_to_token_pool.req_to_token
-            batches = LocalBatchBuilder(table, *where)
+            batches = LocalBatchBuilder(
+                runner.req_to_token_pool.req_to_token,
+                *(config.dcp_size, context.dcp_rank, config.page_size),
+            )
             exchange = create_exchange(
-                config.comm_backend, get_dcp_group(), workspace_spec(runner)
+                config.comm_backend, get_dcp_group(), workspace_spec(runner, config)
             )
         return cls(
             backend.from_runner(RunnerView(runner, batches.local_table, config)),
@@ -121,12 +128,9 @@ class DcpAttentionBackend(AttentionBackend):
         )
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
-        """Build the local batch and plan, once for all layers.
-
-        A verification and a draft's extension become decode steps, with a row for each
-        query token (`decode_rows`).
-        """
+        """Build the local batch and plan, once for all layers."""
         if forward_batch.forward_mode.is_idle():
+            # No layer attends then, on any rank of this replica of DP attention.
             return
         batch = as_decode_rows(forward_batch)
         self._local = self._batches.build(batch)
@@ -135,10 +139,7 @@ class DcpAttentionBackend(AttentionBackend):
         self._select_q_width(replicated=batch.forward_mode.is_decode())
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
-        """Allocate what captured decode steps read, before the first capture.
-
-        `max_num_tokens` counts the rows: one for each query token of each request.
-        """
+        """Allocate what captured steps read, for `max_num_tokens` rows."""
         self._batches.init_static(max_num_tokens)
         self.backend.init_cuda_graph_state(max_num_tokens, max_num_tokens)
 
@@ -234,24 +235,27 @@ class DcpAttentionBackend(AttentionBackend):
     ) -> Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         """Attend with new tokens to themselves and to the prefix on all ranks.
 
-        Shapes and errors are those of `forward_decode`, with local heads in `q`. In an
-        expanded MLA prefill it returns what `MlaPrefill.attend` returns. Never captured.
-        A forward that was planned as a decode step is one, and may be captured.
+        Shapes and errors are those of `forward_decode`, with local heads in `q`. Tokens
+        with which SGLang pads the batch come last, and their rows are 0. In an expanded MLA
+        prefill it returns what `MlaPrefill.attend` returns. Never captured. A forward that
+        was planned as a decode step is one, and may be captured.
         """
         local = self._current_batch()
         if local.forward_batch.forward_mode.is_decode():
-            keys = (save_kv_cache, q_rope, k_rope)
-            return self.forward_decode(q, k, v, layer, forward_batch, *keys, **kwargs)
+            more = (save_kv_cache, q_rope, k_rope)
+            return self.forward_decode(q, k, v, layer, forward_batch, *more, **kwargs)
         check_call(layer, k, kwargs)
         if forward_batch.attn_attend_prefix_cache is not None:
             return self.prefill.attend(q, k, v, layer, forward_batch)
-        q = whole_rows(layer, q, q_rope)
+        rows, tokens = q.shape[0], len(local.empty_rows)
+        q, k, v, q_rope, k_rope = first_rows(tokens, q, k, v, q_rope, k_rope)
+        queries = whole_rows(layer, q, q_rope)
         keys = whole_rows(layer, k, k_rope)
-        out = self._extend_in_parts(q, keys, v, layer, local, forward_batch)
+        out = self._extend_in_parts(queries, keys, v, layer, local, forward_batch)
         # Written last, because a write with scales divides K and V in place.
         if save_kv_cache:
             self._write(layer, local, k, v, k_rope)
-        return out.reshape(q.shape[0], -1)
+        return padded_rows(out.reshape(tokens, -1), rows)
 
     def _extend_in_parts(
         self,
@@ -273,9 +277,7 @@ class DcpAttentionBackend(AttentionBackend):
         gathered = self.exchange.gather_heads(q)
         partial = self.backend.extend_paged_prefix(gathered, layer, local.forward_batch)
         prefix = self.exchange.reduce(
-            *partial,
-            is_lse_base_on_e=base,
-            empty_rows=local.empty_rows,
+            *partial, is_lse_base_on_e=base, empty_rows=local.empty_rows
         )
         out, _ = merge_two_states(*new, *prefix, is_lse_base_on_e=base)
         return out.to(q.dtype)
@@ -288,7 +290,9 @@ class DcpAttentionBackend(AttentionBackend):
         `latent` and `rope` are [tokens, 1, dim]. In this form SGLang writes latents before
         it calls the attention backend.
         """
-        self._write(layer, self._current_batch(), latent, latent, rope)
+        local = self._current_batch()
+        latent, rope = first_rows(len(local.empty_rows), latent, rope)
+        self._write(layer, local, latent, latent, rope)
 
     def _write(self, layer: RadixAttention, local: LocalBatch, *rows: Any) -> None:
         write_kv(self.token_to_kv_pool, layer, local.forward_batch.out_cache_loc, *rows)

@@ -74,6 +74,13 @@ class SglangApi(ABC):
         """
 
     @abstractmethod
+    def attention_replicas(self, server_args: Any) -> tuple[int, str]:
+        """Return the number of replicas of DP attention, and the flag that names it.
+
+        Arguments may be resolved or not. Without DP attention the number is 1.
+        """
+
+    @abstractmethod
     def binding_ranks(self, sizes: Mapping[str, int]) -> int:
         """Return the number of ranks from the arguments of `init_threads_binding`."""
 

@@ -37,6 +37,10 @@ class _Api(SglangApi):
     ) -> int:
         return int(args[0] if args else kwargs["tp_rank"])
 
+    def attention_replicas(self, server_args: Any) -> tuple[int, str]:
+        count = server_args.dp_size if server_args.enable_dp_attention else 1
+        return count, "--dp-size"
+
     def binding_ranks(self, sizes: Mapping[str, int]) -> int:
         return sizes["tp_size"]
 

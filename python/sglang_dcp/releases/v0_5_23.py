@@ -53,6 +53,12 @@ class _Api(SglangApi):
 
         return int(get_parallel().tp_rank)
 
+    def attention_replicas(self, server_args: Any) -> tuple[int, str]:
+        # SGLang turns the old flags into the new one when it resolves them.
+        if server_args.enable_dp_attention and server_args.attn_dp_size == 1:
+            return server_args.dp_size, "--dp-size"
+        return server_args.attn_dp_size, "--attn-dp-size"
+
     def binding_ranks(self, sizes: Mapping[str, int]) -> int:
         return sizes["world_size"]
 

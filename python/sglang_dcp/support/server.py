@@ -12,6 +12,7 @@ from sglang_dcp.config import DcpConfig, DcpConfigError
 from sglang_dcp.distributed.exchange import Exchange, exchange_class
 from sglang_dcp.layers.backends.capabilities import Requirement
 from sglang_dcp.support.backends import check_backend
+from sglang_dcp.support.experts import check_experts
 from sglang_dcp.support.lora import UNSUPPORTED_LORA, check_adapters_of_latents
 from sglang_dcp.support.rules import (
     DROP,
@@ -89,6 +90,22 @@ def _late_weights(args: Any) -> Optional[str]:
     return "overlap" if late and args.dcp.replicate_q_proj else None
 
 
+def _nodes_without_address(args: Any) -> Optional[str]:
+    from sglang.srt.environ import envs
+
+    if (args.nnodes or 1) == 1 or args.dist_init_addr:
+        return None
+    if envs.SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE.get():
+        return None
+    return f"{args.nnodes} without --dist-init-addr"
+
+
+def _no_such_node(args: Any) -> Optional[str]:
+    """SGLang would start ranks that the world does not have, or those of another node."""
+    nodes, rank = args.nnodes or 1, args.node_rank or 0
+    return None if 0 <= rank < nodes else f"{rank} of --nnodes {nodes}"
+
+
 def _beside_replicated_q(name: str) -> Value:
     """Apply to any truthy value of argument `name`, with replicated Q weights."""
 
@@ -121,10 +138,6 @@ def _at_least_one(name: str) -> Unsupported:
     )
 
 
-_ACROSS_REPLICAS = (
-    "DCP groups are cut from the whole tensor-parallel group and would cross its "
-    "data-parallel replicas"
-)
 _SECOND_CUT = "prefill context parallelism cuts the sequence a second time"
 
 UNSUPPORTED_SERVER_ARGS: tuple[Unsupported, ...] = (
@@ -225,17 +238,6 @@ UNSUPPORTED_SERVER_ARGS: tuple[Unsupported, ...] = (
         "use --model-impl auto",
         fine=("auto", "sglang"),
     ),
-    _flag(
-        "moe_a2a_backend",
-        "tokens would be scattered over ranks that must all see them",
-        "use --moe-a2a-backend none, with any --ep-size",
-        fine=("none",),
-    ),
-    _flag("moe_dense_tp_size", "tokens would be padded over the attention width"),
-    _flag(
-        "enable_attn_tp_input_scattered",
-        "it pads a prefill with tokens that belong to no request",
-    ),
     Unsupported(
         "--torchao-config",
         _beside_replicated_q("torchao_config"),
@@ -271,23 +273,11 @@ UNSUPPORTED_SERVER_ARGS: tuple[Unsupported, ...] = (
         "use --attention-context-parallel-size 1",
     ),
     _flag("enable_prefill_cp", _SECOND_CUT),
-    _flag(
-        "enable_dp_attention",
-        _ACROSS_REPLICAS,
-        "use --dp-size replicas without --enable-dp-attention",
-    ),
     Unsupported(
         "--dwdp-size",
         above("dwdp_size", 1),
-        "it turns data-parallel attention on, and " + _ACROSS_REPLICAS,
-        "use --dwdp-size 1",
-        since="0.5.23",
-    ),
-    Unsupported(
-        "--attn-dp-size",
-        above("attn_dp_size", 1),
-        _ACROSS_REPLICAS,
-        "use --attn-dp-size 1, with any --dp-size",
+        "it runs the attention of each request on one rank",
+        "use --dwdp-size 1, and --dp-size with DP attention",
         since="0.5.23",
     ),
     Unsupported(
@@ -298,9 +288,15 @@ UNSUPPORTED_SERVER_ARGS: tuple[Unsupported, ...] = (
     ),
     Unsupported(
         "--nnodes",
-        above("nnodes", 1),
-        "DCP groups over several nodes were not tested",
-        "use one node",
+        _nodes_without_address,
+        "each node would wait for the others at an address of its own",
+        "give all nodes the same --dist-init-addr, HOST:PORT of node 0",
+    ),
+    Unsupported(
+        "--node-rank",
+        _no_such_node,
+        "nodes are numbered from 0 to nnodes - 1",
+        "give each node a --node-rank of its own below --nnodes",
     ),
     *UNSUPPORTED_LORA,
     _flag("enable_two_batch_overlap", "two batches would share one local table"),
@@ -400,6 +396,7 @@ def check_server_args(args: Any, requirement: Optional[Requirement] = None) -> N
         The message has the first unsupported flag, its value, the reason and a hint.
     """
     check_rules(UNSUPPORTED_SERVER_ARGS, args)
+    check_experts(args)
     _check_exchange(args.dcp, args.device)
     if requirement is not None and requirement.mla:
         check_adapters_of_latents(args)

@@ -81,6 +81,13 @@ UNSUPPORTED_SPECULATION: tuple[Unsupported, ...] = (
         since="0.5.23",
     ),
     Unsupported(
+        "--attn-dp-size",
+        _while_speculating(above("attn_dp_size", 1)),
+        "a replica without a request would miss the forwards of the draft",
+        "use --attn-dp-size 1 and no --enable-dp-attention",
+        since="0.5.23",
+    ),
+    Unsupported(
         "--speculative-adaptive",
         _while_speculating(given("speculative_adaptive")),
         "attention plans one number of rows for each request",

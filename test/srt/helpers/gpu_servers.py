@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from helpers import teacher_forcing
+from helpers.gpu_nodes import make_nodes
 from helpers.servers import READY_SECONDS, plugin_folder
 from sglang_dcp.demo.client import Reply, http_json
 from sglang_dcp.demo.server import ServerFailed, ServerProcess
@@ -62,8 +63,9 @@ class Spec:
     """One server: model kind, flags beside `COMMON`, a plugin's source, pool size.
 
     `env` is more of its environment, by name and value; `seed` is of its weights. With
-    `one_gpu` its ranks share GPU 0 (`helpers.one_gpu`). In `flags`, `@seed1` stands for
-    the checkpoint of the same kind with seed 1.
+    `one_gpu` its ranks share GPU 0 (`helpers.one_gpu`). With several `nodes` it is as many
+    launches, each of which sees GPUs of its own (`helpers.gpu_nodes`). In `flags`, `@seed1`
+    stands for the checkpoint of the same kind with seed 1.
     """
 
     name: str
@@ -74,6 +76,7 @@ class Spec:
     env: tuple[tuple[str, str], ...] = ()
     seed: int = 0
     one_gpu: bool = False
+    nodes: int = 1
 
     @property
     def gpus(self) -> int:
@@ -129,11 +132,15 @@ def make_server(spec: Spec, folder: Path) -> ServerProcess:
             spec.flags_in(folder),
         )
     )
+    env = {**ENVIRONMENT, **dict(spec.env), "PYTHONPATH": path}
+    model = spec.checkpoint(folder)
+    if spec.nodes > 1:
+        return make_nodes(model, flags.split(), own, env, spec.nodes, spec.gpus)
     return ServerProcess(
-        spec.checkpoint(folder),
+        model,
         flags.split(),
         log_path=own / "server.log",
-        env={**ENVIRONMENT, **dict(spec.env), "PYTHONPATH": path},
+        env=env,
         grace=0.0,
         device="cuda",
     )
