@@ -36,10 +36,11 @@ def configure_scheduler_process(
     exit_unless_verified()
     api = sglang_api()
     api.hide_dcp_size(server_args)
-    _stop_nccl_graph_mixing(api.resolved(server_args), config)
+    resolved = api.resolved(server_args)
+    _stop_nccl_graph_mixing(resolved, config)
     # SGLang numbers the ranks of a replica of DP attention in a row.
     rank = api.scheduler_tp_rank(args, kwargs) % config.tp_size
-    node = node_of(api.resolved(server_args), config)
+    node = node_of(resolved, config)
     set_context(DcpContext(config, rank, node))
     if node is not None:
         watch_meeting(node)

@@ -193,6 +193,7 @@ def finish(args: Any) -> None:
     check_server_args(resolved, requirement_of(resolved, model, api.uses_mla(args)))
     check_experts_of(resolved, (model.hf_config.architectures or ["?"])[0])
     _check_replicas(args.dcp, Replicas(*api.attention_replicas(resolved)))
+    _check_draft_model(args, resolved)
     if api.turn_off_prefill_graph(args):
         logger.info("DCP: prefill CUDA graph turned off")
     _keep_nccl_graph_mixing(resolved, args.dcp)
@@ -210,6 +211,33 @@ def finish(args: Any) -> None:
         page_size=logical,
         chunked_prefill_size=_align_chunk(resolved.chunked_prefill_size, logical),
     )
+
+
+def _check_draft_model(args: Any, resolved: Any) -> None:
+    """Raise `DcpConfigError` for a draft model that DCP does not support.
+
+    Our hook checks each model config that SGLang reads. It would read this one first in
+    the schedulers.
+    """
+    path = resolved.speculative_draft_model_path
+    if not resolved.speculative_algorithm or path is None:
+        return
+    from sglang.srt.configs.model_config import ModelConfig
+
+    from sglang_dcp.layers.heads import is_mla
+    from sglang_dcp.support.backends import check_backend, requirement_of
+
+    revision = resolved.speculative_draft_model_revision
+    try:
+        draft = ModelConfig.from_server_args(
+            args, model_path=path, model_revision=revision, is_draft_model=True
+        )
+        need = requirement_of(resolved, draft, is_mla(draft))
+        check_backend(resolved.attention_backend, need)
+    except DcpConfigError as error:
+        raise DcpConfigError(
+            f"--speculative-draft-model-path {path}: {error}"
+        ) from None
 
 
 def _align_chunk(chunk: Optional[int], page: int) -> Optional[int]:
