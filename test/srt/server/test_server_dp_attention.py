@@ -25,12 +25,18 @@ from sglang_dcp.demo.client import Reply, http_json
 from sglang_dcp.demo.server import ServerProcess
 from sglang_dcp.demo.tiny_kinds import KINDS
 from sglang_dcp.demo.tiny_model import make_model
+from sglang_dcp.releases.installed import in_range, sglang_version
 
 pytestmark = pytest.mark.server
 
+SERVES_REPLICAS = pytest.mark.skipif(
+    not in_range(sglang_version(), "0.5.23", None),
+    reason="DCP refuses DP attention with this SGLang",
+)
+
 CHECK_EVERY_BATCH = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1"}
 REPLICAS = DCP_SIZE = 2
-# The name that both releases have. 0.5.23 calls it --attn-dp-size, too.
+# 0.5.23 calls it --attn-dp-size, too.
 DP = "--tp 4 --enable-dp-attention --dp-size 2"
 PLAIN = "--attention-backend torch_native"
 POOL = 4096
@@ -50,6 +56,8 @@ class Case:
     beside_plain: bool = False
 
 
+# Qwen2-MoE and MiniMax-M2 are not among them. SGLang has only GPU kernels for the shared
+# expert of the one and for the norms of the other.
 SHORT = Case("qwen3", "--dcp-size 2 --chunked-prefill-size 128")
 LONG = {
     "qwen3-attn-tp1-a2a-replicated-mixed": Case(
@@ -83,11 +91,9 @@ LONG = {
     "mla-glm-a2a-chunk128": Case(
         "mla-glm", "--dcp-size 2 --dcp-comm-backend a2a --chunked-prefill-size 128"
     ),
-    "qwen2-moe-a2a": Case("qwen2-moe", "--dcp-size 2 --dcp-comm-backend a2a"),
     "glm4-moe-ag_rs-replicated": Case(
         "glm4-moe", "--dcp-size 2 --dcp-replicate-q-proj"
     ),
-    "minimax-m2-ag_rs": Case("minimax-m2", "--dcp-size 2"),
 }
 
 
@@ -124,12 +130,14 @@ def references(
     yield reference
 
 
+@SERVES_REPLICAS
 def test_replicas_with_dcp(
     models: Callable[[str], Path], references: Callable[[str], Reference]
 ) -> None:
     check(SHORT, models, references)
 
 
+@SERVES_REPLICAS
 @pytest.mark.long
 @pytest.mark.parametrize("case", LONG.values(), ids=LONG.keys())
 def test_replicas_with_dcp_long(
@@ -148,7 +156,8 @@ def test_scattered_tokens_without_replicas(
     references: Callable[[str], Reference],
 ) -> None:
     """The scatter that MoE all-to-all needs, over all ranks: SGLang pads each prefill."""
-    flags = f"--tp 4 --attn-tp-size 2 {scatter} --dcp-comm-backend a2a"
+    flags = "--tp 4 --attn-tp-size 2 --dcp-comm-backend a2a"
+    flags = f"{flags} {scatter} --max-total-tokens {POOL}"
     want = references("mla-moe")
     with server(models("mla-moe"), flags, CHECK_EVERY_BATCH) as dcp:
         replies = request_set.run_requests(dcp.base_url, want.requests)

@@ -248,6 +248,7 @@ def test_text_config_apart_from_the_models_own(plugins: None) -> None:
         is_hybrid_swa=False,
         has_attention_sinks=False,
         is_encoder_decoder=False,
+        is_draft_model=False,
         quantization=None,
         get_total_num_kv_heads=lambda: text.num_key_value_heads,
     )
