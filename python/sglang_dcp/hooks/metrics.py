@@ -97,7 +97,7 @@ def _correct_estimates(reporter: Any, scheduler: Any, dcp_size: int) -> None:
 
 
 def _export(collector: Any, exchange: Any, config: DcpConfig) -> None:
-    """Add the layout as a gauge of 1, and the fall-backs of the exchange as a counter.
+    """Add the layout as a gauge of 1, and the fallbacks of the exchange as a counter.
 
     SGLang serves `/metrics` from files of several processes. Prometheus' own type for
     such a gauge does not work there.

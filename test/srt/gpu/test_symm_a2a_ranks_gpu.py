@@ -1,4 +1,4 @@
-"""`symm_a2a` between real ranks: NVLink, thousands of replays, fall-backs, a killed peer.
+"""`symm_a2a` between real ranks: NVLink, thousands of replays, fallbacks, a killed peer.
 
 Only this file sees what the memory system between GPUs does to the protocol: ranks drift
 apart, replays follow each other without a wait of the host, eager calls of other sizes

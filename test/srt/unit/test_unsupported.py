@@ -558,7 +558,7 @@ EXPERT_CASES: dict[str, dict[str, Any]] = {
         "device": "cuda",
     },
     f"{A2A} mori does not .*AMD": {"moe_a2a_backend": "mori", "device": "cuda"},
-    f"{A2A} customized does not .*another plug-in": {
+    f"{A2A} customized does not .*another plugin": {
         "moe_a2a_backend": "customized",
         "device": "cuda",
     },

@@ -77,7 +77,7 @@ class Exchange(ABC):
 
     @property
     def in_use(self) -> str:
-        """Return the name of the exchange that serves decode: `name`, or its fall-back."""
+        """Return the name of the exchange that serves decode: `name`, or its fallback."""
         return self.name
 
     def gather_heads(self, q: Tensor) -> Tensor:
