@@ -121,7 +121,7 @@ def _export(collector: Any, exchange: Any, config: DcpConfig) -> None:
     gauge.labels(**collector.labels, **layout).set(1)
     counter = (collector._counter_cls or prometheus_client.Counter)(
         name="sglang:dcp_exchange_fallbacks_total",
-        documentation="Exchanges that did not run by the comm backend asked for.",
+        documentation="Exchanges that did not use the comm backend asked for.",
         labelnames=[*collector.labels, "reason"],
     )
 

@@ -1,4 +1,4 @@
-"""Counts of the calls that went another way than the user asked for."""
+"""Counts of the calls that did not use the comm backend asked for."""
 
 from __future__ import annotations
 
