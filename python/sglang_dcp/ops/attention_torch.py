@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
+# Queries that are computed together: at most so many, and so many scores with all heads.
 _QUERY_BLOCK = 256
+_BLOCK_SCORES = 1 << 26
 
 
 def attention_with_lse_torch(
@@ -37,14 +39,20 @@ def attention_with_lse_torch(
         Natural log, in float32, or in float64 for float64 input. It is -inf where a
         query sees no key.
     """
+    rows = query_block(q.shape[1], k.shape[0])
     blocks = [
-        _attend_block(q, k, v, start, scaling, causal)
-        for start in range(0, q.shape[0], _QUERY_BLOCK)
+        _attend_block(q, k, v, slice(start, start + rows), scaling, causal)
+        for start in range(0, q.shape[0], rows)
     ]
     if not blocks:
         return q.new_empty(0, q.shape[1], v.shape[2]), _empty_lse(q)
     out, lse = zip(*blocks)
     return torch.cat(out), torch.cat(lse)
+
+
+def query_block(heads: int, keys: int) -> int:
+    """Return how many queries are computed together, so that their scores are bounded."""
+    return max(1, min(_QUERY_BLOCK, _BLOCK_SCORES // max(1, heads * keys)))
 
 
 def _empty_lse(q: torch.Tensor) -> torch.Tensor:
@@ -59,12 +67,12 @@ def _attend_block(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    start: int,
+    some: slice,
     scaling: float,
     causal: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     queries, keys, kv_heads = q.shape[0], k.shape[0], k.shape[1]
-    block = q[start : start + _QUERY_BLOCK]
+    block = q[some]
     n, heads, qk_dim = block.shape
     group, v_dim = heads // kv_heads, v.shape[2]
     wide = _wide(q.dtype)
@@ -74,7 +82,8 @@ def _attend_block(
     scores = grouped @ k.to(wide).permute(1, 2, 0) * scaling
     scores = scores.view(kv_heads, n, group, keys)
     if causal:
-        last = torch.arange(start, start + n, device=q.device) + keys - queries
+        order = torch.arange(some.start, some.start + n, device=q.device)
+        last = order + keys - queries
         hidden = torch.arange(keys, device=q.device) > last[:, None]
         scores = scores.masked_fill(hidden[None, :, None, :], float("-inf"))
     lse = torch.logsumexp(scores, -1)
