@@ -78,6 +78,7 @@ class ForwardSizes(NamedTuple):
     latent : whether attention is MLA
     replicated_q : whether decode projects the queries of all ranks
     gathers_lse : whether the exchange gathers the LSE apart (`ag_rs`)
+    splits : whether FA3 may split keys, as it may not in deterministic inference
     triton_splits : most splits of keys in a decode step of `triton`
     expansion : the expanded form, if there is one
     """
@@ -94,6 +95,7 @@ class ForwardSizes(NamedTuple):
     latent: bool = False
     replicated_q: bool = False
     gathers_lse: bool = False
+    splits: bool = True
     triton_splits: int = 8
     expansion: Optional[Expansion] = None
 
@@ -108,15 +110,15 @@ class ForwardSizes(NamedTuple):
 
 def prefill_parts(sizes: ForwardSizes, tokens: int) -> Parts:
     """Return what lives at the peak of a prefill of `tokens` new tokens over a prefix."""
-    in_place = list(_prefix_in_place(sizes, tokens))
-    expanded = list(_expanded(sizes, sizes.expansion, tokens))
-    return _peak([_new_tokens(sizes, tokens), *in_place, *expanded])
+    in_place = _peak(_prefix_in_place(sizes, tokens))
+    expanded = expanded_parts(sizes, tokens)
+    return _peak([_new_tokens(sizes, tokens), in_place, expanded])
 
 
 def decode_parts(sizes: ForwardSizes, rows: int) -> Parts:
     """Return what lives at the peak of a decode step of `rows` rows."""
     held, scratch = _joined(sizes, rows, with_keys=False), 0
-    if sizes.backend == "fa3":
+    if sizes.backend == "fa3" and sizes.splits:
         scratch = decode_split_bytes(_fa3_heads(sizes), rows)
     elif sizes.backend == "triton":
         # Planned for all layers.
@@ -174,7 +176,7 @@ def _prefix_in_place(sizes: ForwardSizes, tokens: int) -> Iterable[Parts]:
     state = _local_state(sizes, tokens)
     held = _joined(sizes, tokens) | {"new tokens' output": state}
     scratch = 0
-    if sizes.backend == "fa3":
+    if sizes.backend == "fa3" and sizes.splits:
         scratch = prefix_split_bytes(_fa3_heads(sizes), tokens)
     for moment in _attention_of_group(sizes, tokens, scratch, gathers=True):
         yield held | moment
@@ -195,11 +197,13 @@ def _attention_of_group(
     partial = _state(sizes.group_heads, sizes.v_dim, tokens, sizes.itemsize)
     cast = 0
     if sizes.quantized:
-        cast = tokens * sizes.group_heads * sizes.qk_dim * sizes.stored_itemsize
-        # FA3 returns bfloat16, whatever the model's dtype.
-        cast += partial
-    if sizes.latent and tokens * sizes.group_heads > _PLAN_ROWS:
-        # `flashinfer` takes some heads at a time then, and joins their outputs.
+        # Rounded queries, then outputs: FA3 returns bfloat16, whatever the model's dtype.
+        rows = tokens * sizes.group_heads
+        rounded = rows * sizes.qk_dim * sizes.stored_itemsize
+        cast = max(rounded, rows * sizes.v_dim * sizes.itemsize)
+    in_parts = sizes.latent and sizes.backend == "flashinfer"
+    if in_parts and tokens * sizes.group_heads > _PLAN_ROWS:
+        # Some heads at a time, whose outputs are joined.
         cast += partial
     yield {
         "gathered queries": queries,
@@ -214,7 +218,7 @@ def _attention_of_group(
 
 
 def _exchange_bytes(sizes: ForwardSizes, tokens: int) -> int:
-    """Return the bytes of rows sent and received, and of the masked LSE.
+    """Return the bytes of rows received, of rows sent or the merged output, and of LSEs.
 
     `symm_a2a` sends what its inboxes do not hold by `a2a`.
     """
@@ -225,41 +229,44 @@ def _exchange_bytes(sizes: ForwardSizes, tokens: int) -> int:
         lse += lse * sizes.dcp_size
     else:
         width = packed_bytes(sizes.v_dim, sizes.itemsize)
-    return 2 * (sizes.dcp_size - 1) * rows * width + lse
+    received = (sizes.dcp_size - 1) * rows * width
+    # The output takes the place of what was sent.
+    return received + max(received, _local_state(sizes, tokens)) + lse
 
 
-def _expanded(
-    sizes: ForwardSizes, form: Optional[Expansion], tokens: int
-) -> Iterable[Parts]:
-    """Gather latents of one prefix chunk, expand them, and attend; beside new tokens.
+def expanded_parts(sizes: ForwardSizes, tokens: int) -> Parts:
+    """Return what lives at the peak of an expanded prefill over a prefix, if there is one.
 
-    SGLang expands as many positions without DCP, from a prefix of 8192 on. One shot
-    takes no more, because it counts new tokens among the positions.
+    One prefix chunk is gathered, expanded and attended to, beside the new tokens. One
+    shot takes no more, because it counts new tokens among the positions. SGLang expands
+    as many positions without DCP, from a prefix of 8192 on.
     """
-    if form is None:
-        return
+    return _peak(_expanded(sizes, tokens, sizes.expansion)) if sizes.expansion else {}
+
+
+def _expanded(sizes: ForwardSizes, tokens: int, form: Expansion) -> Iterable[Parts]:
     state = _state(sizes.heads, form.v, tokens, sizes.itemsize)
     new = tokens * sizes.heads * form.expanded * sizes.itemsize
     chunk = form.positions * sizes.heads * form.expanded * sizes.itemsize
     gathered = form.positions * form.stored * sizes.itemsize
-    held = {"plans of the gather": _plan_bytes(sizes, form)}
+    held = {"plans of the gather": plan_bytes(sizes, form)}
     if sizes.backend == "flashinfer":
         held["FlashInfer's wrappers"] = MOST_PREFIX_CHUNKS * _WRAPPER_BYTES
     held["new tokens, expanded, and their output"] = new + state
-    yield held | {"latents": _gather_bytes(sizes, form)}
+    yield held | {"latents": gather_bytes(sizes, form)}
     yield held | {"latents": gathered, "expanded K and V": chunk}
     # Output of the chunk, and of the merge.
     yield held | {"expanded K and V": chunk, "merged output": 3 * state}
 
 
-def _plan_bytes(sizes: ForwardSizes, form: Expansion) -> int:
+def plan_bytes(sizes: ForwardSizes, form: Expansion) -> int:
     """Return the bytes of the plans of all prefix chunks, and of making one."""
     own = -(-form.positions // sizes.dcp_size)
     kept = MOST_PREFIX_CHUNKS * (form.positions + own)
     return _INDEX * (kept + _PLAN_VECTORS * form.positions)
 
 
-def _gather_bytes(sizes: ForwardSizes, form: Expansion) -> int:
+def gather_bytes(sizes: ForwardSizes, form: Expansion) -> int:
     """Return the bytes of latents when most live: received and ordered, or ordered and cast.
 
     Received ones are padded by one position of each request and rank at most, which is

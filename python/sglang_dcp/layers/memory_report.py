@@ -177,6 +177,7 @@ def forward_sizes(runner: Any, config: DcpConfig) -> ForwardSizes:
         latent=latent,
         replicated_q=config.replicate_q_proj,
         gathers_lse=config.comm_backend == "ag_rs",
+        splits=not args.enable_deterministic_inference,
         triton_splits=args.triton_attention_num_kv_splits,
         expansion=_expansion(model, args) if latent else None,
     )

@@ -16,7 +16,7 @@ from sglang_dcp.layers.mla.rates import HOPPER, Rates
 
 # Each prefix chunk keeps a plan for the whole forward, and FlashInfer a wrapper for ever.
 # Requests that share a prefix each gather it, so the size of the pool is no bound.
-MOST_PREFIX_CHUNKS = 128
+MOST_PREFIX_CHUNKS = 64
 # Head dims of Q and K, and of V. The kernels of both backends were checked with them.
 MHA_HEAD_DIMS = (192, 128)
 
