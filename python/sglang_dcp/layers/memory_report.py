@@ -188,9 +188,7 @@ def most_kept_kv_heads(heads: int, kv_heads: int, dcp_size: int) -> int:
     counts = []
     for rank in range(dcp_size):
         kept = kv_index_of_local_q(heads, kv_heads, dcp_size, rank, torch.device("cpu"))
-        counts.append(
-            kept.stop - kept.start if isinstance(kept, slice) else len(kept)
-        )
+        counts.append(kept.stop - kept.start if isinstance(kept, slice) else len(kept))
     return max(counts)
 
 

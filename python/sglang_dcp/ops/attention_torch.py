@@ -41,7 +41,7 @@ def attention_with_lse_torch(
     """
     rows = query_block(q.shape[1], k.shape[0])
     blocks = [
-        _attend_block(q, k, v, slice(start, start + rows), scaling, causal)
+        _attend_block(q, k, v, start, rows, scaling, causal)
         for start in range(0, q.shape[0], rows)
     ]
     if not blocks:
@@ -67,12 +67,13 @@ def _attend_block(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    some: slice,
+    start: int,
+    rows: int,
     scaling: float,
     causal: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     queries, keys, kv_heads = q.shape[0], k.shape[0], k.shape[1]
-    block = q[some]
+    block = q[start : start + rows]
     n, heads, qk_dim = block.shape
     group, v_dim = heads // kv_heads, v.shape[2]
     wide = _wide(q.dtype)
@@ -82,8 +83,7 @@ def _attend_block(
     scores = grouped @ k.to(wide).permute(1, 2, 0) * scaling
     scores = scores.view(kv_heads, n, group, keys)
     if causal:
-        order = torch.arange(some.start, some.start + n, device=q.device)
-        last = order + keys - queries
+        last = torch.arange(start, start + n, device=q.device) + keys - queries
         hidden = torch.arange(keys, device=q.device) > last[:, None]
         scores = scores.masked_fill(hidden[None, :, None, :], float("-inf"))
     lse = torch.logsumexp(scores, -1)
