@@ -215,6 +215,7 @@ def test_server_info_tells_the_layout(both: Any) -> None:
     assert shown["dcp_size"] == DCP and shown["attn_tp_size"] == 1
     assert shown["dcp_comm_backend"] == shown["dcp_exchange_in_use"] == "ag_rs"
     assert shown["dcp_exchange_fallbacks"] == {}
+    assert shown["dcp_attention_memory_bytes"] > 0
     assert 'sglang:dcp_info{attn_tp_size="1"' in dcp.metrics
     assert 'exchange_in_use="ag_rs"' in dcp.metrics
     assert "dcp_info" not in plain.metrics and "fallbacks" not in plain.metrics

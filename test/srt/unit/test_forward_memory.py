@@ -308,7 +308,6 @@ def test_gathered_latents_take_what_is_told(dcp_size: int, stored: Any) -> None:
 @pytest.fixture
 def silent_merge(monkeypatch: pytest.MonkeyPatch) -> None:
     """SGLang's merge of prefix chunks allocates nothing."""
-    from sglang.srt.layers.attention import merge_state
     from sglang.srt.models.deepseek_common.attention_forward_methods import forward_mha
 
     def merge(*args: Any) -> None:
@@ -317,6 +316,8 @@ def silent_merge(monkeypatch: pytest.MonkeyPatch) -> None:
     if in_range(sglang_version(), None, "0.5.23"):
         monkeypatch.setattr(forward_mha, "merge_state_v2", merge, raising=False)
     else:
+        from sglang.srt.layers.attention import merge_state
+
         monkeypatch.setattr(merge_state, "merge_state_triton", merge)
 
 
@@ -336,11 +337,11 @@ def test_an_expanded_prefill_takes_what_is_told(
         grown = {"a": group.served.grow("a", new)}
         group.table.copy_(group.served.table)
         batch = group._batch(group.served.batch("EXTEND", grown))
-        rows = [
+        q, latent, rope = (
             part[list(grown["a"])].to(prefill.dtype) for part in group.truth.of("a")
-        ]
+        )
         with LiveBytes() as live:
-            group._forward(rank, module, *rows, batch)
+            group._forward(rank, module, q, latent, rope, batch)
     # Local queries, and the copies by which the test feeds the module.
     fed = new * (8 * 192 + 512 + 576) * 2
     positions = min(capacity, prefix + new)
