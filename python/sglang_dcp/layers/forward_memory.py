@@ -123,7 +123,10 @@ def decode_parts(sizes: ForwardSizes, rows: int) -> Parts:
     elif sizes.backend == "triton":
         # Planned for all layers.
         splits = rows * sizes.group_heads * sizes.triton_splits
-        held["splits of the kernel"] = splits * (sizes.v_dim + 1) * _LSE
+        held["splits that are planned"] = splits * (sizes.v_dim + 1) * _LSE
+    if sizes.replicated_q:
+        numbers = rows * sizes.group_heads * sizes.qk_dim
+        held["projected queries of the DCP group"] = numbers * sizes.itemsize
     gathers = not sizes.replicated_q
     return _peak(
         held | moment
@@ -188,7 +191,8 @@ def _attention_of_group(
 ) -> Iterable[Parts]:
     """Gather queries, attend with all heads of the DCP group, exchange the outputs."""
     own = tokens * sizes.heads * sizes.qk_dim * sizes.itemsize
-    queries = own * sizes.dcp_size if gathers else 0
+    # Gathered, or with replicated Q a copy that is contiguous.
+    queries = own * sizes.dcp_size
     if gathers:
         # A copy that is contiguous, and what NCCL fills.
         yield {"gathered queries": own + queries}
@@ -206,7 +210,7 @@ def _attention_of_group(
         # Some heads at a time, whose outputs are joined.
         cast += partial
     yield {
-        "gathered queries": queries,
+        "queries of the DCP group": queries,
         "partial outputs": partial,
         "copies of queries and outputs": cast,
         "splits of the kernel": scratch,

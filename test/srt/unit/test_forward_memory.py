@@ -276,6 +276,21 @@ def test_splits_of_decode_end_at_992_rows() -> None:
     assert most == decode_split_bytes(heads, 4096) == 109 * heads.split_bytes(992)
 
 
+def test_splits_of_triton_live_for_the_whole_step() -> None:
+    """SGLang plans them for all layers: outputs and LSEs in float32."""
+    triton, planned = QWEN._replace(backend="triton"), 64 * 16 * 8 * (128 + 1) * 4
+    alone = decode_parts(QWEN._replace(splits=False), 64)
+    assert total(decode_parts(triton, 64)) == planned + total(alone)
+
+
+def test_replicated_queries_are_counted_beside_their_copy() -> None:
+    """A model hands in the queries of all heads, cut from a wider product."""
+    queries = 64 * 16 * 128 * 2
+    replicated = decode_parts(QWEN._replace(replicated_q=True, splits=False), 64)
+    outputs = 64 * 16 * (128 * 2 + 4)
+    assert total(replicated) >= 2 * queries + outputs
+
+
 SHARDS = [(2, torch.bfloat16), (4, torch.bfloat16), (2, FP8)]
 
 
