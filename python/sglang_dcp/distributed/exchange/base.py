@@ -80,6 +80,11 @@ class Exchange(ABC):
         """Return the name of the exchange that serves decode: `name`, or its fallback."""
         return self.name
 
+    @property
+    def standing_bytes(self) -> int:
+        """Return the bytes of GPU memory that the exchange holds between its calls."""
+        return 0
+
     def gather_heads(self, q: Tensor) -> Tensor:
         """All-gather local heads [tokens, h, D] to all heads [tokens, h * N, D].
 
