@@ -36,8 +36,11 @@ def _facts(resolved: Any, config: DcpConfig) -> dict[str, str]:
     """Return what must be equal on all nodes.
 
     The log base of an LSE belongs to the attention backend, so two backends in one DCP
-    group would merge to wrong outputs.
+    group would merge to wrong outputs. What decides the form of an MLA prefill decides its
+    collectives.
     """
+    from sglang.srt.environ import envs
+
     facts = {
         "--tp-size": resolved.tp_size,
         "--dp-size": resolved.dp_size,
@@ -50,6 +53,9 @@ def _facts(resolved: Any, config: DcpConfig) -> dict[str, str]:
         "--attention-backend": resolved.attention_backend,
         "--dtype": resolved.dtype,
         "--kv-cache-dtype": resolved.kv_cache_dtype,
+        "--disable-chunked-prefix-cache": resolved.disable_chunked_prefix_cache,
+        "--flashinfer-mla-disable-ragged": resolved.flashinfer_mla_disable_ragged,
+        "SGLANG_MAX_KV_CHUNK_CAPACITY": envs.SGLANG_MAX_KV_CHUNK_CAPACITY.get(),
         "sglang": sglang_version(),
         "sglang-dcp": sglang_dcp.__version__,
     }

@@ -30,7 +30,7 @@ from sglang_dcp.layers.kv_pool import write_kv
 from sglang_dcp.layers.local_batch import LocalBatch, LocalBatchBuilder
 from sglang_dcp.layers.mla.prefill import MlaPrefill
 from sglang_dcp.layers.runner_view import RunnerView
-from sglang_dcp.layers.workspace import workspace_spec
+from sglang_dcp.layers.workspace import most_decode_rows, workspace_spec
 from sglang_dcp.ops.layout import kv_index_of_local_q
 from sglang_dcp.ops.lse_merge import merge_two_states
 
@@ -117,8 +117,9 @@ class DcpAttentionBackend(AttentionBackend):
             exchange = create_exchange(
                 config.comm_backend, get_dcp_group(), workspace_spec(runner, config)
             )
+        rows = most_decode_rows(runner, config)
         return cls(
-            backend.from_runner(RunnerView(runner, batches.local_table, config)),
+            backend.from_runner(RunnerView(runner, batches.local_table, config, rows)),
             batches,
             exchange,
             context,

@@ -27,7 +27,7 @@ from sglang_dcp.layers.forward_memory import (
 )
 from sglang_dcp.layers.heads import is_mla, kv_head_counts
 from sglang_dcp.layers.mla.form import MHA_HEAD_DIMS
-from sglang_dcp.layers.workspace import rows_per_request
+from sglang_dcp.layers.workspace import most_decode_rows, rows_per_request
 from sglang_dcp.ops.layout import kv_index_of_local_q
 from sglang_dcp.releases.api import sglang_api
 
@@ -131,7 +131,7 @@ def forward_memory(runner: Any, sizes: ForwardSizes, longest: int) -> ForwardMem
     tokens = max(longest, args.max_prefill_tokens)
     if is_chunked(runner):
         tokens = args.chunked_prefill_size
-    rows = runner.req_to_token_pool.size * width
+    rows = most_decode_rows(runner, get_context().config)
     prefill, decode = prefill_parts(sizes, tokens), decode_parts(sizes, rows)
     forward, what = prefill, f"a prefill of {tokens} tokens"
     if sum(decode.values()) > sum(prefill.values()):

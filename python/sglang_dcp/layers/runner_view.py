@@ -2,7 +2,8 @@
 
 An inner backend sizes its kernels and buffers from the runner when it is built. It serves
 all heads of the DCP group over this rank's pool. So it needs more query heads, a
-`dcp_size`-th of the positions, and physical pages.
+`dcp_size`-th of the positions, and physical pages. Where a request has several rows in a
+decode step, it needs as many requests as there are rows.
 """
 
 from __future__ import annotations
@@ -36,17 +37,17 @@ class RunnerView(_Overlay):
     local_table : Tensor [requests, local positions]
         Slots of this rank's pool.
     config : DcpConfig
+    rows : int
+        Most rows of a decode step.
     """
 
     def __init__(
-        self, runner: Any, local_table: torch.Tensor, config: DcpConfig
+        self, runner: Any, local_table: torch.Tensor, config: DcpConfig, rows: int
     ) -> None:
         super().__init__(
             runner,
             page_size=config.page_size,
-            req_to_token_pool=SimpleNamespace(
-                req_to_token=local_table, size=runner.req_to_token_pool.size
-            ),
+            req_to_token_pool=SimpleNamespace(req_to_token=local_table, size=rows),
             model_config=_model_view(
                 runner.model_config, config.dcp_size, local_table.shape[1]
             ),

@@ -21,12 +21,23 @@ def workspace_spec(runner: Any, config: DcpConfig) -> WorkspaceSpec:
     else:
         dim = max(model.head_dim, model.v_head_dim)
     return WorkspaceSpec(
-        tokens=runner.req_to_token_pool.size * rows_per_request(runner.server_args),
+        tokens=most_decode_rows(runner, config),
         heads=model.num_attention_heads // config.tp_size,
         row_bytes=dim * runner.dtype.itemsize,
         # Shorter than SGLang's watchdog, which cannot name the ranks.
         timeout_s=0.8 * runner.server_args.watchdog_timeout,
     )
+
+
+def most_decode_rows(runner: Any, config: DcpConfig) -> int:
+    """Return the most rows of a decode step of SGLang's `ModelRunner`.
+
+    SGLang pads a batch to a multiple of the attention ranks where it scatters tokens over
+    them.
+    """
+    ranks = config.tp_size
+    requests = -(-runner.req_to_token_pool.size // ranks) * ranks
+    return requests * rows_per_request(runner.server_args)
 
 
 def rows_per_request(server_args: Any) -> int:

@@ -105,7 +105,7 @@ class Rank:
         self.pool = make_pool(case, slots)
         views = LocalBatchBuilder(table, case.dcp_size, dcp_rank, case.page_size)
         runner = RunnerView(
-            make_runner(case, table, self.pool), views.local_table, config
+            make_runner(case, table, self.pool), views.local_table, config, len(table)
         )
         self.exchange = StashExchange(self.own, case.dcp_size)
         self.backend = DcpAttentionBackend(

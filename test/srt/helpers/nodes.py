@@ -58,6 +58,8 @@ def node_args(**changes: Any) -> SimpleNamespace:
         dist_timeout=None,
         watchdog_timeout=300,
         attention_backend="torch_native",
+        disable_chunked_prefix_cache=False,
+        flashinfer_mla_disable_ragged=False,
         dtype="float32",
         kv_cache_dtype="auto",
     )

@@ -22,7 +22,7 @@ from sglang_dcp.hooks import speculation
 from sglang_dcp.layers import attention
 from sglang_dcp.layers.draft_steps import DraftSteps
 from sglang_dcp.layers.local_batch import LocalBatchBuilder
-from sglang_dcp.layers.workspace import rows_per_request
+from sglang_dcp.layers.workspace import most_decode_rows, rows_per_request
 from sglang_dcp.releases.installed import in_range, sglang_version
 from sglang_dcp.support import speculation as refused
 
@@ -179,6 +179,9 @@ def test_an_exchange_has_room_for_all_rows(
         speculative_num_draft_tokens=5,
     )
     assert rows_per_request(args) == 5
+    # Three requests are padded to a multiple of two ranks.
+    asked = SimpleNamespace(server_args=args, req_to_token_pool=SimpleNamespace(size=3))
+    assert most_decode_rows(asked, CONFIG) == 20
 
 
 def factory(args: Any, runner: Any, steps: int = STEPS) -> Any:

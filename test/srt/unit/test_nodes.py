@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sglang.srt.environ import envs
 
 from helpers.gloo_ranks import run_python
 from helpers.gpu_nodes import make_nodes
@@ -118,15 +119,29 @@ def test_each_field_of_the_config_is_compared() -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"attention_backend": "fa3"}, {"dtype": "half"}, {"kv_cache_dtype": "fp8_e4m3"}],
+    [
+        {"attention_backend": "fa3"},
+        {"dtype": "half"},
+        {"kv_cache_dtype": "fp8_e4m3"},
+        {"disable_chunked_prefix_cache": True},
+        {"flashinfer_mla_disable_ragged": True},
+    ],
     ids=str,
 )
 def test_what_a_merge_relies_on_is_compared(changes: dict[str, str]) -> None:
-    """Each backend has its log base, and each cache its rounding."""
+    """Each backend has its log base, each cache its rounding, each form its collectives."""
     [(name, value)] = changes.items()
     facts, other = _facts(node_args(), CONFIG), _facts(node_args(**changes), CONFIG)
     said = first_difference([(0, facts), (1, other)])
     assert f"--{name.replace('_', '-')} is " in said and f"{value} on node 1" in said
+
+
+def test_the_size_of_a_prefix_chunk_is_compared() -> None:
+    facts = _facts(node_args(), CONFIG)
+    with envs.SGLANG_MAX_KV_CHUNK_CAPACITY.override(4096):
+        other = _facts(node_args(), CONFIG)
+    said = first_difference([(0, facts), (1, other)])
+    assert said.startswith("SGLANG_MAX_KV_CHUNK_CAPACITY is ") and "4096 on" in said
 
 
 def test_a_single_node_is_none() -> None:

@@ -42,6 +42,8 @@ ALL_READS = set[str]().union(*READS.values())
 HAS_TRANSLATOR = "runner.kv_index_translator" in ALL_READS
 
 PAGE, DCP, HEADS = 4, 2, 8
+# More than requests, as with several query tokens of each.
+ROWS = 96
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -166,7 +168,7 @@ class Case:
         table, config = self.served.table, DcpConfig(Layout(DCP, 1), "a2a", False, PAGE)
         builder = LocalBatchBuilder(table, DCP, rank, PAGE)
         self.runner = make_runner(table)
-        self.view = RunnerView(self.runner, builder.local_table, config)
+        self.view = RunnerView(self.runner, builder.local_table, config, ROWS)
         self.local = builder.build(self.batch).forward_batch
 
     @property
@@ -302,6 +304,7 @@ WANTED: dict[str, Any] = {
         len(Served(1, 1).table),
         MAX_LEN // DCP,
     ),
+    "runner.req_to_token_pool.size": ROWS,
     "runner.kv_index_translator.is_translating": False,
     "runner.kv_index_translator.needs_read_translate": False,
     "runner.kv_index_translator.reads_are_translated": False,

@@ -6,6 +6,7 @@ and plans eager steps from device-side lengths, for which FlashInfer waits for t
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any, Callable, Optional, Sequence
 
 import torch
@@ -84,12 +85,8 @@ class FlashInferMlaBackend(InnerBackend):
         from flashinfer.utils import is_sm90a_supported
         from sglang.srt.environ import envs
 
-        # They run one after the other: one scratch for all.
-        scratch = torch.empty(
-            envs.SGLANG_FLASHINFER_WORKSPACE_SIZE.get(),
-            dtype=torch.uint8,
-            device=runner.device,
-        )
+        size = envs.SGLANG_FLASHINFER_WORKSPACE_SIZE.get()
+        scratch = _scratch(size, runner.device)
         # As "auto" in FlashInfer 0.6; in 0.7 that goes on to others if one refuses.
         kernels = "fa3" if is_sm90a_supported(scratch.device) else "fa2"
         return cls(
@@ -235,6 +232,12 @@ class FlashInferMlaBackend(InnerBackend):
         where = queries, local.seq_lens_cpu, pages
         with self._guard.amid_forward():
             plan_pages(self._prefix, self._sizes, heads, *where)
+
+
+@functools.cache
+def _scratch(size: int, device: str) -> torch.Tensor:
+    """Return `size` bytes that all kernels of a process share, one after the other."""
+    return torch.empty(size, dtype=torch.uint8, device=device)
 
 
 def _side_by_side(parts: Sequence[Partial]) -> Partial:

@@ -62,7 +62,7 @@ def _machine() -> str:
     """Return what Linux drew when this machine booted, or "" where it does not tell."""
     try:
         return _BOOT_ID.read_text().strip()
-    except FileNotFoundError:
+    except OSError:
         return ""
 
 
