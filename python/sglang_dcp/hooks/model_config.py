@@ -38,10 +38,13 @@ def initialize_model(result: Any, model_config: Any, *args: Any, **kwargs: Any) 
     """
     from sglang_dcp.context import find_context
     from sglang_dcp.layers.loading import prepare_loading
+    from sglang_dcp.layers.q_replication import widen_q_projections
     from sglang_dcp.support.attention_layers import check_attention_layers
 
     context = find_context()
     if context is not None:
         check_attention_layers(result, model_config, context.config)
         prepare_loading(result, model_config, context.config.layout)
+        if context.config.replicate_q_proj:
+            widen_q_projections(result, context.config.dcp_size, context.tp_rank)
     return result

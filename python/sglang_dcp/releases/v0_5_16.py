@@ -50,6 +50,12 @@ class _Api(SglangApi):
 
         return create_flashinfer_kv_indices_triton
 
+    def attn_tp_partition(self, dcp_size: int, tp_rank: int) -> dict[str, Any]:
+        from sglang.srt.runtime_context import get_parallel
+
+        size = get_parallel().tp_size
+        return {"tp_rank": tp_rank // dcp_size, "tp_size": size // dcp_size}
+
     def keep_quant_method_of_q_b(self, attention: Any) -> None:
         attention.use_min_latency_q_b_gemm = False
 

@@ -66,6 +66,11 @@ class _Api(SglangApi):
 
         return create_flashinfer_kv_indices_triton
 
+    def attn_tp_partition(self, dcp_size: int, tp_rank: int) -> dict[str, Any]:
+        from sglang.srt.layers.linear import ReplicatedParallelGroup
+
+        return {"parallel_group": ReplicatedParallelGroup("tp", dcp_size)}
+
     def keep_quant_method_of_q_b(self, attention: Any) -> None:
         # None until the first forward, which decides by the weight that it finds.
         attention._use_min_latency_q_b_gemm = False
