@@ -11,6 +11,7 @@ from sglang_dcp.support.architectures import (
     ONE_RANK_IN_SGLANG,
     SERVED,
 )
+from sglang_dcp.support.quantization import cuts_by_rank, unknown_format
 from sglang_dcp.support.rules import Unsupported, check_rules, raise_unsupported
 
 
@@ -72,11 +73,6 @@ def _mlp_bias(model: Any) -> Optional[str]:
     return _named(model, "mlp_bias") if biased else None
 
 
-def _bitsandbytes(model: Any) -> Optional[str]:
-    name = model.quantization
-    return _named(model, name) if name == "bitsandbytes" else None
-
-
 def _architecture(model: Any) -> Optional[str]:
     name = _name(model)
     return None if name in SERVED else name
@@ -125,9 +121,15 @@ UNSUPPORTED_MODELS: tuple[Unsupported, ...] = (
         "serve this model by another engine",
     ),
     Unsupported(
-        "--model-path",
-        _bitsandbytes,
+        "--quantization",
+        cuts_by_rank,
         "its loader cuts K/V rows by tensor-parallel rank",
+        "serve this model with another quantization",
+    ),
+    Unsupported(
+        "--quantization",
+        unknown_format,
+        "its loader was made for other devices, or by another SGLang than is known",
         "serve this model with another quantization",
     ),
     Unsupported(
@@ -170,10 +172,6 @@ def check_model(model: Any, config: DcpConfig) -> None:
 
 def _check_replicated_q(model: Any) -> None:
     flag, hint = "--dcp-replicate-q-proj", "drop the flag"
-    if model.quantization is not None:
-        value = f"with quantization {model.quantization}"
-        reason = "only unquantized Q projections can be held at attn_tp width"
-        raise_unsupported(flag, value, reason, hint)
     normed = getattr(model.hf_text_config, "use_qk_norm", True)
     if normed and _name(model) in NORMS_OVER_HEADS:
         reason = "its Q norm has weights for the heads of one rank or of all"

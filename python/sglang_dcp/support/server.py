@@ -44,6 +44,11 @@ def _shards(args: Any) -> Optional[str]:
     return name if name in _LOADS_OF_SHARDS else None
 
 
+def _scales_by_rank(args: Any) -> Optional[str]:
+    name = getattr(args.load_format, "value", args.load_format)
+    return "flash_rl" if name == "flash_rl" else None
+
+
 def _device(args: Any) -> Optional[str]:
     """Return an unsupported device, or None. The device may not be chosen yet."""
     import torch
@@ -151,6 +156,13 @@ UNSUPPORTED_SERVER_ARGS: tuple[Unsupported, ...] = (
         "its weights may be cut for tensor parallelism without DCP",
         "use --load-format auto and the whole checkpoint",
     ),
+    Unsupported(
+        "--load-format",
+        _scales_by_rank,
+        "a weight update cuts scales of K/V rows by tensor-parallel rank",
+        "use --load-format auto",
+        until="0.5.23",
+    ),
     _flag(
         "weight_cache_mode",
         "its daemon cuts K/V heads for tensor parallelism without DCP",
@@ -161,7 +173,7 @@ UNSUPPORTED_SERVER_ARGS: tuple[Unsupported, ...] = (
     Unsupported(
         "--startup-weight-load-mode",
         _late_weights,
-        "--dcp-replicate-q-proj copies Q weights before they arrive",
+        "--dcp-replicate-q-proj gathers weights before they arrive",
         "use --startup-weight-load-mode serial, or drop --dcp-replicate-q-proj",
         since="0.5.23",
     ),
@@ -246,16 +258,9 @@ UNSUPPORTED_SERVER_ARGS: tuple[Unsupported, ...] = (
         "it pads a prefill with tokens that belong to no request",
     ),
     Unsupported(
-        "--torchao-config",
-        _beside_replicated_q("torchao_config"),
-        "--dcp-replicate-q-proj copies Q weights before they are quantized",
-        "drop --dcp-replicate-q-proj",
-        until="0.5.23",
-    ),
-    Unsupported(
         "--cpu-offload-gb",
         _beside_replicated_q("cpu_offload_gb"),
-        "--dcp-replicate-q-proj gathers Q weights between GPUs, and they may lie in host "
+        "--dcp-replicate-q-proj gathers weights between GPUs, and they may lie in host "
         "memory",
         "drop --dcp-replicate-q-proj",
     ),

@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from helpers import teacher_forcing
+from helpers.quantized_checkpoint import make_quantized
 from helpers.servers import READY_SECONDS, plugin_folder
 from sglang_dcp.demo.client import Reply, http_json
 from sglang_dcp.demo.server import ServerFailed, ServerProcess
@@ -61,6 +62,7 @@ def servers_at_once() -> int:
 class Spec:
     """One server: model kind, flags beside `COMMON`, a plugin's source, pool size.
 
+    A kind `llama-2kv+awq` is the first one of `helpers.quantized_checkpoint` in a format.
     `env` is more of its environment, by name and value; `seed` is of its weights. With
     `one_gpu` its ranks share GPU 0 (`helpers.one_gpu`).
     """
@@ -88,7 +90,10 @@ class Spec:
     def checkpoint(self, folder: Path) -> Path:
         """Its model, written into `folder` if it is not there."""
         path = folder / "models" / f"{self.kind}-{self.seed}"
-        return make_tiny_model(path, self.kind, seed=self.seed)
+        kind, _, form = self.kind.partition("+")
+        if form:
+            return make_quantized(path, kind, form, self.seed)
+        return make_tiny_model(path, kind, seed=self.seed)
 
 
 @dataclass(frozen=True)

@@ -270,14 +270,14 @@ FORMATS: Mapping[str, Format] = {
 }
 
 
-def _unquantized(weight: torch.Tensor) -> Tensors:
-    return {"weight": weight}
+def _in_16_bit(weight: torch.Tensor) -> Tensors:
+    return {"weight": weight.half()}
 
 
 # The loader fills a layer in 16 bit, which SGLang quantizes once it is whole.
 ONLINE_FP8 = Format(
     None,
-    _unquantized,
+    _in_16_bit,
     lambda found: found["weight"].double(),
     flags="--quantization fp8",
 )

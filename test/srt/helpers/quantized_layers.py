@@ -6,10 +6,12 @@ of `helpers.quantized`.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Mapping
 from typing import Any
 
+import pytest
 import torch
 
 from helpers.parallel import attention_width
@@ -108,3 +110,17 @@ def fits(form: Format, rows: int) -> bool:
     """Whether a layer with `rows` outputs of one part can be cut there."""
     block = "weight_scale_inv" in form.quantize(torch.ones(BLOCK, BLOCK))
     return rows % (BLOCK if block else PER_WORD) == 0
+
+
+_MARLIN = (
+    "sglang.srt.layers.quantization.awq.awq",
+    "sglang.srt.layers.quantization.gptq.schemes.gptq_marlin",
+)
+
+
+def build_as_on_hopper(patch: pytest.MonkeyPatch) -> None:
+    """Let SGLang build the layers that it builds on a Hopper GPU. None of them can run."""
+    patch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    for name in _MARLIN:
+        module = importlib.import_module(name)
+        patch.setattr(module, "verify_marlin_supported", lambda *_, **__: None)

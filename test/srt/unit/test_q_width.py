@@ -7,22 +7,29 @@ and compares weights and scales with rows of the checkpoint. Kernels do not run.
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from helpers.parallel import attention_width
 from helpers.quantized import FORMATS, ONLINE_FP8, Format
-from helpers.quantized_layers import Place, load, read_back
+from helpers.quantized_layers import (
+    Place,
+    build_as_on_hopper,
+    load,
+    quant_config,
+    read_back,
+)
 from sglang_dcp.context import clear_context
 from sglang_dcp.distributed.topology import Layout
+from sglang_dcp.layers.q_replication import widen_q_projections
 
 HIDDEN, HEAD_DIM = 256, 128
 LAYOUTS = {
-    "tp2-attn1": (Layout(2, 1), 4, 1),
     "tp2-attn1-2kv": (Layout(2, 1), 4, 2),
     "tp4-attn2": (Layout(4, 2), 8, 2),
-    "tp4-attn2-4kv": (Layout(4, 2), 8, 4),
     "tp4-attn2-replicated-kv": (Layout(4, 2), 8, 1),
     "tp6-attn2-dcp3": (Layout(6, 2), 6, 2),
 }
@@ -30,7 +37,8 @@ ALL = {**FORMATS, "fp8-online": ONLINE_FP8}
 
 
 @pytest.fixture(autouse=True)
-def no_context(plugins: None) -> Any:
+def hopper(plugins: None, monkeypatch: pytest.MonkeyPatch) -> Any:
+    build_as_on_hopper(monkeypatch)
     yield
     clear_context()
 
@@ -75,6 +83,74 @@ def test_qkv_layer_holds_its_heads(name: str, layout: str, replicated: bool) -> 
         got = read_back(form, layer)
         torch.testing.assert_close(got, torch.cat([q, *kv]), rtol=1e-3, atol=0)
         assert layer.total_num_kv_heads == kv_heads
+
+
+class Attention(torch.nn.Module):
+    """What `widen_q_projections` knows of DeepSeek's attention."""
+
+    w_kc = None
+
+    def __init__(self, place: Place, form: Format, lora: bool) -> None:
+        super().__init__()
+        self.q_lora_rank = HIDDEN if lora else None
+        self.name = "q_b_proj" if lora else "q_proj"
+        layer = place.column_layer(form, HIDDEN, 8 * HEAD_DIM, self.name)
+        self.add_module(self.name, layer)
+        self.kv_b_proj = place.column_layer(form, HIDDEN, 8 * HEAD_DIM, "kv_b_proj")
+
+    def forward_absorb_prepare(self) -> None: ...
+
+
+def model_of(place: Place, form: Format, lora: bool = True) -> Any:
+    """Names of modules are as in a model, and so are the prefixes of its layers."""
+    block = torch.nn.ModuleDict({"self_attn": Attention(place, form, lora)})
+    layers = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([block])})
+    return torch.nn.ModuleDict({"model": layers})
+
+
+def widened(place: Place, model: Any) -> Any:
+    with attention_width(place.layout.tp_size, place.rank):
+        widen_q_projections(model, place.layout.dcp_size, place.rank)
+    return model["model"]["layers"][0]["self_attn"]
+
+
+@pytest.mark.parametrize("lora", [True, False], ids=["q_b", "q"])
+@pytest.mark.parametrize("name", ALL)
+def test_q_of_mla_holds_the_heads_of_its_group(name: str, lora: bool) -> None:
+    form, layout = ALL[name], Layout(4, 2)
+    checkpoint = form.quantize(matrix(8 * HEAD_DIM, 7))
+    wanted = form.dequantize(checkpoint)
+    for rank in range(4):
+        place = Place(layout, rank, True)
+        attention = widened(place, model_of(place, form, lora))
+        layer = getattr(attention, attention.name)
+        load(layer, checkpoint)
+        got = read_back(form, layer)
+        torch.testing.assert_close(got, wanted.chunk(2)[rank // 2], rtol=1e-3, atol=0)
+        assert attention.kv_b_proj.output_size_per_partition == 2 * HEAD_DIM
+
+
+def test_a_layer_left_in_16_bit_stays_so() -> None:
+    """It is left out by its name, which the wider layer must keep."""
+    form = FORMATS["fp8-block"]
+    assert form.config is not None
+    name = "model.layers.0.self_attn.q_b_proj"
+    config = {**form.config, "ignored_layers": [name]}
+    place = Place(Layout(2, 1), 0, True)
+    attention = widened(place, model_of(place, replace(form, config=config)))
+    assert attention.q_b_proj.weight.dtype == torch.float16
+    assert attention.q_b_proj.weight.shape == (8 * HEAD_DIM, HIDDEN)
+    assert attention.kv_b_proj.weight.dtype == torch.float8_e4m3fn
+
+
+def test_a_layer_that_changes_its_format_is_an_error() -> None:
+    form = FORMATS["fp8-block"]
+    place = Place(Layout(2, 1), 0, True)
+    model = model_of(place, form)
+    attention = model["model"]["layers"][0]["self_attn"]
+    attention.q_b_proj.quant_config = quant_config(FORMATS["fp8-tensor"])
+    with pytest.raises(RuntimeError, match="self_attn.q_b_proj became .*was"):
+        widened(place, model)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from sglang_dcp.support.architectures import (
 )
 from sglang_dcp.support.backends import check_backend, default_backend
 from sglang_dcp.support.models import UNSUPPORTED_MODELS, check_model
+from sglang_dcp.support.quantization import CUTS_BY_RANK, LOADS_RIGHT, OTHER_DEVICES
 from sglang_dcp.support.rules import Unsupported, rules_in_force
 from sglang_dcp.support.server import UNSUPPORTED_SERVER_ARGS, check_server_args
 
@@ -140,10 +141,6 @@ SERVER_CASES: dict[str, tuple[dict[str, Any], str]] = {
     "--moe-a2a-backend": ({"moe_a2a_backend": "deepep"}, " deepep"),
     "--moe-dense-tp-size": ({"moe_dense_tp_size": 1}, " 1"),
     "--enable-attn-tp-input-scattered": ({"enable_attn_tp_input_scattered": True}, ""),
-    "--torchao-config": (
-        {"torchao_config": "int4wo-128", "dcp": REPLICATED},
-        " int4wo-128",
-    ),
     "--cpu-offload-gb": ({"cpu_offload_gb": 4, "dcp": REPLICATED}, " 4"),
     "--enable-mis": ({"enable_mis": True}, ""),
     "--speculative-algorithm": ({"speculative_algorithm": "EAGLE"}, " EAGLE"),
@@ -271,10 +268,8 @@ MODEL_CASES: dict[str, tuple[dict[str, Any], str]] = {
         {"architecture": "Qwen3MoeForCausalLM", "text": {"decoder_sparse_step": 2}},
         "Qwen3MoeForCausalLM (decoder_sparse_step 2)",
     ),
-    "bitsandbytes": (
-        {"quantization": "bitsandbytes"},
-        "LlamaForCausalLM (bitsandbytes)",
-    ),
+    "bitsandbytes": ({"quantization": "bitsandbytes"}, "bitsandbytes"),
+    "other-devices": ({"quantization": "modelslim"}, "modelslim"),
     "mlp-bias": ({"text": {"mlp_bias": True}}, "LlamaForCausalLM (mlp_bias)"),
     "architecture": ({"architecture": "GptOssForCausalLM"}, "GptOssForCausalLM"),
     "layer-kinds": (
@@ -430,8 +425,15 @@ def test_a_decode_graph_that_the_json_names(resolved: bool) -> None:
 
 
 @since("torchao_config")
-def test_torchao_without_replicated_q() -> None:
-    check_server_args(fine_server(torchao_config="int8wo"))
+def test_torchao_is_not_refused() -> None:
+    check_server_args(fine_server(torchao_config="int8wo", dcp=REPLICATED))
+
+
+@since("torchao_config")
+def test_updates_whose_scales_are_cut_by_rank() -> None:
+    """0.5.16 alone: later releases take new weights through the layers' own loaders."""
+    with pytest.raises(DcpConfigError, match="--load-format flash_rl .* scales of K/V"):
+        check_server_args(fine_server(load_format="flash_rl"))
 
 
 @since("startup_weight_load_mode")
@@ -725,7 +727,7 @@ def test_every_mla_backend_has_a_hook_that_chooses_the_forward_method() -> None:
             {"text": {"layer_types": ["full_attention"] * 2}}, id="full-layers"
         ),
         pytest.param({"kv_heads": 1}, id="kv-head-replicated"),
-        pytest.param({"quantization": "fp8"}, id="quantized"),
+        *(pytest.param({"quantization": name}, id=name) for name in LOADS_RIGHT),
     ],
 )
 def test_fine_models_are_not_refused(changes: dict[str, Any]) -> None:
@@ -777,9 +779,16 @@ def test_mla_has_one_head_whatever_its_config_says() -> None:
 
 def test_replicated_q_of_a_quantized_model() -> None:
     config = DcpConfig(Layout(4, 2), replicate_q_proj=True)
-    check_model(fine_model(), config)
-    with pytest.raises(DcpConfigError, match="--dcp-replicate-q-proj .* fp8.*drop"):
-        check_model(fine_model(quantization="fp8"), config)
+    for name in (None, *LOADS_RIGHT):
+        check_model(fine_model(quantization=name), config)
+
+
+def test_each_format_of_this_sglang_is_judged() -> None:
+    """A new release may bring a loader that cuts K/V heads in a way of its own."""
+    from sglang.srt.layers.quantization import QUANTIZATION_METHODS
+
+    assert {*QUANTIZATION_METHODS} <= LOADS_RIGHT | OTHER_DEVICES | CUTS_BY_RANK
+    assert not LOADS_RIGHT & (OTHER_DEVICES | CUTS_BY_RANK)
 
 
 @pytest.mark.parametrize("name", NORMS_OVER_HEADS)
