@@ -1,6 +1,6 @@
 # make demo | test | test-fast | test-hooks | test-gpu | mutations | fuzz | soak | lint | format | ci
 #      clean
-#      bench | bench-checks | bench-exchange | bench-serving | eval-accuracy
+#      bench | bench-checks | bench-exchange | bench-prefill | bench-serving | eval-accuracy
 #      patch-lint | patch-export
 #
 # demo and test install what they need into .venv first.
@@ -25,7 +25,8 @@ HOOK_TESTS := test/srt/patch $(foreach name,attention_calls backends backends_ml
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-fast test-hooks test-gpu mutations fuzz soak lint format ci clean \
-	bench bench-checks bench-exchange bench-serving eval-accuracy patch-lint patch-export
+	bench bench-checks bench-exchange bench-prefill bench-serving eval-accuracy patch-lint \
+	patch-export
 
 demo: $(STAMP)
 	$(BIN)/python -m sglang_dcp.demo
@@ -74,6 +75,9 @@ bench-checks: $(STAMP)
 
 bench-exchange: $(STAMP)
 	$(BIN)/python benchmark/bench_exchange.py $(OUT)/exchange.csv $(ARGS)
+
+bench-prefill: $(STAMP)
+	$(BIN)/python benchmark/bench_prefill.py $(OUT)/prefill.csv $(ARGS)
 
 bench-serving: $(STAMP)
 	$(BIN)/python benchmark/bench_serving.py $(OUT)/serving.jsonl

@@ -24,12 +24,12 @@
 #                                                      prompts of 131,071 to 200,000 tokens
 #            accuracy                                  perplexity and greedy replies of a trained
 #                                                      model (eval_accuracy.py), servers side by side
-#            bench decode fill off serving             timed, one after the other
+#            bench decode fill off serving prefill     timed, one after the other
 #            caches                                    what was compiled on the way, into
 #                                                      $OUT/caches.tar.xz: a next CACHE
 #          none: only unpack; default: the first four
 #   K      words of cases for pytest -k, in the groups of live servers
-#   ACCURACY_ARGS DECODE_ARGS SERVING_ARGS BENCH_ARGS   options of the benchmarks
+#   ACCURACY_ARGS DECODE_ARGS SERVING_ARGS PREFILL_ARGS BENCH_ARGS   options of the benchmarks
 #   MIXING which values of NCCL_GRAPH_MIXING_SUPPORT `bench` measures with
 #   LIMIT  seconds of the whole call (550)
 set -uo pipefail
@@ -214,6 +214,7 @@ fi
   wanted decode && run_bench decode $decode "$logs/decode.csv" ${DECODE_ARGS:-}
   wanted fill && run_bench fill $decode "$logs/fill.csv" --check-fill ${DECODE_ARGS:-}
   wanted off && run_bench off $decode "$logs/off.csv" --check-off ${DECODE_ARGS:-}
+  wanted prefill && run_bench prefill benchmark/bench_prefill.py "$logs/prefill.csv" ${PREFILL_ARGS:-}
   wanted serving && run_bench serving benchmark/bench_serving.py "$logs/serving.jsonl" $SERVING_ARGS
 }
 if wanted caches; then

@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ import torch
 
 from helpers import symm_cases as cases
 from helpers.gloo_ranks import Outcomes, fault_of
-from helpers.nccl_ranks import Ranks, needs_gpus, run_rank
+from helpers.nccl_ranks import Ranks, needs_gpus, ranks_fixture, run_rank
 from helpers.symm_build import (
     Defines,
     compiled_up_front,
@@ -66,15 +65,7 @@ def replay_until_killed(group: Any) -> None:
         assert batch.worst(generator, replay).item() < cases.ROUNDING["bf16"]
 
 
-@pytest.fixture(scope="module")
-def ranks_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Ranks]:
-    started: dict[int, Ranks] = {}
-
-    def of_world(world_size: int) -> Ranks:
-        folder = tmp_path_factory.mktemp(f"symm{world_size}")
-        return started.setdefault(world_size, Ranks(__file__, world_size, folder))
-
-    return of_world
+ranks_of = ranks_fixture(__file__)
 
 
 every_world = pytest.mark.parametrize(

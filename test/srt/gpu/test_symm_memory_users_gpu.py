@@ -8,7 +8,6 @@ buffers that overlap. The file is its own worker.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from helpers.gpu_cases import (
     params,
 )
 from helpers.gpu_servers import Fleet
-from helpers.nccl_ranks import Ranks, needs_gpus, run_rank
+from helpers.nccl_ranks import needs_gpus, ranks_fixture, run_rank
 from helpers.symm_layers import Batch
 from helpers.symm_ranks import SPEC
 from sglang_dcp.distributed.exchange import create_exchange
@@ -64,15 +63,7 @@ def check_both(group: Any) -> None:
         assert buffer.eq(turn % 3 * total).all()
 
 
-@pytest.fixture(scope="module")
-def ranks_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Ranks]:
-    started: dict[int, Ranks] = {}
-
-    def of_world(world_size: int) -> Ranks:
-        folder = tmp_path_factory.mktemp(f"users{world_size}")
-        return started.setdefault(world_size, Ranks(__file__, world_size, folder))
-
-    return of_world
+ranks_of = ranks_fixture(__file__)
 
 
 @pytest.mark.parametrize(

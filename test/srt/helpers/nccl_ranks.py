@@ -150,6 +150,22 @@ def read_outcomes(folder: Path, rank: int) -> dict[str, str]:
     return dict(json.loads(line) for line in lines)
 
 
+def ranks_fixture(file: str) -> Any:
+    """Return a fixture: worker `file`'s ranks by world size, started once a module."""
+
+    @pytest.fixture(scope="module")
+    def ranks_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Ranks]:
+        started: dict[int, Ranks] = {}
+
+        def of_world(world_size: int) -> Ranks:
+            folder = tmp_path_factory.mktemp(f"ranks{world_size}")
+            return started.setdefault(world_size, Ranks(file, world_size, folder))
+
+        return of_world
+
+    return ranks_of
+
+
 def run_rank(body: Callable[[Any], Outcomes], folder: Path) -> int:
     """In a worker: the outcomes of `body(DCP group)`, left in the rank's file."""
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 import pytest
@@ -24,6 +24,9 @@ from helpers.servers import READY_SECONDS, launched
 from sglang_dcp.demo.client import greedy, http_json
 from sglang_dcp.demo.server import ServerProcess, _fetch, _free_port_pair
 from sglang_dcp.demo.tiny_model import make_tiny_model
+
+if TYPE_CHECKING:
+    from sglang.srt.disaggregation.kv_events import BlockStored
 
 pytestmark = [pytest.mark.server, pytest.mark.long]
 
@@ -46,7 +49,7 @@ class Measured(NamedTuple):
     gauges: dict[str, float]
     info: dict[str, Any]
     metrics: str
-    events: list[Any]
+    events: list[BlockStored]
 
 
 def metrics_of(server: ServerProcess) -> str:
@@ -74,12 +77,16 @@ class Subscriber:
         self._socket.setsockopt(zmq.SUBSCRIBE, b"")
         self._socket.connect(f"tcp://127.0.0.1:{port}")
 
-    def stored(self, seconds: float) -> list[Any]:
+    def stored(self, seconds: float) -> list[BlockStored]:
         """`BlockStored` events until nothing comes for so long."""
-        events: list[Any] = []
+        from sglang.srt.disaggregation.kv_events import BlockStored, KVEventBatch
+
+        # Its events are arrays on one release, and maps on another.
+        decoder = msgspec.msgpack.Decoder(KVEventBatch)
+        events: list[BlockStored] = []
         while self._socket.poll(int(seconds * 1000)):
-            batch = msgspec.msgpack.decode(self._socket.recv_multipart()[-1])
-            events += [event for event in batch[1] if event[0] == "BlockStored"]
+            batch = decoder.decode(self._socket.recv_multipart()[-1])
+            events += [one for one in batch.events if isinstance(one, BlockStored)]
         return events
 
     def close(self) -> None:
@@ -218,12 +225,13 @@ def test_server_info_tells_the_layout(both: Any) -> None:
 def test_kv_events_are_of_logical_pages(index: int, both: Any, ids: list[int]) -> None:
     found, page = both[index], PAGE * (DCP, 1)[index]
     assert found.info["kv_events"]["block_size"] == page
-    # A tagged array: kind, hashes, hash of the parent, tokens, size.
-    assert {event[4] for event in found.events} == {page}
-    published = [token for event in found.events for token in event[3]]
+    assert {event.block_size for event in found.events} == {page}
+    published = [token for event in found.events for token in event.token_ids]
     whole = INPUT // page * page
     assert published[:whole] == ids[:whole]
-    assert len(published) == sum(len(event[1]) for event in found.events) * page
+    assert (
+        len(published) == sum(len(event.block_hashes) for event in found.events) * page
+    )
     assert whole < len(published) <= INPUT + OUTPUT
 
 

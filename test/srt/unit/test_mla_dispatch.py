@@ -37,7 +37,8 @@ def dcp(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         if form in (PrefillForm.ONE_SHOT, PrefillForm.PREFIX_CHUNKS):
             prepared.append(batch)
 
-    backend = SimpleNamespace(prefill=SimpleNamespace(prepare=prepare))
+    prefill = SimpleNamespace(prepare=prepare, stored_itemsize=2)
+    backend = SimpleNamespace(prefill=prefill)
     monkeypatch.setattr(dispatch, "_backend", lambda: backend)
     return prepared
 
@@ -59,14 +60,21 @@ def attention(**flags: Any) -> Any:
     return SimpleNamespace(**sizes, **{**known, **flags})
 
 
-def chosen(name: str, module: Any, mode: str, prefix: list[int], new: list[int]) -> str:
+def chosen(
+    name: str,
+    module: Any,
+    mode: str,
+    prefix: list[int],
+    new: list[int],
+    capacity: int = 400,
+) -> str:
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
     batch = SimpleNamespace(
         forward_mode=ForwardMode[mode],
         extend_prefix_lens_cpu=prefix,
         extend_seq_lens_cpu=new,
-        get_max_chunk_capacity=lambda: 400,
+        get_max_chunk_capacity=lambda: capacity,
     )
     return str(ENTRIES[name](module, batch).name)
 
@@ -103,16 +111,24 @@ def test_decode_is_absorbed(name: str, dcp: list[Any]) -> None:
 def test_prefill_is_mha_unless_its_prefix_stays_in_place(
     name: str, mode: str, dcp: list[Any]
 ) -> None:
-    """30 positions a new token, its own among them, by 16 heads: 16 x 1088 / 576 = 30.2."""
+    """By time: short turns stay on long prefixes, and one long chunk expands them all."""
     module = attention()
     assert chosen(name, module, mode, [0, 0], [5, 1]) == "MHA_CHUNKED_KV"
-    assert chosen(name, module, mode, [200, 120], [10, 0]) == "MLA"
+    assert chosen(name, module, mode, [1 << 18, 1 << 17], [60, 4]) == "MLA"
     assert not dcp
     assert chosen(name, module, mode, [200, 92], [9, 1]) == "MHA_ONE_SHOT"
     assert chosen(name, module, mode, [200, 202], [19, 1]) == "MHA_CHUNKED_KV"
+    long = [1 << 18, 0], [8000, 4], 1 << 17
+    assert chosen(name, module, mode, *long) == "MHA_CHUNKED_KV"
     prepared = [batch.extend_prefix_lens_cpu for batch in dcp]
-    assert prepared == [[200, 92], [200, 202]]
-    assert chosen(name, module, mode, [0, 293], [9, 1]) == "MLA"
+    assert prepared == [[200, 92], [200, 202], [1 << 18, 0]]
+
+
+def test_sizes_are_those_of_the_module_and_the_pool() -> None:
+    sizes = dispatch.mla_sizes(attention(), DCP_SIZE, 1)
+    assert sizes == (8, DCP_SIZE, 512, 64, 128, 128, 2, 1)
+    assert sizes.group_heads == 16
+    assert (sizes.absorbed_dims, sizes.expanded_dims) == (1088, 320)
 
 
 @pytest.mark.parametrize("name", ENTRIES)

@@ -17,7 +17,6 @@ import torch
 
 from helpers.attention_oracle import Served
 from sglang_dcp.layers.local_batch import Shard
-from sglang_dcp.layers.mla.form import should_gather_latents
 from sglang_dcp.layers.mla.latents import (
     gather_latents,
     plan_latents,
@@ -138,14 +137,6 @@ def test_pieces_are_few_and_hold_each_position_once() -> None:
                 for position in range(int(start), int(start + held))
             ]
             assert found == list(range(length)), (prefix, most)
-
-
-def test_a_short_turn_on_a_long_prefix_is_left_in_place() -> None:
-    """As many numbers either way: 16 heads of 576 + 512 a new token, 576 a position."""
-    sizes = dict(group_heads=16, latent=512, rope=64)
-    fits = 100 * 16 * (576 + 512) // 576
-    assert should_gather_latents(fits, 100, **sizes)
-    assert not should_gather_latents(fits + 1, 100, **sizes)
 
 
 if __name__ == "__main__":

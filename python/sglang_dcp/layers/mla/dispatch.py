@@ -13,6 +13,7 @@ from typing import Any, Callable, Optional
 import torch
 
 from sglang_dcp.context import find_context
+from sglang_dcp.layers.mla.cost import MlaSizes, Requests
 from sglang_dcp.layers.mla.form import PrefillBatch, PrefillForm, choose_prefill_form
 
 
@@ -74,25 +75,34 @@ def _forward_method(
     }
     if absorbed or not batch.forward_mode.is_extend_without_speculative():
         return AttnForwardMethod.MLA
+    prefill = _backend().prefill
     form = choose_prefill_form(
         prefill_batch(batch),
-        head_dims=(attention.qk_head_dim, attention.v_head_dim),
+        mla_sizes(attention, context.config.dcp_size, prefill.stored_itemsize),
         expand_prefix=not attention.disable_chunked_prefix_cache,
-        group_heads=attention.num_local_heads * context.config.dcp_size,
-        latent=attention.kv_lora_rank,
-        rope=attention.qk_rope_head_dim,
     )
-    _backend().prefill.prepare(batch, form)
+    prefill.prepare(batch, form)
     return methods[form]
+
+
+def mla_sizes(attention: Any, dcp_size: int, stored_itemsize: int) -> MlaSizes:
+    """Return the sizes of SGLang's attention module `attention`, of one rank."""
+    rope = attention.qk_rope_head_dim
+    return MlaSizes(
+        local_heads=attention.num_local_heads,
+        dcp_size=dcp_size,
+        latent=attention.kv_lora_rank,
+        rope=rope,
+        nope=attention.qk_head_dim - rope,
+        v=attention.v_head_dim,
+        stored_itemsize=stored_itemsize,
+    )
 
 
 def prefill_batch(batch: Any) -> PrefillBatch:
     """Return what the choice of a form needs from SGLang's extend batch."""
-    return PrefillBatch(
-        prefix=sum(batch.extend_prefix_lens_cpu),
-        new=sum(batch.extend_seq_lens_cpu),
-        capacity=batch.get_max_chunk_capacity(),
-    )
+    requests = Requests(batch.extend_seq_lens_cpu, batch.extend_prefix_lens_cpu)
+    return PrefillBatch(requests, batch.get_max_chunk_capacity())
 
 
 def set_mla_kv_buffer(

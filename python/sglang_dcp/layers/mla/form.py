@@ -1,14 +1,18 @@
 """The choice between the forms of DeepSeek's prefill: a pure function of logical lengths.
 
-A latent is one head for all query heads. So the latents of a request are often fewer
-numbers than the queries and partial outputs that an exchange carries. For DeepSeek's sizes
-it is `positions x 576` against `new tokens x heads x 1088`.
+The form that takes least time by `cost` and the rates of the GPU is chosen. Logical lengths
+are the same on all ranks, so all ranks choose the same form and issue the same
+collectives.
 """
 
 from __future__ import annotations
 
 from enum import Enum
 from typing import NamedTuple
+
+from sglang_dcp.layers.mla import cost
+from sglang_dcp.layers.mla.cost import MlaSizes, Requests
+from sglang_dcp.layers.mla.rates import HOPPER, Rates
 
 # Head dims of Q and K, and of V. The kernels of both backends were checked with them.
 MHA_HEAD_DIMS = (192, 128)
@@ -29,64 +33,57 @@ class PrefillForm(Enum):
 
 
 class PrefillBatch(NamedTuple):
-    """Logical positions of a batch: its prefixes, its new tokens, and one prefix chunk.
+    """Requests of a batch, and the most positions that SGLang expands in one call."""
 
-    `capacity` is the most positions that SGLang expands in one call.
-    """
-
-    prefix: int
-    new: int
+    requests: Requests
     capacity: int
+
+    @property
+    def prefix(self) -> int:
+        return sum(self.requests.prefix)
+
+    @property
+    def positions(self) -> int:
+        return self.prefix + sum(self.requests.new)
 
 
 def choose_prefill_form(
     batch: PrefillBatch,
+    sizes: MlaSizes,
     *,
-    head_dims: tuple[int, int],
     expand_prefix: bool,
-    group_heads: int,
-    latent: int,
-    rope: int,
+    rates: Rates = HOPPER,
 ) -> PrefillForm:
     """Choose the form of a prefill. The result is the same on all ranks of the DCP group.
 
     Parameters
     ----------
-    head_dims : head dims of Q and K, and of V, when expanded
     expand_prefix : False under `--disable-chunked-prefix-cache`
-    group_heads : query heads of the DCP group
-    latent, rope : sizes of a latent and of its rotary key
     """
-    if head_dims != MHA_HEAD_DIMS:
+    if (sizes.nope + sizes.rope, sizes.v) != MHA_HEAD_DIMS:
         return PrefillForm.ABSORBED
-    gather = expand_prefix and should_gather_latents(
-        batch.prefix + batch.new,
-        batch.new,
-        group_heads=group_heads,
-        latent=latent,
-        rope=rope,
-    )
-    if batch.prefix and not gather:
+    form = expanded_form(batch)
+    if form is PrefillForm.NO_PREFIX:
+        return form
+    if not expand_prefix:
         return PrefillForm.ABSORBED
-    return expanded_form(batch)
+    in_place = cost.in_place_seconds(batch.requests, sizes, rates)
+    gathered = expanded_seconds(batch, form, sizes, rates)
+    return form if gathered <= in_place else PrefillForm.ABSORBED
 
 
 def expanded_form(batch: PrefillBatch) -> PrefillForm:
-    """Choose among the forms that expand latents."""
+    """Choose among the forms that expand latents of whole batches."""
     if not batch.prefix:
         return PrefillForm.NO_PREFIX
-    one_shot = batch.prefix + batch.new <= batch.capacity
+    one_shot = batch.positions <= batch.capacity
     return PrefillForm.ONE_SHOT if one_shot else PrefillForm.PREFIX_CHUNKS
 
 
-def should_gather_latents(
-    positions: int, new: int, *, group_heads: int, latent: int, rope: int
-) -> bool:
-    """Whether gathering latents of `positions` moves no more than an exchange for `new`.
-
-    The exchange carries queries and partial outputs of the `group_heads` heads of the DCP
-    group. The rule counts numbers, not bytes. By bytes, fp8 latents would allow up to
-    twice as many positions.
-    """
-    key = latent + rope
-    return positions * key <= new * group_heads * (key + latent)
+def expanded_seconds(
+    batch: PrefillBatch, form: PrefillForm, sizes: MlaSizes, rates: Rates
+) -> float:
+    """Time `form`, which expands a prefix."""
+    if form is PrefillForm.ONE_SHOT:
+        return cost.one_shot_seconds(batch.requests, sizes, rates)
+    return cost.prefix_chunks_seconds(batch.requests, batch.capacity, sizes, rates)

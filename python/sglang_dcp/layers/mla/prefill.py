@@ -62,6 +62,11 @@ class MlaPrefill:
         self._plans: dict[Optional[int], LatentPlan] = {}
         self._logged = False
 
+    @property
+    def stored_itemsize(self) -> int:
+        """Bytes of a number in the pool."""
+        return int(self._pool.dtype.itemsize)
+
     def init_forward_metadata(self) -> None:
         """Drop the plans of the previous forward."""
         self._keys.clear()

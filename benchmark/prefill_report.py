@@ -1,0 +1,157 @@
+"""Table and plot of `bench_prefill.py`, from its CSV.
+
+    python benchmark/prefill_report.py results.csv [plot.png]
+
+The plot has a panel for each number of new tokens and of requests at once, and a line for
+each layout. It needs matplotlib: `pip install '.[bench]'`.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from decode_report import markdown
+
+WHOLE = "whole"
+
+
+class Row(NamedTuple):
+    """One line of the CSV. Without a time the size did not fit the KV pool.
+
+    Attributes
+    ----------
+    prefix, new, batch : cached tokens, new tokens, and requests at once
+    median_s, p95_s : seconds to the first token, over all requests of all repeats
+    requests : how many requests these are of
+    cached : the fewest tokens that a request got from the cache
+    """
+
+    model: str
+    tp: int
+    gpu: str
+    layout: str
+    attention: str
+    prefix: int
+    new: int
+    batch: int
+    median_s: float
+    p95_s: float
+    requests: int
+    cached: int
+
+
+FIELDS = Row._fields
+_NUMBERS = ("tp", "prefix", "new", "batch", "requests", "cached")
+
+
+def summary(
+    who: tuple[str, int, str, str, str],
+    size: tuple[int, int, int],
+    seconds: Sequence[float],
+    cached: int,
+) -> Row:
+    """Sum up the requests of one size; without any, the size did not fit."""
+    if not seconds:
+        return Row(*who, *size, 0.0, 0.0, 0, cached)
+    median = round(statistics.median(seconds), 5)
+    return Row(*who, *size, median, round(p95(seconds), 5), len(seconds), cached)
+
+
+def p95(values: Sequence[float]) -> float:
+    """Return the smallest value that 95 % of all do not exceed."""
+    return sorted(values)[math.ceil(0.95 * len(values)) - 1]
+
+
+def read(file: Path) -> list[Row]:
+    with file.open(newline="") as lines:
+        return [_row(line) for line in csv.DictReader(lines)]
+
+
+def _row(line: dict[str, str]) -> Row:
+    found: dict[str, Any] = dict(line)
+    found.update({name: int(line[name]) for name in _NUMBERS})
+    found.update(median_s=float(line["median_s"]), p95_s=float(line["p95_s"]))
+    return Row(**found)
+
+
+def ratio_table(rows: Sequence[Row]) -> list[list[str]]:
+    """Median and 95th percentile of each layout, and the ratio to the first layout."""
+    layouts = list(dict.fromkeys(row.layout for row in rows))
+    found = {(row.layout, row.prefix, row.new, row.batch): row for row in rows}
+    table = [["prefix", "new", "at once", *layouts]]
+    for size in dict.fromkeys((row.prefix, row.new, row.batch) for row in rows):
+        plain = found.get((layouts[0], *size))
+        cells = [_cell(found.get((layout, *size)), plain) for layout in layouts]
+        table.append([f"{number:,}" for number in size] + cells)
+    return table
+
+
+def _cell(row: Row | None, plain: Row | None) -> str:
+    if row is None or not row.median_s:
+        return "does not fit" if row else "-"
+    text = f"{row.median_s:.3f} ({row.p95_s:.3f})"
+    if plain is None or plain is row or not plain.median_s:
+        return text
+    return f"{text}, x {row.median_s / plain.median_s:.2f}"
+
+
+def plot(rows: Sequence[Row], png: Path) -> None:
+    """Draw `rows` into `png`: seconds over the prefix, or over the whole prompt."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as pyplot
+
+    kinds = list(dict.fromkeys(map(_kind, rows)))
+    figure, panels = pyplot.subplots(
+        1, len(kinds), figsize=(4.4 * len(kinds), 4.2), squeeze=False
+    )
+    for panel, kind in zip(panels[0], kinds):
+        _panel(panel, [row for row in rows if _kind(row) == kind])
+        panel.set_title(kind)
+    panels[0][0].set_ylabel("seconds to the first token (median)")
+    panels[0][0].legend(frameon=False)
+    first = rows[0]
+    figure.suptitle(f"{first.model} dimensions, {first.tp} x {first.gpu}")
+    figure.tight_layout()
+    figure.savefig(png, dpi=110)
+    pyplot.close(figure)
+
+
+def _kind(row: Row) -> str:
+    if not row.prefix:
+        return f"{WHOLE} prompt"
+    return f"{row.batch} x {row.new} tokens on a prefix"
+
+
+def _panel(panel: Any, rows: Sequence[Row]) -> None:
+    for layout in dict.fromkeys(row.layout for row in rows):
+        of_layout = [row for row in rows if row.layout == layout and row.median_s]
+        lengths = [row.prefix or row.new for row in of_layout]
+        panel.plot(lengths, [row.median_s for row in of_layout], "o-", label=layout)
+    panel.set_xscale("log", base=2)
+    panel.set_yscale("log")
+    panel.set_xlabel("tokens")
+    panel.grid(alpha=0.3)
+
+
+def main(argv: Sequence[str]) -> int:
+    if not 1 <= len(argv) <= 2:
+        print(__doc__)
+        return 2
+    file = Path(argv[0])
+    rows = read(file)
+    print(markdown(ratio_table(rows)))
+    if len(argv) == 2:
+        plot(rows, Path(argv[1]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

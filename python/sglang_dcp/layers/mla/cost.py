@@ -1,0 +1,198 @@
+"""How long each form of an MLA prefill takes: pure functions of logical lengths.
+
+All times are seconds of one layer on one rank. Work that every form has alike is left out.
+A form costs its FLOPs, its bytes and its launches, one after the other: an estimate to
+compare forms by, not to predict a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from sglang_dcp.layers.mla.rates import Rates
+
+_FLOPS = 2  # of a multiplication and its addition
+# Copies of the latents in memory: taken from the pool, received, put in order. Each is
+# written and read once.
+_GATHER_PASSES = 6
+# The same of queries and partial outputs: packed, received, merged.
+_EXCHANGE_PASSES = 6
+_LSE_BYTES = 4
+
+
+class MlaSizes(NamedTuple):
+    """Sizes of a rank's attention.
+
+    Attributes
+    ----------
+    local_heads : query heads of the rank
+    dcp_size : ranks that share them out
+    latent, rope, nope, v : dims of a latent, of its rotary key, and of an expanded head
+    itemsize : bytes of a number of queries, outputs and expanded keys
+    stored_itemsize : bytes of a number in the pool
+    """
+
+    local_heads: int
+    dcp_size: int
+    latent: int
+    rope: int
+    nope: int
+    v: int
+    itemsize: int = 2
+    stored_itemsize: int = 2
+
+    @property
+    def group_heads(self) -> int:
+        return self.local_heads * self.dcp_size
+
+    @property
+    def absorbed_dims(self) -> int:
+        """Multiplications of absorbed attention for each query, key and head."""
+        return self.latent + self.rope + self.latent
+
+    @property
+    def expanded_dims(self) -> int:
+        """The same of attention to expanded keys."""
+        return self.nope + self.rope + self.v
+
+
+class Requests(NamedTuple):
+    """Requests of a prefill: logical positions, the same on all ranks.
+
+    Attributes
+    ----------
+    new : new tokens of each request
+    prefix : cached positions of each request
+    """
+
+    new: Sequence[int]
+    prefix: Sequence[int]
+
+
+def in_place_seconds(requests: Requests, sizes: MlaSizes, rates: Rates) -> float:
+    """Time the absorbed form: queries travel, the prefix stays."""
+    causal = sum(new * new for new in requests.new) / 2
+    flops = _FLOPS * causal * sizes.local_heads * sizes.absorbed_dims
+    new = flops / rates.absorbed_flops + _expand_flops(requests.new, sizes) / (
+        rates.gemm_flops
+    )
+    return new + prefix_in_place_seconds(requests, sizes, rates)
+
+
+def one_shot_seconds(requests: Requests, sizes: MlaSizes, rates: Rates) -> float:
+    """Time the expanded form with all positions in one call."""
+    positions = [sum(both) for both in zip(*requests)]
+    # A causal call skips the keys behind each query.
+    skipped = sum(new * new for new in requests.new) / 2
+    pairs = _tiled_pairs(requests.new, positions, rates.expanded_tile)
+    return (
+        _gather_seconds(sum(positions), sizes, rates)
+        + _expand_seconds(positions, sizes, rates)
+        + _expanded_attention(pairs - skipped, max(positions), sizes, rates)
+        + rates.gather_host_s
+    )
+
+
+def prefix_chunks_seconds(
+    requests: Requests, capacity: int, sizes: MlaSizes, rates: Rates
+) -> float:
+    """Time the expanded form with new tokens first, then the prefix in chunks."""
+    return new_expanded_seconds(requests, sizes, rates) + prefix_gathered_seconds(
+        requests, capacity, sizes, rates
+    )
+
+
+def new_expanded_seconds(requests: Requests, sizes: MlaSizes, rates: Rates) -> float:
+    """Time the new tokens' attention to themselves, expanded."""
+    if not sum(requests.new):
+        return 0.0
+    pairs = sum(new * new for new in requests.new) / 2
+    attention = _expanded_attention(pairs, max(requests.new), sizes, rates)
+    return _expand_seconds(requests.new, sizes, rates) + attention
+
+
+def prefix_in_place_seconds(requests: Requests, sizes: MlaSizes, rates: Rates) -> float:
+    """Time absorbed attention to the prefix, and the exchange; 0 without a prefix."""
+    if not sum(requests.prefix):
+        return 0.0
+    tile = rates.absorbed_tile
+    rows = [new * sizes.group_heads for new in requests.new]
+    pairs = _tiled_pairs(rows, requests.prefix, tile) / sizes.dcp_size
+    full = rates.sms * tile * max(requests.prefix) / sizes.dcp_size
+    flop = _FLOPS * sizes.absorbed_dims
+    attention = flop * min(
+        pairs / rates.absorbed_split_flops, max(pairs, full) / rates.absorbed_flops
+    )
+    stored = sum(requests.prefix) / sizes.dcp_size * (sizes.latent + sizes.rope)
+    read = stored * sizes.stored_itemsize / rates.memory_bytes
+    exchange = _exchange_seconds(sum(requests.new), sizes, rates)
+    return max(attention, read) + exchange + rates.in_place_host_s
+
+
+def prefix_gathered_seconds(
+    requests: Requests, capacity: int, sizes: MlaSizes, rates: Rates
+) -> float:
+    """Time gathering and expanding the prefix, and attention to it; 0 without a prefix."""
+    prefix = sum(requests.prefix)
+    if not prefix:
+        return 0.0
+    chunks = -(-prefix // capacity)
+    longest = chunks * min(max(requests.prefix), capacity, prefix)
+    pairs = _tiled_pairs(requests.new, requests.prefix, rates.expanded_tile)
+    host = rates.gather_host_s + (chunks - 1) * rates.chunk_host_s
+    return (
+        _gather_seconds(prefix, sizes, rates)
+        + _expand_seconds(requests.prefix, sizes, rates)
+        + _expanded_attention(pairs, min(longest, prefix), sizes, rates)
+        + host
+    )
+
+
+def _tiled_pairs(new: Sequence[int], keys: Sequence[int], tile: int) -> int:
+    """Count pairs of query and key, with each request's queries in whole tiles."""
+    return sum(-(-queries // tile) * tile * n for queries, n in zip(new, keys))
+
+
+def _expanded_attention(
+    pairs: float, longest: int, sizes: MlaSizes, rates: Rates
+) -> float:
+    """Time attention to expanded keys. Keys of one tile are not split over SMs."""
+    flops = _FLOPS * sizes.expanded_dims
+    chain = rates.sms * rates.expanded_tile * longest
+    return flops * max(pairs * sizes.local_heads, chain) / rates.expanded_flops
+
+
+def _expand_flops(positions: Sequence[int], sizes: MlaSizes) -> float:
+    heads = sizes.local_heads * (sizes.nope + sizes.v)
+    return float(_FLOPS * sum(positions) * sizes.latent * heads)
+
+
+def _expand_seconds(positions: Sequence[int], sizes: MlaSizes, rates: Rates) -> float:
+    """Time the product that expands latents, and the copies of K and V around it."""
+    product = sizes.nope + sizes.v
+    # The product is written. Its part of K is read and written beside the rotary key.
+    copied = product + sizes.nope + sizes.nope + sizes.rope
+    # Attention reads K and V at least once.
+    numbers = sum(positions) * sizes.local_heads * (copied + sizes.expanded_dims)
+    moved = numbers * sizes.itemsize / rates.memory_bytes
+    return _expand_flops(positions, sizes) / rates.gemm_flops + moved
+
+
+def _gather_seconds(positions: int, sizes: MlaSizes, rates: Rates) -> float:
+    stored = positions * (sizes.latent + sizes.rope) * sizes.stored_itemsize
+    received = stored * (sizes.dcp_size - 1) / sizes.dcp_size
+    return received / rates.gather_bytes + _GATHER_PASSES * stored / rates.memory_bytes
+
+
+def _exchange_seconds(new: int, sizes: MlaSizes, rates: Rates) -> float:
+    """Time the gather of queries and the exchange of partial outputs."""
+    query = (sizes.latent + sizes.rope) * sizes.itemsize
+    partial = sizes.latent * sizes.itemsize + _LSE_BYTES
+    peers = sizes.group_heads - sizes.local_heads
+    every = new * sizes.group_heads * (query + partial)
+    return (
+        new * peers * query / rates.gather_bytes
+        + new * peers * partial / rates.exchange_bytes
+        + _EXCHANGE_PASSES / 2 * every / rates.memory_bytes
+    )

@@ -1,0 +1,68 @@
+"""How fast a GPU does the parts of an MLA prefill: the table behind the choice of a form.
+
+docs/tuning.md says from which measured times the rates follow, and how to take those times
+on other GPUs.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Rates(NamedTuple):
+    """Rates of one GPU. FLOPs count a multiplication and its addition as two.
+
+    Attributes
+    ----------
+    absorbed_flops : FLOP/s of attention to latents with enough rows for all SMs
+    absorbed_split_flops : FLOP/s of the same with few rows, when keys are split over SMs
+    expanded_flops : FLOP/s of attention to expanded keys
+    gemm_flops : FLOP/s of the products that expand latents or absorb queries
+    memory_bytes : bytes/s of the GPU's memory
+    gather_bytes : bytes/s that a rank receives in an all-gather
+    exchange_bytes : bytes/s that a rank receives in an exchange of partial outputs
+    sms : multiprocessors; each works on one tile of rows at a time
+    expanded_tile, absorbed_tile : query rows of a tile
+    in_place_host_s : seconds of launches that a layer adds to keep a prefix in place
+    gather_host_s : seconds of launches that a layer adds to gather latents once
+    chunk_host_s : seconds of launches that each further prefix chunk adds
+    """
+
+    absorbed_flops: float
+    absorbed_split_flops: float
+    expanded_flops: float
+    gemm_flops: float
+    memory_bytes: float
+    gather_bytes: float
+    exchange_bytes: float
+    sms: int
+    expanded_tile: int
+    absorbed_tile: int
+    in_place_host_s: float
+    gather_host_s: float
+    chunk_host_s: float
+
+
+# Derived from the first-token times of DeepSeek-V2-Lite's dimensions on 2 H200, fa3,
+# bf16, by differences between lengths (docs/tuning.md):
+# - attention: whole prefills of 262,144 and 524,288 tokens, in place and expanded;
+# - split: turns of 64 tokens over 262,144 and 524,288 tokens in place;
+# - host: turns of 64 tokens over 2048 and 32,768 tokens in place, and 64 requests of
+#   32,768 tokens gathered, each against plain TP.
+# Not measured, but taken from the datasheet (4.8 TB/s, 450 GB/s each way): memory at 5/6,
+# links at 7/9 and 2/3. The rate of products is taken from the same prefills.
+HOPPER = Rates(
+    absorbed_flops=640e12,
+    absorbed_split_flops=200e12,
+    expanded_flops=650e12,
+    gemm_flops=600e12,
+    memory_bytes=4.0e12,
+    gather_bytes=350e9,
+    exchange_bytes=300e9,
+    sms=132,
+    expanded_tile=128,
+    absorbed_tile=64,
+    in_place_host_s=1.2e-3,
+    gather_host_s=0.5e-3,
+    chunk_host_s=0.6e-3,
+)
