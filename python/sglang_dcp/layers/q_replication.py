@@ -206,7 +206,9 @@ class _WideLinearMethod:
         own = slice(group.rank_in_group * q_outputs, None)
         outputs = layer.output_size_per_partition
         if outputs < ends or layer.skip_bias_add:
-            raise RuntimeError(f"a Q projection of {outputs} outputs is not {ends} wide")
+            raise RuntimeError(
+                f"a Q projection of {outputs} outputs is not {ends} wide"
+            )
         if own.start + q_outputs == ends:
             parts = [slice(own.start, outputs)]
         else:

@@ -11,7 +11,7 @@ from sglang_dcp.support.architectures import (
     ONE_RANK_IN_SGLANG,
     SERVED,
 )
-from sglang_dcp.support.quantization import cuts_by_rank, unknown_format
+from sglang_dcp.support.quantization import CUTS_BY_RANK, is_unknown
 from sglang_dcp.support.rules import Unsupported, check_rules, raise_unsupported
 
 
@@ -73,6 +73,16 @@ def _mlp_bias(model: Any) -> Optional[str]:
     return _named(model, "mlp_bias") if biased else None
 
 
+def _cuts_by_rank(model: Any) -> Optional[str]:
+    name = model.quantization
+    return _named(model, name) if name in CUTS_BY_RANK else None
+
+
+def _unknown_format(model: Any) -> Optional[str]:
+    name = model.quantization
+    return _named(model, name) if is_unknown(name) else None
+
+
 def _architecture(model: Any) -> Optional[str]:
     name = _name(model)
     return None if name in SERVED else name
@@ -121,14 +131,14 @@ UNSUPPORTED_MODELS: tuple[Unsupported, ...] = (
         "serve this model by another engine",
     ),
     Unsupported(
-        "--quantization",
-        cuts_by_rank,
+        "--model-path",
+        _cuts_by_rank,
         "its loader cuts K/V rows by tensor-parallel rank",
         "serve this model with another quantization",
     ),
     Unsupported(
-        "--quantization",
-        unknown_format,
+        "--model-path",
+        _unknown_format,
         "its loader was made for other devices, or by another SGLang than is known",
         "serve this model with another quantization",
     ),

@@ -7,7 +7,7 @@ layer, which knows which ranks share heads. Each loader was read.
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Optional
 
 # "sglang/srt/layers/quantization/__init__.py" of both releases.
 LOADS_RIGHT = frozenset(
@@ -54,14 +54,6 @@ OTHER_DEVICES = frozenset(
 CUTS_BY_RANK = frozenset({"bitsandbytes"})
 
 
-def cuts_by_rank(model: Any) -> Optional[str]:
-    """Return the format if its loader cuts K/V rows by rank."""
-    name: Optional[str] = model.quantization
-    return name if name in CUTS_BY_RANK else None
-
-
-def unknown_format(model: Any) -> Optional[str]:
-    """Return the format if it has no kernel for the served devices, or is not known."""
-    name: Optional[str] = model.quantization
-    known = LOADS_RIGHT | CUTS_BY_RANK | {None}
-    return None if name in known else name
+def is_unknown(name: Optional[str]) -> bool:
+    """Whether a format has no kernel for the served devices, or is not known here."""
+    return name is not None and name not in LOADS_RIGHT | CUTS_BY_RANK

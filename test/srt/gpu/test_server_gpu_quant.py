@@ -76,7 +76,9 @@ def cases() -> Iterator[Case]:
     named += [(kind, ONLINE) for kind in ONLINE_KINDS]
     for turn, (kind, numbers) in enumerate(named):
         for exchange in TURNS[turn % 2]:
-            case = exchange_case(kind, TP2_DCP2, "fa3", exchange, ("", "--page-size 16"))
+            case = exchange_case(
+                kind, TP2_DCP2, "fa3", exchange, ("", "--page-size 16")
+            )
             label = f"{case.label}{numbers.name}"
             yield replace(case, label=label, numbers=numbers)
 

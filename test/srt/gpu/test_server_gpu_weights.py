@@ -14,7 +14,12 @@ import pytest
 
 from helpers.gpu_cases import TP2_DCP2, exchange_case
 from helpers.nccl_ranks import needs_gpus
-from helpers.weight_updates import Update, assert_answers_as_loaded, from_disk, from_tensors
+from helpers.weight_updates import (
+    Update,
+    assert_answers_as_loaded,
+    from_disk,
+    from_tensors,
+)
 
 pytestmark = [pytest.mark.server, needs_gpus(2)]
 

@@ -228,9 +228,7 @@ FORMATS: Mapping[str, Format] = {
         skip="ignore",
     ),
     "int8-channel": Format(
-        _compressed(
-            "int-quantized", _each(8, "int", "channel"), _each_token(8, "int")
-        ),
+        _compressed("int-quantized", _each(8, "int", "channel"), _each_token(8, "int")),
         _int8_channel,
         _scaled,
         skip="ignore",

@@ -228,7 +228,9 @@ class Place:
         assert pairs
         for what, got, wanted in pairs:
             assert got.shape == wanted.shape, (what, got.shape, wanted.shape)
-            far = float((got.double() - wanted.double()).norm() / wanted.double().norm())
+            far = float(
+                (got.double() - wanted.double()).norm() / wanted.double().norm()
+            )
             assert far < tolerance, f"{what}: {far}"
 
     def build(self, *attentions: Any) -> nn.ModuleList:
@@ -316,7 +318,9 @@ def check_nothing_is_held_twice(place: Place) -> None:
     whole = replicas._attentions[1]._absorbed._of_all["w_kc"]
     assert whole.shape == (q, NOPE, LATENT)
     assert mla.w_kc.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
-    tensors = [t for t in vars(gqa.qkv_proj.quant_method).values() if torch.is_tensor(t)]
+    tensors = [
+        t for t in vars(gqa.qkv_proj.quant_method).values() if torch.is_tensor(t)
+    ]
     assert not tensors
     products = replicas.own_products()
     own = HEADS // place.layout.tp_size

@@ -19,7 +19,13 @@ from helpers.quantized import FORMATS, GROUP, pack, unpack
 from helpers.quantized_checkpoint import QUANTIZED_KINDS, make_quantized, tiny_model
 
 # Of the largest number of a block, group or row that shares a scale.
-ROUNDING = {"fp8": 1 / 16, "int8": 1 / 254, "awq": 1 / 14, "gptq": 1 / 13, "w4a16": 1 / 13}
+ROUNDING = {
+    "fp8": 1 / 16,
+    "int8": 1 / 254,
+    "awq": 1 / 14,
+    "gptq": 1 / 13,
+    "w4a16": 1 / 13,
+}
 
 
 def matrix(rows: int, cols: int) -> torch.Tensor:
@@ -38,7 +44,9 @@ def test_round_trip(name: str, rows: int) -> None:
     assert far < ROUNDING[name.split("-")[0]]
     # What was rounded once is not rounded again, except that a scale is found anew.
     again = form.dequantize(form.quantize(found.float()))
-    torch.testing.assert_close(again, found, rtol=0.02, atol=float(weight.abs().max()) / 40)
+    torch.testing.assert_close(
+        again, found, rtol=0.02, atol=float(weight.abs().max()) / 40
+    )
 
 
 @pytest.mark.parametrize("order", [tuple(range(8)), (0, 2, 4, 6, 1, 3, 5, 7)])
@@ -106,7 +114,9 @@ def test_checkpoint(kind: str, tmp_path: Path) -> None:
         assert far < 1 / 16, stem
     assert any("experts" in name for name in quantized) == ("llama" not in kind)
     for name, tensor in stored.items():
-        torch.testing.assert_close(tensor.float(), plain.pop(name), rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(
+            tensor.float(), plain.pop(name), rtol=1e-2, atol=1e-2
+        )
     assert not plain
     left = {name.rsplit(".", 2)[1] for name in stored}
     assert not left & {"q_proj", "k_proj", "kv_b_proj", "gate_up_proj", "o_proj"}

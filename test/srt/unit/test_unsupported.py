@@ -268,8 +268,11 @@ MODEL_CASES: dict[str, tuple[dict[str, Any], str]] = {
         {"architecture": "Qwen3MoeForCausalLM", "text": {"decoder_sparse_step": 2}},
         "Qwen3MoeForCausalLM (decoder_sparse_step 2)",
     ),
-    "bitsandbytes": ({"quantization": "bitsandbytes"}, "bitsandbytes"),
-    "other-devices": ({"quantization": "modelslim"}, "modelslim"),
+    "bitsandbytes": (
+        {"quantization": "bitsandbytes"},
+        "LlamaForCausalLM (bitsandbytes)",
+    ),
+    "other-devices": ({"quantization": "modelslim"}, "LlamaForCausalLM (modelslim)"),
     "mlp-bias": ({"text": {"mlp_bias": True}}, "LlamaForCausalLM (mlp_bias)"),
     "architecture": ({"architecture": "GptOssForCausalLM"}, "GptOssForCausalLM"),
     "layer-kinds": (
