@@ -15,6 +15,9 @@ import torch
 # Tensors of a layer by name, cut to the given outputs; None if they have another layout.
 Cut = Callable[[Any, Any, slice], Optional[dict[str, torch.Tensor]]]
 
+# Bytes that a kernel may load at once.
+_ALIGNMENT = 16
+
 
 class RowsOf:
     """A linear layer that shows other tensors under the names of some of its own."""
@@ -53,7 +56,8 @@ def apply_rows(
     views = [row_view(method, layer, part) for part in parts]
     if None in views:
         whole = method.apply(layer, x, bias)
-        found = [whole[..., part] for part in parts]
+        # What follows a projection may take its outputs for contiguous rows.
+        found = [whole[..., part].contiguous() for part in parts]
     else:
         found = [
             method.apply(view, x, None if bias is None else bias[part])
@@ -95,12 +99,16 @@ def _block_fp8_rows(
     rows, inputs = layer.weight.shape
     block, block_in = method.quant_config.weight_block_size
     scales = layer.weight_scale_inv.data
-    plain = scales.shape == (-(-rows // block), -(-inputs // block_in))
-    derived = getattr(layer, "_block_fp8_bf16_weight", None) is not None
-    between_blocks = part.start % block == 0 and (
-        part.stop % block == 0 or part.stop == rows
-    )
-    if not (plain and between_blocks) or derived or scales.dtype != torch.float32:
-        return None
     blocks = slice(part.start // block, -(-part.stop // block))
+    fits = (
+        scales.dtype == torch.float32
+        and scales.shape == (-(-rows // block), -(-inputs // block_in))
+        and not getattr(layer.weight_scale_inv, "format_ue8m0", False)
+        and getattr(layer, "_block_fp8_bf16_weight", None) is None
+        and part.start % block == 0
+        and (part.stop % block == 0 or part.stop == rows)
+        and blocks.start * scales.shape[1] * scales.itemsize % _ALIGNMENT == 0
+    )
+    if not fits:
+        return None
     return {"weight": layer.weight.data[part], "weight_scale_inv": scales[blocks]}

@@ -264,6 +264,13 @@ UNSUPPORTED_SERVER_ARGS: tuple[Unsupported, ...] = (
         "memory",
         "drop --dcp-replicate-q-proj",
     ),
+    Unsupported(
+        "--enable-layernorm-sp",
+        _beside_replicated_q("enable_layernorm_sp"),
+        "a Q projection of attn_tp width does not gather the tokens of all ranks",
+        "drop --dcp-replicate-q-proj",
+        since="0.5.23",
+    ),
     _flag(
         "enable_mis",
         "items would attend to each other: no attention backend masks them",

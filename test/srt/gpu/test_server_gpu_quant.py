@@ -3,7 +3,7 @@
 Only here do the kernels of quantized layers run with K/V heads and Q projections that DCP
 cut: weights that were repacked for a kernel, and decode in CUDA graphs on them. Each server
 is measured against plain servers of the same checkpoint. `-k` chooses cases by the words in
-their names (`-k "fp8-block and replicated"`).
+their names (`-k "fp8-block and replicated"`). A machine with one GPU runs `one-gpu` alone.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import pytest
 
 from helpers import teacher_forcing
 from helpers.gpu_cases import (
+    BF16,
+    ONE_GPU,
     TP2_DCP2,
     Case,
     Numbers,
@@ -39,12 +41,9 @@ from helpers.weight_updates import (
     from_tensors,
 )
 
-pytestmark = [pytest.mark.server, pytest.mark.long, needs_gpus(2)]
+pytestmark = [pytest.mark.server, pytest.mark.long, needs_gpus(1)]
 
 BATCHES = (1, 3, 5, 8, 64)
-# Marlin's kernels of AWQ and GPTQ, and those of int8, take fp16 as well.
-NUMBERS = Numbers("bf16", "--dtype bfloat16")
-FP16 = Numbers("fp16", "--dtype float16")
 ONLINE = Numbers("fp8-online", f"--dtype bfloat16 {ONLINE_FP8.flags}")
 ONLINE_KINDS = ("llama-2kv-d128", "qwen3-moe-d128", "mla-v3-d512")
 # Each Q width with a comm backend, and the other way round for the next case.
@@ -68,11 +67,7 @@ def build_waves(seed: int = 0) -> list[Wave]:
 
 
 def cases() -> Iterator[Case]:
-    named: list[tuple[str, Numbers]] = [
-        (f"{kind}+{form}", FP16 if form == "awq" else NUMBERS)
-        for form in FORMATS
-        for kind in QUANTIZED_KINDS
-    ]
+    named = [(f"{kind}+{form}", BF16) for form in FORMATS for kind in QUANTIZED_KINDS]
     named += [(kind, ONLINE) for kind in ONLINE_KINDS]
     for turn, (kind, numbers) in enumerate(named):
         for exchange in TURNS[turn % 2]:
@@ -81,6 +76,16 @@ def cases() -> Iterator[Case]:
             )
             label = f"{case.label}{numbers.name}"
             yield replace(case, label=label, numbers=numbers)
+
+
+def on_one_gpu() -> Iterator[Case]:
+    """Both ranks on one GPU, eagerly: the kernels of each format, with each Q width."""
+    kinds = [f"{kind}+{form}" for form in FORMATS for kind in QUANTIZED_KINDS]
+    for turn, kind in enumerate(kinds):
+        exchange = "a2a", turn % 2 == 0
+        shape = "one-gpu", "--page-size 16"
+        case = exchange_case(kind, TP2_DCP2, "fa3", exchange, shape)
+        yield replace(case, numbers=ONE_GPU)
 
 
 def kv_scales() -> Iterator[Case]:
@@ -99,10 +104,10 @@ def kv_scales() -> Iterator[Case]:
 fleet = fleet_fixture(build_waves)
 
 
-@pytest.mark.parametrize("case", params([*cases(), *kv_scales()]))
+@pytest.mark.parametrize("case", params([*cases(), *kv_scales(), *on_one_gpu()]))
 def test_within_the_spread_of_tp(case: Case, fleet: Fleet) -> None:
     assert_within_spread(case, fleet)
-    ran = fleet.run(case.spec).decode_batches(graph=True)
+    ran = fleet.run(case.spec).decode_batches(graph=not case.eager)
     assert {*BATCHES} <= ran, ran
 
 
@@ -112,6 +117,7 @@ def _updated(kinds: Sequence[str]) -> Iterator[object]:
             yield pytest.param(kind, update, id=f"{kind}-{update.__name__}")
 
 
+@needs_gpus(2)
 @pytest.mark.parametrize(
     ("kind", "update"), _updated([f"{kind}+fp8-block" for kind in QUANTIZED_KINDS])
 )

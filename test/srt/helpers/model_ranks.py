@@ -29,14 +29,24 @@ _TIMEOUT_S = 240
 
 @dataclass(frozen=True)
 class Run:
-    """One way to run a model: its name and the server arguments of all its ranks."""
+    """One way to run a model: its name and the server arguments of all its ranks.
+
+    With `updated` the ranks start on the weights of `other_weights(model)`, and then take
+    those of the model, from disk.
+    """
 
     name: str
     arguments: tuple[tuple[str, Any], ...]
+    updated: bool = False
 
     @property
     def ranks(self) -> int:
         return int(dict(self.arguments)["tp_size"])
+
+
+def other_weights(model: Path) -> Path:
+    """Where a checkpoint of the same model with other weights lies."""
+    return model.with_name(f"{model.name}-other")
 
 
 def forced_ids(seed: int = 0) -> list[list[int]]:
@@ -150,7 +160,7 @@ def _rank_logprobs(model: Path, run: Run, rank: int, port: int) -> torch.Tensor:
 
     args = resolve_server_args(
         module.ServerArgs(
-            model_path=str(model),
+            model_path=str(other_weights(model) if run.updated else model),
             device="cpu",
             dtype="float32",
             attention_backend="torch_native",
@@ -162,6 +172,10 @@ def _rank_logprobs(model: Path, run: Run, rank: int, port: int) -> torch.Tensor:
     _enter(args, rank)
     _replace_kernels()
     runner, _ = one_batch.load_model(args, SimpleNamespace(nccl_port=port), rank, rank)
+    if run.updated:
+        updater = runner.torch_runner.weight_updater
+        done, message = updater.update_weights_from_disk(str(model), "auto")
+        assert done, message
     return _forced_logprobs(one_batch, runner)
 
 

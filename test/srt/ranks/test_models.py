@@ -19,7 +19,13 @@ import torch
 
 from helpers.gloo_ranks import run_python
 from helpers.model_kinds import MODEL_KINDS
-from helpers.model_ranks import Run, hf_logprobs, run_forked, run_model
+from helpers.model_ranks import (
+    Run,
+    hf_logprobs,
+    other_weights,
+    run_forked,
+    run_model,
+)
 from sglang_dcp.demo.tiny_kinds import KINDS
 from sglang_dcp.demo.tiny_model import make_model
 from sglang_dcp.support.architectures import NORMS_OVER_HEADS, SERVED
@@ -27,12 +33,15 @@ from sglang_dcp.support.architectures import NORMS_OVER_HEADS, SERVED
 TP1 = Run("tp1", (("tp_size", 1),))
 DCP2 = Run("dcp2", (("tp_size", 2), ("dcp_size", 2), ("dcp_comm_backend", "a2a")))
 REPLICATED = Run("dcp2-q", (*DCP2.arguments, ("dcp_replicate_q_proj", True)))
+UPDATED = Run("dcp2-q-updated", REPLICATED.arguments, updated=True)
 ATTN2 = Run("tp4-attn2", (("tp_size", 4), ("attn_tp_size", 2)))
 
 # Their K weights are cut or repeated for each rank, and replicated Q is refused.
 OVER_HEADS = [
     name for name, kind in MODEL_KINDS.items() if kind.architecture in NORMS_OVER_HEADS
 ]
+# GQA and MLA: new weights reach a wide Q projection, and K weights that were gathered.
+UPDATES = ("mimo", "deepseek-v3")
 # Set it to run each model in every way, which takes twice as long.
 ALL_RUNS = bool(os.environ.get("SGLANG_DCP_TEST_ALL_RUNS"))
 
@@ -41,7 +50,8 @@ def _runs(name: str) -> tuple[Run, ...]:
     """With replicated Q, a prefill projects as without. So one run covers both."""
     if name in OVER_HEADS:
         return TP1, DCP2, ATTN2
-    return (TP1, DCP2, REPLICATED, ATTN2) if ALL_RUNS else (TP1, REPLICATED)
+    runs = (TP1, DCP2, REPLICATED, ATTN2) if ALL_RUNS else (TP1, REPLICATED)
+    return (*runs, UPDATED) if name in UPDATES else runs
 
 
 CASES = {name: _runs(name) for name in MODEL_KINDS}
@@ -101,6 +111,7 @@ def _verdicts(name: str, folder: Path) -> dict[str, Any]:
 
     def make() -> None:
         make_model(model, name, MODEL_KINDS[name])
+        make_model(other_weights(model), name, MODEL_KINDS[name], seed=1)
         torch.save(hf_logprobs(model), folder / "hf.pt")
 
     [fault] = run_forked([make], folder, "hf")

@@ -70,6 +70,7 @@ FINE_SERVER = dict(
     torchao_config="",
     cpu_offload_gb=0,
     offload_group_size=-1,
+    enable_layernorm_sp=False,
     enable_mis=False,
     speculative_algorithm=None,
     enable_return_aux_hidden_states=False,
@@ -142,6 +143,10 @@ SERVER_CASES: dict[str, tuple[dict[str, Any], str]] = {
     "--moe-dense-tp-size": ({"moe_dense_tp_size": 1}, " 1"),
     "--enable-attn-tp-input-scattered": ({"enable_attn_tp_input_scattered": True}, ""),
     "--cpu-offload-gb": ({"cpu_offload_gb": 4, "dcp": REPLICATED}, " 4"),
+    "--enable-layernorm-sp": (
+        {"enable_layernorm_sp": True, "dcp": REPLICATED},
+        "",
+    ),
     "--enable-mis": ({"enable_mis": True}, ""),
     "--speculative-algorithm": ({"speculative_algorithm": "EAGLE"}, " EAGLE"),
     "--disaggregation-mode": ({"disaggregation_mode": "decode"}, " decode"),
