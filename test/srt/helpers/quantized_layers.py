@@ -50,7 +50,7 @@ class Place:
 
     def _given(self, kind: type) -> dict[str, int]:
         """Later releases read rank and size from the context."""
-        names = inspect.signature(inspect.unwrap(kind.__init__)).parameters
+        names = inspect.signature(inspect.unwrap(vars(kind)["__init__"])).parameters
         place = {"tp_rank": self.rank, "tp_size": self.layout.tp_size}
         return {name: place[name] for name in place if name in names}
 

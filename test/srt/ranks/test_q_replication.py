@@ -212,7 +212,7 @@ class Place:
         self._pairs: list[tuple[str, torch.Tensor, torch.Tensor]] = []
 
     @torch.no_grad()
-    def see_switch(self, replicas: Any, model: nn.ModuleList, seed: int) -> None:
+    def see_switch(self, replicas: Any, model: Any, seed: int) -> None:
         """The rank's own heads, those of its group, and its own again."""
         for replicated in (False, True, False):
             replicas.select(replicated=replicated)
@@ -233,11 +233,11 @@ class Place:
             )
             assert far < tolerance, f"{what}: {far}"
 
-    def build(self, *attentions: Any) -> nn.ModuleList:
+    def build(self, *attentions: Any) -> Any:
         """Loaded with seed 1, at the widths that the hooks give."""
         from sglang_dcp.layers.q_replication import widen_q_projections
 
-        model = nn.ModuleList(attentions)
+        model: Any = nn.ModuleList(attentions)
         widen_q_projections(model, self.layout.dcp_size, self.rank)
         for attention in model:
             attention.rank = self.rank
@@ -305,7 +305,7 @@ def check_nothing_is_held_twice(place: Place) -> None:
     from sglang_dcp.layers.q_replication import QReplicas
 
     model: Any = place.build(Gqa(place.layout, bias=True), Mla(place.layout, None))
-    replicas = QReplicas(model, place.group)
+    replicas: Any = QReplicas(model, place.group)
     gqa, mla = model
     q = HEADS // place.layout.attn_tp_size
     rows = (q + 2 * KV_HEADS // place.layout.attn_tp_size) * HEAD_DIM
@@ -451,7 +451,7 @@ def check_hooks(place: Place) -> None:
     def update(seen: Any, tag: str, *, flush: bool) -> tuple[bool, str]:
         assert seen is updater and flush
         for attention in model:
-            attention.load(3)  # type: ignore[operator]
+            attention.load(3)
         return False, tag
 
     got = around_weight_update(update, updater, "failed half-way", flush=True)
