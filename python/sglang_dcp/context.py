@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Optional
 
 from sglang_dcp.config import DcpConfig
+from sglang_dcp.distributed.nodes import Node
 
 
 @dataclass(frozen=True)
@@ -17,10 +18,13 @@ class DcpContext:
     config : DcpConfig
     tp_rank : int
         Rank within the tensor-parallel group of this replica.
+    node : Node, optional
+        The node of this process; None if there is one node only.
     """
 
     config: DcpConfig
     tp_rank: int
+    node: Optional[Node] = None
 
     @property
     def dcp_rank(self) -> int:

@@ -258,6 +258,11 @@ def _spawn(
 _PORTS = itertools.count(10000 + os.getpid() * 64 % 16384, 2)
 
 
+def free_port() -> int:
+    """Return a port that is free now, and that this process has not handed out."""
+    return _free_port_pair()[0]
+
+
 def _free_port_pair() -> tuple[int, int]:
     while (port := next(_PORTS)) < 32768:
         if _is_free(port) and _is_free(port + 1):

@@ -134,8 +134,11 @@ def get_dcp_group() -> GroupCoordinator:
 def get_attn_tp_group() -> GroupCoordinator:
     """Return the group of ranks with this rank's ``dcp_rank``, in ``attn_tp_rank`` order.
 
-    This is not SGLang's group of the same name, which belongs to DP attention. Its
-    collectives run over torch.distributed, also in graph capture.
+    This is not SGLang's group of the same name, which belongs to DP attention. This
+    package sends nothing over it, on one node or several. It is for forks and plug-ins
+    that join what is sharded by K/V heads: scales of all K/V heads, or K/V of a whole
+    token for a transfer. Its collectives run over torch.distributed, also in graph
+    capture.
 
     Raises
     ------

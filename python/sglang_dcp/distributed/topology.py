@@ -140,6 +140,14 @@ class Layout:
             for start in range(self.dcp_size)
         ]
 
+    def groups_inside_nodes(self, ranks_per_node: int) -> bool:
+        """Whether each DCP group lies inside a node of ``ranks_per_node`` TP ranks.
+
+        A DCP group is a run of ``dcp_size`` ranks, and a node is a run of ranks. So groups
+        lie inside of nodes wherever any rank order could make them.
+        """
+        return ranks_per_node % self.dcp_size == 0
+
     def check_heads(self, q_heads: int, kv_heads: int) -> None:
         """Raise unless the model's heads can be sharded for this layout.
 

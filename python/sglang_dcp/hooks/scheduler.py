@@ -10,6 +10,8 @@ import torch
 
 from sglang_dcp.config import dcp_of
 from sglang_dcp.context import DcpContext, clear_context, find_context, set_context
+from sglang_dcp.distributed.nodes import watch_meeting
+from sglang_dcp.hooks.nodes import exit_unless_nodes_agree, node_of
 from sglang_dcp.releases.api import sglang_api
 
 logger = logging.getLogger(__name__)
@@ -34,7 +36,10 @@ def configure_scheduler_process(
     api = sglang_api()
     api.hide_dcp_size(server_args)
     _stop_nccl_graph_mixing(api.resolved(server_args))
-    set_context(DcpContext(config, api.scheduler_tp_rank(args, kwargs)))
+    node = node_of(api.resolved(server_args), config)
+    set_context(DcpContext(config, api.scheduler_tp_rank(args, kwargs), node))
+    if node is not None:
+        watch_meeting(node)
 
 
 def _stop_nccl_graph_mixing(server_args: Any) -> None:
@@ -54,11 +59,18 @@ def _stop_nccl_graph_mixing(server_args: Any) -> None:
 
 
 def initialize_model_parallel(result: Any, *args: Any, **kwargs: Any) -> Any:
-    """Hook: `initialize_model_parallel`, after SGLang made its groups."""
+    """Hook: `initialize_model_parallel`, after SGLang made its groups.
+
+    Raises
+    ------
+    SystemExit
+        With DCP on several nodes, if they do not belong together.
+    """
     from sglang_dcp.distributed.groups import init_dcp_groups
 
     context = find_context()
     if context is not None:
+        exit_unless_nodes_agree(context)
         init_dcp_groups(context.config.layout)
     return result
 

@@ -101,6 +101,22 @@ def _late_weights(args: Any) -> Optional[str]:
     return "overlap" if late and args.dcp.replicate_q_proj else None
 
 
+def _nodes_without_address(args: Any) -> Optional[str]:
+    from sglang.srt.environ import envs
+
+    if (args.nnodes or 1) == 1 or args.dist_init_addr:
+        return None
+    if envs.SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE.get():
+        return None
+    return f"{args.nnodes} without --dist-init-addr"
+
+
+def _no_such_node(args: Any) -> Optional[str]:
+    """SGLang would start ranks that the world does not have, or those of another node."""
+    nodes, rank = args.nnodes or 1, args.node_rank or 0
+    return None if 0 <= rank < nodes else f"{rank} of --nnodes {nodes}"
+
+
 def _beside_replicated_q(name: str) -> Value:
     """Apply to any truthy value of argument `name`, with replicated Q weights."""
 
@@ -319,9 +335,15 @@ UNSUPPORTED_SERVER_ARGS: tuple[Unsupported, ...] = (
     ),
     Unsupported(
         "--nnodes",
-        above("nnodes", 1),
-        "DCP groups over several nodes were not tested",
-        "use one node",
+        _nodes_without_address,
+        "each node would wait for the others at an address of its own",
+        "give all nodes the same --dist-init-addr, HOST:PORT of node 0",
+    ),
+    Unsupported(
+        "--node-rank",
+        _no_such_node,
+        "nodes are numbered from 0 to nnodes - 1",
+        "give each node a --node-rank of its own below --nnodes",
     ),
     *UNSUPPORTED_LORA,
     _flag("enable_two_batch_overlap", "two batches would share one local table"),

@@ -88,7 +88,10 @@ TP4_DCP4 = Layout("tp4dcp4", 4, "--dcp-size 4", 4)
 
 @dataclass(frozen=True)
 class Case:
-    """One DCP server; `label` and `flags` say what it has beside model and layout."""
+    """One DCP server; `label` and `flags` say what it has beside model and layout.
+
+    `in_use` is the exchange that serves, where it is not the one that `flags` name.
+    """
 
     kind: str
     layout: Layout
@@ -98,6 +101,8 @@ class Case:
     plugin: str = ""
     pool: str = POOL
     env: tuple[tuple[str, str], ...] = ()
+    nodes: int = 1
+    in_use: str = ""
 
     @property
     def name(self) -> str:
@@ -114,6 +119,7 @@ class Case:
             self.pool,
             self.env,
             one_gpu=self.numbers.one_gpu,
+            nodes=self.nodes,
         )
 
     @property
@@ -220,7 +226,7 @@ def _assert_ran_as_meant(case: Case, run: Run, largest_batch: int) -> None:
     backend = run.info["attention_backend"]
     assert asked.get("--attention-backend", backend) == backend
     assert asked.get("--page-size", str(page_size)) == str(page_size)
-    comm = asked.get("--dcp-comm-backend", "a2a")
+    comm = case.in_use or asked.get("--dcp-comm-backend", "a2a")
     states = run.info["internal_states"]
     assert [state["dcp_exchange_in_use"] for state in states] == [comm] * len(states)
     assert "leak" not in run.log.lower()

@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from helpers import teacher_forcing
+from helpers.gpu_nodes import make_nodes
 from helpers.quantized_checkpoint import make_quantized
 from helpers.servers import READY_SECONDS, plugin_folder
 from sglang_dcp.demo.client import Reply, http_json
@@ -64,7 +65,8 @@ class Spec:
 
     A kind `llama-2kv+awq` is the first one of `helpers.quantized_checkpoint` in a format.
     `env` is more of its environment, by name and value; `seed` is of its weights. With
-    `one_gpu` its ranks share GPU 0 (`helpers.one_gpu`).
+    `one_gpu` its ranks share GPU 0 (`helpers.one_gpu`). With several `nodes` it is as many
+    launches, each of which sees GPUs of its own (`helpers.gpu_nodes`).
     """
 
     name: str
@@ -75,6 +77,7 @@ class Spec:
     env: tuple[tuple[str, str], ...] = ()
     seed: int = 0
     one_gpu: bool = False
+    nodes: int = 1
 
     @property
     def gpus(self) -> int:
@@ -121,11 +124,15 @@ def make_server(spec: Spec, folder: Path) -> ServerProcess:
     flags = " ".join(
         (COMMON, spec.pool, teacher_forcing.CONTEXT_FLAGS, machine, spec.flags)
     )
+    env = {**ENVIRONMENT, **dict(spec.env), "PYTHONPATH": path}
+    model = spec.checkpoint(folder)
+    if spec.nodes > 1:
+        return make_nodes(model, flags.split(), own, env, spec.nodes, spec.gpus)
     return ServerProcess(
-        spec.checkpoint(folder),
+        model,
         flags.split(),
         log_path=own / "server.log",
-        env={**ENVIRONMENT, **dict(spec.env), "PYTHONPATH": path},
+        env=env,
         grace=0.0,
         device="cuda",
     )

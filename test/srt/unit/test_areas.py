@@ -24,7 +24,7 @@ NAME = "sglang_dcp"
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("", "releases", "ops", "demo"),
     ("patch",),
-    ("distributed.topology",),
+    ("distributed.topology", "distributed.nodes"),
     ("config",),
     ("context",),
     ("distributed.all_to_all", "distributed.groups"),

@@ -12,6 +12,7 @@ import re
 import sys
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -58,45 +59,87 @@ def test_a_call_that_one_rank_skips_is_noticed() -> None:
         inbox_model.run(2, [1, 1], places=2, seed=1, skipped=(1, 1))
 
 
+def place(host: str, device: int, gpu: str = "", machine: str = "") -> memory.Place:
+    return memory.Place(host, machine or host, device, gpu or f"gpu {device}")
+
+
 PAIRS = [
-    ([("a", 0), ("a", 1), ("a", 2)], (), ""),
-    ([("a", 0), ("a", 1), ("b", 0)], (), "a and b are two nodes"),
+    ([place("a", 0), place("a", 1), place("a", 2)], (), ""),
+    ([place("a", 0), place("a", 1), place("b", 0)], (), "a and b are two nodes"),
+    # Ranks of two machines that were given one name, with GPUs of different numbers.
     (
-        [("a", 0), ("a", 1), ("a", 2)],
+        [place("a", 0), place("a", 1, machine="other")],
+        (),
+        "a and a are two nodes",
+    ),
+    (
+        [place("a", 0), place("a", 1), place("a", 2)],
         ((1, 2),),
         "GPU 1 cannot access the memory of GPU 2",
     ),
-    ([("a", 0), ("a", 3)], (), "the rank on GPU 0 does not see GPU 3"),
-    # `SGLANG_ONE_VISIBLE_DEVICE_PER_PROCESS`.
-    ([("a", 0), ("a", 0)], (), "ranks share GPU 0 of a, or each sees one GPU alone"),
+    ([place("a", 0), place("a", 3)], (), "the rank on GPU 0 does not see GPU 3"),
+    ([place("a", 0), place("a", 0)], (), "ranks share GPU 0 of a"),
+    # `SGLANG_ONE_VISIBLE_DEVICE_PER_PROCESS`, or two launches with CUDA_VISIBLE_DEVICES.
+    (
+        [place("a", 0), place("a", 0, gpu="gpu 5")],
+        (),
+        "ranks of a call different GPUs GPU 0",
+    ),
+    # Two launches, one of them with --base-gpu-id 1.
+    (
+        [place("a", 0), place("a", 1, gpu="gpu 5")],
+        (),
+        "the rank on GPU 0 does not see GPU 1",
+    ),
 ]
 
 
 @pytest.mark.parametrize("places, cut, wanted", PAIRS)
 def test_all_ranks_find_the_same_unreachable_peer(
-    places: Any, cut: Any, wanted: str, monkeypatch: pytest.MonkeyPatch
+    places: list[memory.Place], cut: Any, wanted: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        torch.cuda, "can_device_access_peer", lambda a, b: (a, b) not in cut
-    )
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    firsts = [memory._first_unreachable(place, places) for place in places]
+    def see(mine: memory.Place) -> None:
+        """What CUDA and the system tell the rank at this place."""
+        names = {number: f"gpu {number}" for number in range(3)}
+        names[mine.device] = mine.gpu
+        for holder, name, found in (
+            (torch.cuda, "current_device", mine.device),
+            (torch.cuda, "device_count", 3),
+            (memory.socket, "gethostname", mine.host),
+            (memory, "_machine", mine.machine),
+        ):
+            monkeypatch.setattr(holder, name, lambda found=found: found)
+        monkeypatch.setattr(memory, "_gpu", names.__getitem__)
+        monkeypatch.setattr(
+            torch.cuda, "can_device_access_peer", lambda a, b: (a, b) not in cut
+        )
+
+    firsts = []
+    for mine in places:
+        see(mine)
+        firsts.append(memory._first_unreachable(mine, places))
     found = set()
-    for host, device in places:
-        monkeypatch.setattr(torch.cuda, "current_device", lambda: device)
-        monkeypatch.setattr(memory.socket, "gethostname", lambda: host)
+    for rank, mine in enumerate(places):
+        see(mine)
         rounds = iter((places, firsts))
 
-        def all_gather(into: list[Any], mine: Any, group: Any) -> None:
+        def all_gather(into: list[Any], sent: Any, group: Any) -> None:
             every = next(rounds)
-            assert mine == every[places.index((host, device))]
+            assert sent == every[rank]
             into[:] = every
 
         monkeypatch.setattr(torch.distributed, "all_gather_object", all_gather)
         group: Any = SimpleNamespace(world_size=len(places), cpu_group=None)
         found.add(memory.unreachable_peer(group))
-    [reason] = found
-    assert re.fullmatch(wanted, reason)
+    assert found == {wanted}
+
+
+def test_a_machine_is_known_by_its_boot(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert re.fullmatch("[0-9a-f-]{36}", memory._machine())
+    monkeypatch.setattr(memory, "_BOOT_ID", tmp_path / "absent")
+    assert memory._machine() == ""
 
 
 def a_workspace(rank: int = -1, peer: int = -1) -> Workspace:

@@ -10,7 +10,8 @@ import dataclasses
 import math
 import re
 import sys
-from typing import Iterator, List, Tuple
+from itertools import permutations
+from typing import Iterator, List, Sequence, Tuple
 
 import pytest
 
@@ -59,6 +60,24 @@ def test_groups_partition_the_ranks(count: int) -> None:
         assert {len(ranks) for ranks in attn_tp} == {layout.attn_tp_size}
         for ranks in dcp_size + attn_tp:
             assert len({rank // layout.tp_size for rank in ranks}) == 1
+
+
+@pytest.mark.parametrize(
+    ("nodes", "per_node"), [(1, 4), (2, 2), (4, 1), (2, 3), (3, 2), (1, 6), (6, 1)]
+)
+def test_groups_lie_inside_nodes_if_any_rank_order_allows_it(
+    nodes: int, per_node: int
+) -> None:
+    """DCP groups are runs of ranks, and so are nodes: no other order is better."""
+    ranks = range(nodes * per_node)
+
+    def inside(layout: Layout, order: Sequence[int]) -> bool:
+        groups = layout.dcp_groups([order])
+        return all(len({rank // per_node for rank in group}) == 1 for group in groups)
+
+    for layout in (found for found in LAYOUTS if found.tp_size == len(ranks)):
+        possible = any(inside(layout, order) for order in permutations(ranks))
+        assert layout.groups_inside_nodes(per_node) == inside(layout, ranks) == possible
 
 
 def test_position_in_a_group_is_the_rank_in_it() -> None:

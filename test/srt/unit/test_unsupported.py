@@ -91,6 +91,8 @@ FINE_SERVER = dict(
     attn_dp_size=1,
     pp_size=1,
     nnodes=1,
+    node_rank=0,
+    dist_init_addr=None,
     enable_lora=None,
     lora_paths=None,
     lora_backend="csgmv",
@@ -169,7 +171,11 @@ SERVER_CASES: dict[str, tuple[dict[str, Any], str]] = {
     "--dwdp-size": ({"dwdp_size": 4, "attn_dp_size": 4}, " 4"),
     "--attn-dp-size": ({"attn_dp_size": 2}, " 2"),
     "--pp-size": ({"pp_size": 2}, " 2"),
-    "--nnodes": ({"nnodes": 2}, " 2"),
+    "--nnodes": ({"nnodes": 2}, " 2 without --dist-init-addr"),
+    "--node-rank": (
+        {"nnodes": 2, "node_rank": 2, "dist_init_addr": "a:1"},
+        " 2 of --nnodes 2",
+    ),
     "--enable-lora": (
         {"enable_lora": True, "dcp": REPLICATED},
         " with --dcp-replicate-q-proj",
@@ -409,6 +415,7 @@ def test_other_values_that_are_refused(changes: dict[str, Any]) -> None:
         {"enable_lora": True, "lora_backend": "torch_native"},
         {"forward_hooks": [{"name": "mine"}]},
         {"lora_paths": {"a": "/b"}, "lora_backend": "torch_native"},
+        {"nnodes": 2, "node_rank": 1, "dist_init_addr": "a:1"},
     ],
     ids=str,
 )

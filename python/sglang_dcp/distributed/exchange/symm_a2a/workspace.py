@@ -9,6 +9,7 @@ import logging
 import socket
 import threading
 import weakref
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,20 @@ logger = logging.getLogger(__name__)
 
 _EMPTY = 0xFF
 _POLL_EVERY_S = 0.2
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+class Place(NamedTuple):
+    """Where a rank runs.
+
+    `machine` tells hosts of one name apart, and `gpu` GPUs of one number: two launches on
+    one host may each call another GPU 0, by CUDA_VISIBLE_DEVICES.
+    """
+
+    host: str
+    machine: str
+    device: int
+    gpu: str
 
 
 def unreachable_peer(group: PeerGroup) -> str:
@@ -33,8 +48,8 @@ def unreachable_peer(group: PeerGroup) -> str:
     It is a collective over ``group.cpu_group``. The answer is the same on all ranks.
     """
     device = torch.cuda.current_device()
-    mine = (socket.gethostname(), device)
-    everyone: list[tuple[str, int]] = [mine] * group.world_size
+    mine = Place(socket.gethostname(), _machine(), device, _gpu(device))
+    everyone: list[Place] = [mine] * group.world_size
     torch.distributed.all_gather_object(everyone, mine, group=group.cpu_group)
     faults = [""] * group.world_size
     torch.distributed.all_gather_object(
@@ -43,19 +58,36 @@ def unreachable_peer(group: PeerGroup) -> str:
     return next(filter(None, faults), "")
 
 
-def _first_unreachable(mine: tuple[str, int], everyone: list[tuple[str, int]]) -> str:
-    host, device = mine
-    visible = torch.cuda.device_count()
-    # PyTorch takes the two for one GPU and raises.
+def _machine() -> str:
+    """Return what Linux drew when this machine booted, or "" where it does not tell."""
+    try:
+        return _BOOT_ID.read_text().strip()
+    except FileNotFoundError:
+        return ""
+
+
+def _gpu(device: int) -> str:
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
+def _first_unreachable(mine: Place, everyone: list[Place]) -> str:
+    for other in everyone:
+        if other[:2] != mine[:2]:
+            return f"{mine.host} and {other.host} are two nodes"
+    host, _, device, gpu = mine
     if everyone.count(mine) > 1:
-        return f"ranks share GPU {device} of {host}, or each sees one GPU alone"
-    for other_host, other in everyone:
-        if other_host != host:
-            return f"{host} and {other_host} are two nodes"
-        if other >= visible:
-            return f"the rank on GPU {device} does not see GPU {other}"
-        if other != device and not torch.cuda.can_device_access_peer(device, other):
-            return f"GPU {device} cannot access the memory of GPU {other}"
+        return f"ranks share GPU {device} of {host}"
+    visible = torch.cuda.device_count()
+    for _, _, number, uuid in everyone:
+        if number == device:
+            # PyTorch takes the two for one GPU and raises.
+            if uuid != gpu:
+                return f"ranks of {host} call different GPUs GPU {device}"
+            continue
+        if number >= visible or _gpu(number) != uuid:
+            return f"the rank on GPU {device} does not see GPU {number}"
+        if not torch.cuda.can_device_access_peer(device, number):
+            return f"GPU {device} cannot access the memory of GPU {number}"
     return ""
 
 
