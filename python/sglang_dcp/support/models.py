@@ -7,6 +7,7 @@ from typing import Any, Optional
 from sglang_dcp.config import DcpConfig, DcpConfigError
 from sglang_dcp.layers.heads import is_mla
 from sglang_dcp.support.architectures import (
+    LOADED_AS_LLAMA,
     NORMS_OVER_HEADS,
     ONE_RANK_IN_SGLANG,
     SERVED,
@@ -73,6 +74,17 @@ def _mlp_bias(model: Any) -> Optional[str]:
     return _named(model, "mlp_bias") if biased else None
 
 
+def _block_scales(model: Any) -> Optional[str]:
+    """The loader of Llama renames scales of fp8 blocks, and then finds no place for them."""
+    if _name(model) not in LOADED_AS_LLAMA or model.quantization != "fp8":
+        return None
+    config = getattr(model.hf_config, "quantization_config", None) or {}
+    if not isinstance(config, dict):
+        config = config.to_dict()
+    size = config.get("weight_block_size")
+    return _named(model, f"weight_block_size {size}") if size else None
+
+
 def _cuts_by_rank(model: Any) -> Optional[str]:
     name = model.quantization
     return _named(model, name) if name in CUTS_BY_RANK else None
@@ -129,6 +141,12 @@ UNSUPPORTED_MODELS: tuple[Unsupported, ...] = (
         _mlp_bias,
         "SGLang itself leaves these biases out",
         "serve this model by another engine",
+    ),
+    Unsupported(
+        "--model-path",
+        _block_scales,
+        "SGLang itself leaves the scales of its fp8 blocks out",
+        "serve this model with another quantization",
     ),
     Unsupported(
         "--model-path",

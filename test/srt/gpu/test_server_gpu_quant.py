@@ -93,7 +93,7 @@ def kv_scales() -> Iterator[Case]:
     for backend in ("fa3", "flashinfer", "triton"):
         flags = "--dtype bfloat16 --kv-cache-dtype fp8_e4m3"
         yield Case(
-            "llama-2kv+fp8-block",
+            "qwen3-2kv+fp8-block",
             TP2_DCP2,
             f"{backend}-fp8kv",
             f"--attention-backend {backend} " + exchange_flags("a2a", replicated=True),

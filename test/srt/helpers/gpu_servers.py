@@ -63,7 +63,7 @@ def servers_at_once() -> int:
 class Spec:
     """One server: model kind, flags beside `COMMON`, a plugin's source, pool size.
 
-    A kind `llama-2kv+awq` is the first one of `helpers.quantized_checkpoint` in a format.
+    A kind `qwen3-2kv+awq` is the first one of `helpers.quantized_checkpoint` in a format.
     `env` is more of its environment, by name and value; `seed` is of its weights. With
     `one_gpu` its ranks share GPU 0 (`helpers.one_gpu`). With several `nodes` it is as many
     launches, each of which sees GPUs of its own (`helpers.gpu_nodes`).

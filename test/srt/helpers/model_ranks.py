@@ -81,7 +81,7 @@ def run_model(model: Path, run: Run, folder: Path) -> list[str]:
 
     Returns the fault of each rank, or "".
     """
-    port = _free_port()
+    port = free_port()
     return run_forked(
         [
             lambda rank=rank: torch.save(  # type: ignore[misc]
@@ -148,30 +148,42 @@ def _run(work: Callable[[], None], log: Path) -> None:
     os._exit(code)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-def _rank_logprobs(model: Path, run: Run, rank: int, port: int) -> torch.Tensor:
+def load_runner(
+    model: Path, arguments: tuple[tuple[str, Any], ...], rank: int, port: int
+) -> Any:
+    """Make SGLang's `ModelRunner` of one rank on a CPU, with its weights and pools.
+
+    Returns the runner of SGLang's own benchmark, which wraps it.
+    """
     from sglang.benchmark import one_batch
     from sglang.srt import server_args as module
 
-    args = resolve_server_args(
-        module.ServerArgs(
-            model_path=str(other_weights(model) if run.updated else model),
-            device="cpu",
-            dtype="float32",
-            attention_backend="torch_native",
-            max_total_tokens=200,
-            random_seed=0,
-            **dict(run.arguments),
-        )
-    )
+    given = {
+        "device": "cpu",
+        "dtype": "float32",
+        "attention_backend": "torch_native",
+        "max_total_tokens": 200,
+        "random_seed": 0,
+        **dict(arguments),
+    }
+    args = resolve_server_args(module.ServerArgs(model_path=str(model), **given))
     _enter(args, rank)
     _replace_kernels()
-    runner, _ = one_batch.load_model(args, SimpleNamespace(nccl_port=port), rank, rank)
+    ports = SimpleNamespace(nccl_port=port)
+    return one_batch.load_model(args, ports, rank, rank)[0]
+
+
+def _rank_logprobs(model: Path, run: Run, rank: int, port: int) -> torch.Tensor:
+    from sglang.benchmark import one_batch
+
+    start = other_weights(model) if run.updated else model
+    runner = load_runner(start, run.arguments, rank, port)
     if run.updated:
         updater = runner.torch_runner.weight_updater
         done, message = updater.update_weights_from_disk(str(model), "auto")

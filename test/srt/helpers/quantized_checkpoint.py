@@ -33,7 +33,8 @@ def _sized(kind: str, **sizes: Any) -> TinyModel:
 
 # Cut over 2 ranks, every matrix is a multiple of 128 in what it sums over.
 QUANTIZED_KINDS: Mapping[str, TinyModel] = {
-    "llama-2kv": KINDS["llama-2kv-d128"],
+    # Not Llama: SGLang itself leaves out its scales of fp8 blocks.
+    "qwen3-2kv": _sized("qwen3", head_dim=128),
     "qwen3-moe": _sized("qwen3-moe-d128", moe_intermediate_size=256),
     "mla-v3": _sized("mla-v3-d512", q_lora_rank=256, moe_intermediate_size=256),
 }

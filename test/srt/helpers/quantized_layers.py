@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -124,3 +124,17 @@ def build_as_on_hopper(patch: pytest.MonkeyPatch) -> None:
     for name in _MARLIN:
         module = importlib.import_module(name)
         patch.setattr(module, "verify_marlin_supported", lambda *_, **__: None)
+
+
+def keep_as_loaded() -> None:
+    """Let SGLang leave all weights of this process as its loaders wrote them."""
+    from sglang.srt.layers.quantization.base_config import QuantizeMethodBase
+
+    def of(kind: type) -> Iterator[type]:
+        yield kind
+        for below in kind.__subclasses__():
+            yield from of(below)
+
+    for kind in of(QuantizeMethodBase):
+        if "process_weights_after_loading" in vars(kind):
+            setattr(kind, "process_weights_after_loading", lambda self, layer: None)

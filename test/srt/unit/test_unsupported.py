@@ -7,11 +7,13 @@ the installed release of SGLang, by the range of the entry.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import logging
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +32,7 @@ from sglang_dcp.layers.backends.registry import backend_names, backends
 from sglang_dcp.releases.api import sglang_api
 from sglang_dcp.releases.installed import in_range, sglang_version
 from sglang_dcp.support.architectures import (
+    LOADED_AS_LLAMA,
     NORMS_OVER_HEADS,
     ONE_RANK_IN_SGLANG,
     SERVED,
@@ -239,7 +242,10 @@ def fine_model(**changes: Any) -> SimpleNamespace:
         quantization=None,
         context_len=8192,
         hf_text_config=SimpleNamespace(**text),
-        hf_config=SimpleNamespace(architectures=[architecture]),
+        hf_config=SimpleNamespace(
+            architectures=[architecture],
+            quantization_config=changes.pop("quantization_config", None),
+        ),
         get_total_num_kv_heads=lambda: kv_heads,
     )
     return SimpleNamespace(**{**fields, **changes})
@@ -278,6 +284,13 @@ MODEL_CASES: dict[str, tuple[dict[str, Any], str]] = {
     "dense-steps": (
         {"architecture": "Qwen3MoeForCausalLM", "text": {"decoder_sparse_step": 2}},
         "Qwen3MoeForCausalLM (decoder_sparse_step 2)",
+    ),
+    "fp8-blocks-of-llama": (
+        {
+            "quantization": "fp8",
+            "quantization_config": {"weight_block_size": [128, 64]},
+        },
+        "LlamaForCausalLM (weight_block_size [128, 64])",
     ),
     "bitsandbytes": (
         {"quantization": "bitsandbytes"},
@@ -796,6 +809,36 @@ def test_replicated_q_of_a_quantized_model() -> None:
     config = DcpConfig(Layout(4, 2), replicate_q_proj=True)
     for name in (None, *LOADS_RIGHT):
         check_model(fine_model(quantization=name), config)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"architecture": "Qwen3ForCausalLM"},
+        {"quantization_config": {"weight_block_size": None}},
+        {"quantization_config": {}},
+        {"quantization": "compressed-tensors"},
+    ],
+    ids=str,
+)
+def test_fp8_whose_scales_are_loaded(changes: dict[str, Any]) -> None:
+    blocks = {"weight_block_size": [128, 128]}
+    fp8 = {"quantization": "fp8", "quantization_config": blocks}
+    check_model(fine_model(**{**fp8, **changes}), CONFIG)
+
+
+def test_architectures_that_load_as_llama() -> None:
+    for name in ("llama", "ministral3", "mistral", "phi3_small", "teleflm"):
+        importlib.import_module(f"sglang.srt.models.{name}")
+    from sglang.srt.models.llama import LlamaForCausalLM
+
+    def of(kind: type) -> Iterator[type]:
+        yield kind
+        for below in kind.__subclasses__():
+            yield from of(below)
+
+    loaded = {kind.__name__ for kind in of(LlamaForCausalLM)}
+    assert loaded & {*SERVED} == {*LOADED_AS_LLAMA}
 
 
 def test_each_format_of_this_sglang_is_judged() -> None:
