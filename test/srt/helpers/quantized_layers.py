@@ -124,6 +124,15 @@ def build_as_on_hopper(patch: pytest.MonkeyPatch) -> None:
     for name in _MARLIN:
         module = importlib.import_module(name)
         patch.setattr(module, "verify_marlin_supported", lambda *_, **__: None)
+    from sglang.srt.layers.quantization.awq import AWQMarlinConfig
+    from sglang.srt.layers.quantization.gptq import GPTQMarlinConfig
+
+    for kind, name in ((AWQMarlinConfig, "awq"), (GPTQMarlinConfig, "gptq")):
+
+        def converts(cls: type, config: Mapping[str, Any], name: str = name) -> bool:
+            return config.get("quant_method") == name
+
+        patch.setattr(kind, f"is_{name}_marlin_compatible", classmethod(converts))
 
 
 def keep_as_loaded() -> None:

@@ -35,8 +35,6 @@ ARGUMENTS = (
     ("dcp_replicate_q_proj", True),
     ("dtype", "bfloat16"),
 )
-# On a GPU SGLang finds these by itself.
-SERVED_AS = {"awq": "awq_marlin", "gptq": "gptq_marlin"}
 # Experts of the other formats are built with kernels that a CPU has not.
 MOE = ("fp8-block", "fp8-tensor", "fp8-tensor-static", "fp8-channel")
 CASES = [
@@ -71,8 +69,7 @@ def test_loaded_on_all_ranks(kind: str, name: str, faults: dict[str, str]) -> No
 def _check_rank(model: Path, name: str, rank: int, port: int) -> None:
     build_as_on_hopper(pytest.MonkeyPatch())
     keep_as_loaded()
-    arguments = (*ARGUMENTS, ("quantization", SERVED_AS.get(name)))
-    runner = load_runner(model, arguments, rank, port).torch_runner
+    runner = load_runner(model, ARGUMENTS, rank, port).torch_runner
     weights = _stored(model)
     form = FORMATS[name]
     seen = 0
