@@ -17,7 +17,8 @@ class DcpContext:
     ----------
     config : DcpConfig
     tp_rank : int
-        Rank within the tensor-parallel group of this replica.
+        Rank in the pool of `config.layout`: in the tensor-parallel group, or with DP
+        attention in this replica's part of it.
     node : Node, optional
         The node of this process; None if there is one node only.
     """

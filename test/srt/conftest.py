@@ -68,3 +68,11 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> str:
     from sglang_dcp.demo.tiny_model import make_tiny_model
 
     return str(make_tiny_model(tmp_path_factory.mktemp("model") / "m", "llama-2kv"))
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen3(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Directory of a checkpoint of a model that SGLang serves with DP attention."""
+    from sglang_dcp.demo.tiny_model import make_tiny_model
+
+    return str(make_tiny_model(tmp_path_factory.mktemp("model") / "m", "qwen3"))

@@ -241,6 +241,9 @@ def _spawn(
 
     def end_with_parent() -> None:
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        # A shell ignores it for what runs in the background, and would pass that on. SGLang
+        # ends its own processes by it.
+        signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
     return subprocess.Popen(
         command,

@@ -35,8 +35,9 @@ def init_dcp_groups(layout: Layout, *, backend: str | None = None) -> None:
     """Create the DCP and attention-TP groups from SGLang's world group.
 
     The world is read as consecutive pools of ``layout.tp_size`` global ranks. A pool is
-    one TP group, that of a pipeline stage or of a data-parallel replica. With
-    ``dcp_size`` 1 nothing is created, and the accessors keep raising.
+    one TP group, that of a pipeline stage or of a data-parallel replica. With DP attention
+    it is one replica in a TP group, the ranks of SGLang's own attention-TP group. No group
+    crosses a pool. With ``dcp_size`` 1 nothing is created, and the accessors keep raising.
 
     Parameters
     ----------

@@ -1,8 +1,8 @@
 """Pure rank arithmetic: which ranks form a group, and which heads a rank holds.
 
-One pool of ``tp_size`` ranks runs attention as ``dcp_size`` x ``attn_tp_size``.
-``tp_rank`` is a rank's index inside its tensor-parallel pool, never a global rank. Only
-the standard library is imported.
+One pool of ``tp_size`` ranks runs attention as ``dcp_size`` x ``attn_tp_size``. It is a
+tensor-parallel group, or one replica of DP attention in it. ``tp_rank`` is a rank's index
+inside its pool, never a global rank. Only the standard library is imported.
 """
 
 from __future__ import annotations
@@ -30,8 +30,13 @@ def _cuts_kv_heads(kv_heads: int, width: int) -> bool:
 _MAX_LISTED_TP = 64
 
 
-def _layouts(q_heads: int, kv_heads: int, tp_size: int | None = None) -> str:
-    """List each tensor-parallel size that the heads allow, with its DCP sizes above 1."""
+def _layouts(
+    q_heads: int, kv_heads: int, replicas: int, tp_size: int | None = None
+) -> str:
+    """List each tensor-parallel size that the heads allow, with its DCP sizes above 1.
+
+    ``tp_size`` is that of a pool. The flag counts the ranks of all replicas.
+    """
     widths = [tp_size] if tp_size else divisors(q_heads)
     sizes = {
         width: [
@@ -43,7 +48,7 @@ def _layouts(q_heads: int, kv_heads: int, tp_size: int | None = None) -> str:
         if width <= _MAX_LISTED_TP
     }
     shown = [
-        f"--tp-size {width} (--dcp-size {_listed(found)})"
+        f"--tp-size {width * replicas} (--dcp-size {_listed(found)})"
         for width, found in sizes.items()
         if found
     ]
@@ -52,7 +57,7 @@ def _layouts(q_heads: int, kv_heads: int, tp_size: int | None = None) -> str:
 
 @dataclass(frozen=True)
 class Layout:
-    """The dcp_size x attn_tp_size grid over one tensor-parallel pool.
+    """The dcp_size x attn_tp_size grid over one pool of ranks.
 
     The rank order is ``tp_rank = attn_tp_rank * dcp_size + dcp_rank``. With this order,
     the heads that the exchange leaves on a rank are its ordinary tensor-parallel slice.
@@ -61,10 +66,13 @@ class Layout:
     Parameters
     ----------
     tp_size
-        Ranks of one pool (``--tp-size`` of a data-parallel replica).
+        Ranks of one pool, which run attention for the same batch. It is ``--tp-size``.
+        With DP attention it is a replica's part of that.
     attn_tp_size
         Ranks over which K/V heads are sharded (``--attn-tp-size``). It divides
         ``tp_size``. ``--dcp-size`` is the quotient.
+    replicas
+        Pools in one tensor-parallel group of SGLang: the replicas of DP attention.
 
     Raises
     ------
@@ -74,11 +82,13 @@ class Layout:
 
     tp_size: int
     attn_tp_size: int
+    replicas: int = 1
 
     def __post_init__(self) -> None:
         for flag, size in (
             ("--tp-size", self.tp_size),
             ("--attn-tp-size", self.attn_tp_size),
+            ("--dp-size", self.replicas),
         ):
             if size < 1:
                 raise ValueError(f"{flag} is {size}; it has to be at least 1.")
@@ -110,12 +120,12 @@ class Layout:
         return tp_rank // self.dcp_size
 
     def dcp_groups(self, tp_groups: Sequence[Sequence[int]]) -> List[List[int]]:
-        """List the ranks that share K/V heads: ``dcp_size`` neighbours of each TP group.
+        """List the ranks that share K/V heads: ``dcp_size`` neighbours of each pool.
 
         Parameters
         ----------
         tp_groups
-            Global ranks of every TP group, in ``tp_rank`` order.
+            Global ranks of every pool, in ``tp_rank`` order.
 
         Returns
         -------
@@ -129,7 +139,7 @@ class Layout:
         ]
 
     def attn_tp_groups(self, tp_groups: Sequence[Sequence[int]]) -> List[List[int]]:
-        """List the ranks with equal ``dcp_rank``: every ``dcp_size``-th of each TP group.
+        """List the ranks with equal ``dcp_rank``: every ``dcp_size``-th of each pool.
 
         Takes the argument of `dcp_groups`. Each group is in ``attn_tp_rank`` order.
         """
@@ -173,14 +183,15 @@ class Layout:
             )
         if q_heads % self.tp_size:
             raise ValueError(
-                f"--tp-size {self.tp_size} does not divide the model's {q_heads} "
-                f"query heads. Use {_layouts(q_heads, kv_heads)}."
+                f"{self._shown_size} does not divide the model's {q_heads} "
+                f"query heads. Use {_layouts(q_heads, kv_heads, self.replicas)}."
             )
         if not _cuts_kv_heads(kv_heads, self.attn_tp_size):
             raise ValueError(
                 f"--attn-tp-size {self.attn_tp_size} (--dcp-size {self.dcp_size}) "
                 f"neither divides the model's {kv_heads} KV heads nor is a multiple "
-                f"of them. Use {_layouts(q_heads, kv_heads, self.tp_size)}."
+                "of them. Use "
+                f"{_layouts(q_heads, kv_heads, self.replicas, self.tp_size)}."
             )
 
     def kv_heads_per_rank(self, kv_heads: int) -> int:
@@ -201,11 +212,20 @@ class Layout:
         first = self.attn_tp_rank(tp_rank) * kv_heads // self.attn_tp_size
         return range(first, first + width)
 
+    @property
+    def _shown_size(self) -> str:
+        if self.replicas == 1:
+            return f"--tp-size {self.tp_size}"
+        whole = self.tp_size * self.replicas
+        return (
+            f"--tp-size {whole} / {self.replicas} replicas, {self.tp_size} ranks each,"
+        )
+
     def _check_rank(self, tp_rank: int) -> None:
         if not 0 <= tp_rank < self.tp_size:
             raise ValueError(
                 f"tp_rank {tp_rank} is outside --tp-size {self.tp_size}; pass the "
-                "rank inside its tensor-parallel group, not the global rank."
+                "rank inside its pool, not the global rank."
             )
 
     def _check_groups(self, tp_groups: Sequence[Sequence[int]]) -> None:

@@ -147,9 +147,79 @@ class _Unpinned(TorchFunctionMode):
 def without_pinned_memory(
     original: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
-    """Hook: the methods of `LoRAManager` that pin; torch pins only for an accelerator."""
+    """Hook: methods that pin memory; torch pins only for an accelerator."""
     with _Unpinned():
         return original(*args, **kwargs)
+
+
+def all_gather_into_tensor(
+    original: Callable[..., None],
+    group: Any,
+    output: torch.Tensor,
+    input: torch.Tensor,
+) -> None:
+    """Hook: `GroupCoordinator.all_gather_into_tensor`; on CPU the method of its custom op.
+
+    gloo takes the rows of all ranks one after the other, and not in a dimension of ranks.
+    """
+    if input.device.type == "cpu":
+        group._all_gather_into_tensor(output.view(-1, *input.shape[1:]), input)
+    else:
+        original(group, output, input)
+
+
+def reduce_scatter_tensor(
+    original: Callable[..., None],
+    group: Any,
+    output: torch.Tensor,
+    input: torch.Tensor,
+) -> None:
+    """Hook: `GroupCoordinator.reduce_scatter_tensor`; on CPU the method of its custom op."""
+    if input.device.type == "cpu":
+        group._reduce_scatter_tensor(output, input)
+    else:
+        original(group, output, input)
+
+
+def padding_length(original: Callable[..., int], backend: Any) -> int:
+    """Hook: `AttentionBackend.get_cuda_graph_seq_len_fill_value`; one token.
+
+    It is for backends without a length of their own, where SGLang raises. The dummy slot
+    of the KV pool is that token.
+    """
+    return 1
+
+
+def copy_rows(
+    dst: torch.Tensor,
+    src: torch.Tensor,
+    dim: int,
+    offset: torch.Tensor,
+    sz: torch.Tensor,
+    offset_src: bool,
+) -> None:
+    """Take the place of SGLang's `memcpy_triton`: copy the rows of one replica.
+
+    Parameters
+    ----------
+    dst, src : torch.Tensor
+        [rows, ...], with equal shapes behind the first dimension.
+    dim : int
+        Always 0, as in SGLang's kernel.
+    offset, sz : torch.Tensor
+        First row and number of rows, one number each. A tensor may have fewer rows.
+    offset_src : bool
+        Whether `offset` is a row of `src`, and not of `dst`.
+    """
+    if dim != 0:
+        raise ValueError(f"rows are copied along dimension 0, not {dim}")
+    first, rows = int(offset), int(sz)
+    if offset_src:
+        rows = min(rows, len(dst), len(src) - first)
+        dst[:rows] = src[first : first + rows]
+    else:
+        rows = min(rows, len(src), len(dst) - first)
+        dst[first : first + rows] = src[:rows]
 
 
 class _TorchKernel:

@@ -46,5 +46,5 @@ def initialize_model(result: Any, model_config: Any, *args: Any, **kwargs: Any) 
         check_attention_layers(result, model_config, context.config)
         prepare_loading(result, model_config, context.config.layout)
         if context.config.replicate_q_proj:
-            widen_q_projections(result, context.config.dcp_size, context.tp_rank)
+            widen_q_projections(result, context)
     return result

@@ -41,6 +41,7 @@ def _facts(resolved: Any, config: DcpConfig) -> dict[str, str]:
     facts = {
         "--tp-size": resolved.tp_size,
         "--dp-size": resolved.dp_size,
+        "number of attention replicas": config.layout.replicas,
         "--attn-tp-size": config.attn_tp_size,
         "--dcp-size": config.dcp_size,
         "--dcp-comm-backend": config.comm_backend,

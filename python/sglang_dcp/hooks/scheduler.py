@@ -8,10 +8,11 @@ from typing import Any, Callable
 
 import torch
 
-from sglang_dcp.config import dcp_of
+from sglang_dcp.config import DcpConfig, dcp_of
 from sglang_dcp.context import DcpContext, clear_context, find_context, set_context
 from sglang_dcp.distributed.nodes import watch_meeting
 from sglang_dcp.hooks.nodes import exit_unless_nodes_agree, node_of
+from sglang_dcp.hooks.server_args import mixes_captured_and_eager
 from sglang_dcp.releases.api import sglang_api
 
 logger = logging.getLogger(__name__)
@@ -35,14 +36,17 @@ def configure_scheduler_process(
     exit_unless_verified()
     api = sglang_api()
     api.hide_dcp_size(server_args)
-    _stop_nccl_graph_mixing(api.resolved(server_args))
-    node = node_of(api.resolved(server_args), config)
-    set_context(DcpContext(config, api.scheduler_tp_rank(args, kwargs), node))
+    resolved = api.resolved(server_args)
+    _stop_nccl_graph_mixing(resolved, config)
+    # SGLang numbers the ranks of a replica of DP attention in a row.
+    rank = api.scheduler_tp_rank(args, kwargs) % config.tp_size
+    node = node_of(resolved, config)
+    set_context(DcpContext(config, rank, node))
     if node is not None:
         watch_meeting(node)
 
 
-def _stop_nccl_graph_mixing(server_args: Any) -> None:
+def _stop_nccl_graph_mixing(server_args: Any, config: DcpConfig) -> None:
     """Save captured NCCL calls the events that order them against eager calls.
 
     NCCL reads the variable once, when it makes its first communicator. With 0 it forbids
@@ -51,10 +55,10 @@ def _stop_nccl_graph_mixing(server_args: Any) -> None:
     those of torch.distributed for eager calls. Our one eager call on PyNccl waits for the
     device (`use_pynccl`).
 
-    MoE groups that are not the whole tensor-parallel group have no PyNccl, so there the
-    variable stays as it is. A value that the user set stays too.
+    Where other groups mix both (`mixes_captured_and_eager`), the variable stays as it is.
+    A value that the user set stays too.
     """
-    if server_args.ep_size in (1, server_args.tp_size):
+    if not mixes_captured_and_eager(server_args, config):
         os.environ.setdefault("NCCL_GRAPH_MIXING_SUPPORT", "0")
 
 

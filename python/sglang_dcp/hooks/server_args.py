@@ -15,7 +15,13 @@ import sys
 from contextlib import contextmanager
 from typing import Any, Callable, Iterator, Optional
 
-from sglang_dcp.config import DcpConfig, DcpConfigError, dcp_of, resolve_config
+from sglang_dcp.config import (
+    DcpConfig,
+    DcpConfigError,
+    Replicas,
+    dcp_of,
+    resolve_config,
+)
 from sglang_dcp.releases.api import sglang_api
 
 logger = logging.getLogger(__name__)
@@ -74,6 +80,7 @@ def resolve(args: Any) -> Optional[DcpConfig]:
         comm_backend=args.dcp_comm_backend,
         replicate_q_proj=args.dcp_replicate_q_proj,
         default_comm_backend=default_comm_backend(args.device),
+        replicas=Replicas(*sglang_api().attention_replicas(args)),
     )
 
 
@@ -175,6 +182,7 @@ def prepare(args: Any) -> None:
 def finish(args: Any) -> None:
     """Check the model and make pages logical, after SGLang resolved `args`."""
     from sglang_dcp.support.backends import requirement_of
+    from sglang_dcp.support.experts import check_experts_of
     from sglang_dcp.support.server import check_server_args
 
     api = sglang_api()
@@ -183,9 +191,11 @@ def finish(args: Any) -> None:
         return
     model = api.model_config(args)
     check_server_args(resolved, requirement_of(resolved, model, api.uses_mla(args)))
+    check_experts_of(resolved, (model.hf_config.architectures or ["?"])[0])
+    _check_replicas(args.dcp, Replicas(*api.attention_replicas(resolved)))
     if api.turn_off_prefill_graph(args):
         logger.info("DCP: prefill CUDA graph turned off")
-    _keep_nccl_graph_mixing(resolved)
+    _keep_nccl_graph_mixing(resolved, args.dcp)
     page_size = resolved.page_size or 1
     set_config(args, dataclasses.replace(args.dcp, page_size=page_size))
     logical = page_size * args.dcp.dcp_size
@@ -216,11 +226,29 @@ def _align_chunk(chunk: Optional[int], page: int) -> Optional[int]:
     return aligned
 
 
-def _keep_nccl_graph_mixing(args: Any) -> None:
-    """Keep NCCL's default if MoE groups mix captured and eager calls.
+def _check_replicas(config: DcpConfig, replicas: Replicas) -> None:
+    """Raise if SGLang decided on other replicas of DP attention than the flags name."""
+    if replicas.count != config.layout.replicas:
+        raise DcpConfigError(
+            f"SGLang chose {replicas.count} replicas of DP attention for this model, and "
+            f"the flags name {config.layout.replicas}; name as many by {replicas.flag}"
+        )
+
+
+def mixes_captured_and_eager(args: Any, config: DcpConfig) -> bool:
+    """Whether SGLang has groups that run captured and eager calls on one communicator.
+
+    They are the groups of MoE and of DP attention that are not the whole tensor-parallel
+    group. They have no PyNccl. `args` are resolved.
+    """
+    return args.ep_size not in (1, args.tp_size) or config.layout.replicas > 1
+
+
+def _keep_nccl_graph_mixing(args: Any, config: DcpConfig) -> None:
+    """Keep NCCL's default if groups mix captured and eager calls.
 
     SGLang sets the variable to 0 for every `dcp_size` above 1, unless it is set already.
     `scheduler._stop_nccl_graph_mixing` explains when 0 is safe.
     """
-    if args.ep_size not in (1, args.tp_size):
+    if mixes_captured_and_eager(args, config):
         os.environ.setdefault("NCCL_GRAPH_MIXING_SUPPORT", "1")

@@ -389,6 +389,50 @@ CPU_HOOKS: tuple[Hook, ...] = (
         )
     ),
     Hook(
+        "cpu-dp-sync",
+        f"{_SRT}.model_executor.forward_batch_info.ForwardBatch.prepare_mlp_sync_batch",
+        Kind.AROUND,
+        "sglang_dcp.hooks.cpu:without_pinned_memory",
+        "DP attention would ask for pinned memory, which only a GPU gives",
+    ),
+    *(
+        Hook(
+            f"cpu-dp-{name}",
+            f"{_SRT}.distributed.parallel_state.GroupCoordinator.{method}",
+            Kind.AROUND,
+            f"sglang_dcp.hooks.cpu:{method}",
+            "DP attention would call a custom op, which has no CPU kernel",
+        )
+        for name, method in (
+            ("gather", "all_gather_into_tensor"),
+            ("scatter", "reduce_scatter_tensor"),
+        )
+    ),
+    Hook(
+        "cpu-dp-padding",
+        f"{_SRT}.layers.attention.base_attn_backend.AttentionBackend"
+        ".get_cuda_graph_seq_len_fill_value",
+        Kind.AROUND,
+        "sglang_dcp.hooks.cpu:padding_length",
+        "DP attention pads eager batches too, for which torch_native names no length",
+    ),
+    Hook(
+        "cpu-dp-copy-kernel",
+        f"{_SRT}.layers.dp_attention.memcpy_triton",
+        Kind.ATTRIBUTE,
+        "sglang_dcp.hooks.cpu:copy_rows",
+        "DP attention has only a Triton kernel to copy the tokens of a replica",
+        until="0.5.23",
+    ),
+    Hook(
+        "cpu-dp-copy",
+        f"{_SRT}.layers.dp_attention.memcpy_func",
+        Kind.ATTRIBUTE,
+        "sglang_dcp.hooks.cpu:copy_rows",
+        "DP attention would copy the tokens of a replica by a Triton kernel",
+        since="0.5.23",
+    ),
+    Hook(
         "cpu-alloc-extend",
         f"{_SRT}.mem_cache.allocator.paged.alloc_extend_kernel",
         Kind.ATTRIBUTE,

@@ -17,7 +17,13 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang_dcp.context import DcpContext, get_context
 from sglang_dcp.distributed.exchange import Exchange, create_exchange
 from sglang_dcp.distributed.groups import get_dcp_group
-from sglang_dcp.layers.backends.attention_calls import by_head, check_call, whole_rows
+from sglang_dcp.layers.backends.attention_calls import (
+    by_head,
+    check_call,
+    first_rows,
+    padded_rows,
+    whole_rows,
+)
 from sglang_dcp.layers.backends.base import InnerBackend, Partial
 from sglang_dcp.layers.kv_pool import write_kv
 from sglang_dcp.layers.local_batch import LocalBatch, LocalBatchBuilder
@@ -101,7 +107,7 @@ class DcpAttentionBackend(AttentionBackend):
             backend.from_runner(RunnerView(runner, batches.local_table, config)),
             batches,
             create_exchange(
-                config.comm_backend, get_dcp_group(), workspace_spec(runner)
+                config.comm_backend, get_dcp_group(), workspace_spec(runner, config)
             ),
             context,
             runner.req_to_token_pool,
@@ -112,6 +118,7 @@ class DcpAttentionBackend(AttentionBackend):
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Build the local batch and plan, once for all layers."""
         if forward_batch.forward_mode.is_idle():
+            # No layer attends then, on any rank of this replica of DP attention.
             return
         self._local = self._batches.build(forward_batch)
         self.prefill.init_forward_metadata()
@@ -209,20 +216,23 @@ class DcpAttentionBackend(AttentionBackend):
     ) -> Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         """Attend with new tokens to themselves and to the prefix on all ranks.
 
-        Shapes and errors are those of `forward_decode`, with local heads in `q`. In an
-        expanded MLA prefill it returns what `MlaPrefill.attend` returns. Never captured.
+        Shapes and errors are those of `forward_decode`, with local heads in `q`. Tokens
+        with which SGLang pads the batch come last, and their rows are 0. In an expanded MLA
+        prefill it returns what `MlaPrefill.attend` returns. Never captured.
         """
         check_call(layer, k, kwargs)
         if forward_batch.attn_attend_prefix_cache is not None:
             return self.prefill.attend(q, k, v, layer, forward_batch)
         local = self._current_batch()
-        q = whole_rows(layer, q, q_rope)
+        rows, tokens = q.shape[0], len(local.empty_rows)
+        q, k, v, q_rope, k_rope = first_rows(tokens, q, k, v, q_rope, k_rope)
+        queries = whole_rows(layer, q, q_rope)
         keys = whole_rows(layer, k, k_rope)
-        out = self._extend_in_parts(q, keys, v, layer, local, forward_batch)
+        out = self._extend_in_parts(queries, keys, v, layer, local, forward_batch)
         # Written last, because a write with scales divides K and V in place.
         if save_kv_cache:
             self._write(layer, local, k, v, k_rope)
-        return out.reshape(q.shape[0], -1)
+        return padded_rows(out.reshape(tokens, -1), rows)
 
     def _extend_in_parts(
         self,
@@ -259,7 +269,9 @@ class DcpAttentionBackend(AttentionBackend):
         `latent` and `rope` are [tokens, 1, dim]. In this form SGLang writes latents before
         it calls the attention backend.
         """
-        self._write(layer, self._current_batch(), latent, latent, rope)
+        local = self._current_batch()
+        latent, rope = first_rows(len(local.empty_rows), latent, rope)
+        self._write(layer, local, latent, latent, rope)
 
     def _write(self, layer: RadixAttention, local: LocalBatch, *rows: Any) -> None:
         write_kv(self.token_to_kv_pool, layer, local.forward_batch.out_cache_loc, *rows)

@@ -13,7 +13,7 @@ from typing import Any, Callable, Optional
 import torch
 
 from sglang_dcp.config import DcpConfig
-from sglang_dcp.context import find_context
+from sglang_dcp.context import DcpContext, find_context
 from sglang_dcp.releases.api import sglang_api
 
 _MARK = "dcp_kv_head_scale"
@@ -89,7 +89,7 @@ def qkv_parallel_linear_init(
         call = inspect.signature(original).bind(self, *args, **kwargs).arguments
         seen = call.get("total_num_kv_heads") or call["total_num_heads"]
         call["total_num_kv_heads"] = _true_kv_heads(seen, config.dcp_size)
-        call.update(sglang_api().attn_tp_partition(config.dcp_size, context.tp_rank))
+        call.update(attn_tp_partition(context))
         original(**call)
     else:
         original(self, *args, **kwargs)
@@ -101,6 +101,14 @@ def qkv_parallel_linear_init(
         if getattr(parameter, "is_gguf_weight", False):
             replicas = self.num_kv_head_replicas
             _repeat_gguf_heads(parameter, width // replicas, replicas)
+
+
+def attn_tp_partition(context: DcpContext) -> dict[str, Any]:
+    """Return what gives an attention layer the width attn_tp, for its constructor."""
+    config = context.config
+    return sglang_api().attn_tp_partition(
+        context.attn_tp_rank, config.attn_tp_size, config.dcp_size
+    )
 
 
 def _true_kv_heads(seen: int, scale: int) -> int:

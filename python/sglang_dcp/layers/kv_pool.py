@@ -166,12 +166,13 @@ def build_kv_pool(
     pool.page_size = config.page_size
     if get_context().tp_rank == 0:
         logger.info(
-            "DCP layout: %d ranks = attn_tp %d x dcp %d, comm backend %s, "
+            "DCP layout: %d ranks = attn_tp %d x dcp %d%s, comm backend %s, "
             "Q projection %s, attention backend %s, page %d, "
             "KV tokens: %d per rank, %d in all",
             config.tp_size,
             config.attn_tp_size,
             config.dcp_size,
+            _of_replicas(config.layout.replicas),
             config.comm_backend,
             "replicated" if config.replicate_q_proj else "gathered",
             sglang_api().resolved(kvc.server_args).attention_backend,
@@ -180,6 +181,10 @@ def build_kv_pool(
             max_total_num_tokens,
         )
     return pool
+
+
+def _of_replicas(replicas: int) -> str:
+    return f" in each of {replicas} replicas" if replicas > 1 else ""
 
 
 def _check_kv_dtype(kvc: Any) -> None:

@@ -33,7 +33,8 @@ class LocalBatch:
     has_cached_kv : bool
         Whether any rank reads cached keys for this batch. The same on all ranks.
     empty_rows : Tensor [tokens] bool
-        True for queries whose request has no key on this rank.
+        True for queries whose request has no key on this rank. Tokens with which SGLang
+        pads a prefill belong to no request, and are not among them.
     """
 
     forward_batch: ForwardBatch
@@ -95,11 +96,13 @@ class LocalBatchBuilder:
 
     def build(self, batch: ForwardBatch) -> LocalBatch:
         """Build the local batch of `batch` and refresh the table rows that it reads."""
-        slots = batch.out_cache_loc
         extend = batch.forward_mode.is_extend()
         tokens = sum(batch.extend_seq_lens_cpu) if extend else batch.batch_size
-        if len(slots) != tokens:
+        slots = batch.out_cache_loc
+        if len(slots) < tokens or (len(slots) > tokens and not extend):
             raise ValueError(f"{len(slots)} slots for {tokens} new tokens")
+        # SGLang pads a prefill for its own scatter over ranks.
+        slots = slots[:tokens]
         lens, lens_cpu = _lens_to_read(batch)
         out = LocalTensors(
             seq_lens=torch.empty_like(lens),

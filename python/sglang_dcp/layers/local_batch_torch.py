@@ -32,10 +32,10 @@ def fill_local_tensors_torch(
         shard.local_table, shard.table, batch.req_pool_indices, lens, *where
     )
     out.seq_lens.copy_(local_lens(lens, *where))
-    written = len(batch.out_cache_loc)
-    out.out_cache_loc[:written] = local_slots(
-        batch.out_cache_loc, *where, shard.page_size
-    )
+    # A replayed decode batch has fewer slots than rows. A padded prefill has more.
+    slots = batch.out_cache_loc[: len(out.out_cache_loc)]
+    written = len(slots)
+    out.out_cache_loc[:written] = local_slots(slots, *where, shard.page_size)
     out.out_cache_loc[written:] = DUMMY_SLOT
     empty = out.seq_lens == 0
     if batch.forward_mode.is_extend():

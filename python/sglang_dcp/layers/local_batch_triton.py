@@ -37,6 +37,7 @@ def fill_local_tensors(
     Each table row is rewritten up to its length. A repeated row gets the same values
     twice: the padding of a replayed batch is request 0 with one position. If a padded
     batch has more rows than new slots, the rest of `out.out_cache_loc` is `DUMMY_SLOT`.
+    Slots behind those of all requests are ignored: they pad a prefill.
 
     Not for CUDA-graph capture, because the grid depends on `longest`. It runs before each
     replay.

@@ -19,10 +19,10 @@ import torch
 from torch import nn
 
 from sglang_dcp.config import DcpConfigError
-from sglang_dcp.context import find_context
+from sglang_dcp.context import DcpContext, find_context
 from sglang_dcp.layers.absorbed_k import AbsorbedK
 from sglang_dcp.layers.estimates import Product
-from sglang_dcp.layers.heads import qkv_layer_of
+from sglang_dcp.layers.heads import attn_tp_partition, qkv_layer_of
 from sglang_dcp.layers.q_rows import apply_rows
 from sglang_dcp.releases.api import sglang_api
 
@@ -51,7 +51,7 @@ def around_weight_update(
     return result
 
 
-def widen_q_projections(model: nn.Module, dcp_size: int, tp_rank: int) -> None:
+def widen_q_projections(model: nn.Module, context: DcpContext) -> None:
     """Build the Q projections of MLA again, at attn_tp width. No weight is loaded yet.
 
     QKV layers have that width from the start (`heads.qkv_parallel_linear_init`).
@@ -59,10 +59,10 @@ def widen_q_projections(model: nn.Module, dcp_size: int, tp_rank: int) -> None:
     for name, module in model.named_modules():
         if _is_mla_attention(module):
             which, layer = _q_of_mla(module)
-            _widen(layer, f"{name}.{which}", dcp_size, tp_rank)
+            _widen(layer, f"{name}.{which}", context)
 
 
-def _widen(layer: Any, prefix: str, dcp_size: int, tp_rank: int) -> None:
+def _widen(layer: Any, prefix: str, context: DcpContext) -> None:
     before = _form(layer)
     type(layer).__init__(
         layer,
@@ -73,7 +73,7 @@ def _widen(layer: Any, prefix: str, dcp_size: int, tp_rank: int) -> None:
         params_dtype=layer.params_dtype,
         quant_config=layer.quant_config,
         prefix=prefix,
-        **sglang_api().attn_tp_partition(dcp_size, tp_rank),
+        **attn_tp_partition(context),
     )
     if _form(layer) != before:
         raise RuntimeError(f"{prefix} became {_form(layer)}, and was {before}")

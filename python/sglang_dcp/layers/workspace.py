@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from sglang_dcp.config import DcpConfig
 from sglang_dcp.distributed.exchange import WorkspaceSpec
 from sglang_dcp.layers.heads import is_mla
 
 
-def workspace_spec(runner: Any) -> WorkspaceSpec:
+def workspace_spec(runner: Any, config: DcpConfig) -> WorkspaceSpec:
     """Return the largest decode step of SGLang's `ModelRunner`, as an exchange sees it."""
     model = runner.model_config
     if is_mla(model):
@@ -17,7 +18,7 @@ def workspace_spec(runner: Any) -> WorkspaceSpec:
         dim = max(model.head_dim, model.v_head_dim)
     return WorkspaceSpec(
         tokens=runner.req_to_token_pool.size,
-        heads=model.num_attention_heads // runner.server_args.tp_size,
+        heads=model.num_attention_heads // config.tp_size,
         row_bytes=dim * runner.dtype.itemsize,
         # Shorter than SGLang's watchdog, which cannot name the ranks.
         timeout_s=0.8 * runner.server_args.watchdog_timeout,

@@ -74,6 +74,13 @@ class SglangApi(ABC):
         """
 
     @abstractmethod
+    def attention_replicas(self, server_args: Any) -> tuple[int, str]:
+        """Return the number of replicas of DP attention, and the flag that names it.
+
+        Arguments may be resolved or not. Without DP attention the number is 1.
+        """
+
+    @abstractmethod
     def binding_ranks(self, sizes: Mapping[str, int]) -> int:
         """Return the number of ranks from the arguments of `init_threads_binding`."""
 
@@ -86,11 +93,13 @@ class SglangApi(ABC):
         """Return the Triton kernel `create_flashinfer_kv_indices_triton`."""
 
     @abstractmethod
-    def attn_tp_partition(self, dcp_size: int, tp_rank: int) -> dict[str, Any]:
+    def attn_tp_partition(
+        self, attn_tp_rank: int, attn_tp_size: int, dcp_size: int
+    ) -> dict[str, Any]:
         """Return what gives a column-parallel attention layer the width attn_tp.
 
         They are arguments of the layer's constructor. The ranks of a DCP group then hold
-        the same outputs. `tp_rank` is this rank in its tensor-parallel group.
+        the same outputs. SGLang's own attention width is `attn_tp_size * dcp_size`.
         """
 
     @abstractmethod

@@ -37,6 +37,10 @@ class _Api(SglangApi):
     ) -> int:
         return int(args[0] if args else kwargs["tp_rank"])
 
+    def attention_replicas(self, server_args: Any) -> tuple[int, str]:
+        count = server_args.dp_size if server_args.enable_dp_attention else 1
+        return count, "--dp-size"
+
     def binding_ranks(self, sizes: Mapping[str, int]) -> int:
         return sizes["tp_size"]
 
@@ -50,11 +54,10 @@ class _Api(SglangApi):
 
         return create_flashinfer_kv_indices_triton
 
-    def attn_tp_partition(self, dcp_size: int, tp_rank: int) -> dict[str, Any]:
-        from sglang.srt.runtime_context import get_parallel
-
-        size = get_parallel().tp_size
-        return {"tp_rank": tp_rank // dcp_size, "tp_size": size // dcp_size}
+    def attn_tp_partition(
+        self, attn_tp_rank: int, attn_tp_size: int, dcp_size: int
+    ) -> dict[str, Any]:
+        return {"tp_rank": attn_tp_rank, "tp_size": attn_tp_size}
 
     def keep_quant_method_of_q_b(self, attention: Any) -> None:
         attention.use_min_latency_q_b_gemm = False

@@ -53,6 +53,12 @@ class _Api(SglangApi):
 
         return int(get_parallel().tp_rank)
 
+    def attention_replicas(self, server_args: Any) -> tuple[int, str]:
+        # SGLang turns the old flags into the new one when it resolves them.
+        if server_args.enable_dp_attention and server_args.attn_dp_size == 1:
+            return server_args.dp_size, "--dp-size"
+        return server_args.attn_dp_size, "--attn-dp-size"
+
     def binding_ranks(self, sizes: Mapping[str, int]) -> int:
         return sizes["world_size"]
 
@@ -66,10 +72,13 @@ class _Api(SglangApi):
 
         return create_flashinfer_kv_indices_triton
 
-    def attn_tp_partition(self, dcp_size: int, tp_rank: int) -> dict[str, Any]:
+    def attn_tp_partition(
+        self, attn_tp_rank: int, attn_tp_size: int, dcp_size: int
+    ) -> dict[str, Any]:
         from sglang.srt.layers.linear import ReplicatedParallelGroup
 
-        return {"parallel_group": ReplicatedParallelGroup("tp", dcp_size)}
+        # SGLang's group is that of all ranks that run attention for one batch.
+        return {"parallel_group": ReplicatedParallelGroup("attn_tp", dcp_size)}
 
     def keep_quant_method_of_q_b(self, attention: Any) -> None:
         # None until the first forward, which decides by the weight that it finds.

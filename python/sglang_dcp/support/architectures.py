@@ -44,6 +44,19 @@ MLA_ARCHITECTURES: tuple[str, ...] = (
 
 SERVED = GQA_ARCHITECTURES + MLA_ARCHITECTURES
 
+# SGLang shards their attention over the ranks of a replica of DP attention. It shards the
+# attention of the others over all ranks, which then hold different requests.
+DP_ATTENTION: tuple[str, ...] = (
+    "DeepseekV2ForCausalLM",
+    "DeepseekV3ForCausalLM",
+    "Glm4MoeForCausalLM",
+    "Glm4MoeLiteForCausalLM",
+    "MiniMaxM2ForCausalLM",
+    "Qwen2MoeForCausalLM",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+)
+
 # Their Q norm has weights for the heads of one rank or of all. Cohere's has them only if
 # the model config asks for that norm.
 NORMS_OVER_HEADS: tuple[str, ...] = (

@@ -7,6 +7,7 @@ from typing import Any, Optional
 from sglang_dcp.config import DcpConfig, DcpConfigError
 from sglang_dcp.layers.heads import is_mla
 from sglang_dcp.support.architectures import (
+    DP_ATTENTION,
     LOADED_AS_LLAMA,
     NORMS_OVER_HEADS,
     ONE_RANK_IN_SGLANG,
@@ -188,6 +189,14 @@ def check_model(model: Any, config: DcpConfig) -> None:
     with K/V heads that are not scaled yet.
     """
     check_rules(UNSUPPORTED_MODELS, model)
+    if config.layout.replicas > 1 and _name(model) not in DP_ATTENTION:
+        raise_unsupported(
+            "--enable-dp-attention",
+            f"with {_name(model)}",
+            "SGLang itself shards its attention over all ranks of --tp-size",
+            "use --dp-size replicas without DP attention, or one of "
+            + ", ".join(DP_ATTENTION),
+        )
     heads = model.hf_text_config.num_attention_heads
     kv_heads = 1 if is_mla(model) else model.get_total_num_kv_heads()
     try:

@@ -12,6 +12,7 @@ from sglang_dcp.config import DcpConfig, DcpConfigError
 from sglang_dcp.distributed.exchange import Exchange, exchange_class
 from sglang_dcp.layers.backends.capabilities import Requirement
 from sglang_dcp.support.backends import check_backend
+from sglang_dcp.support.experts import check_experts
 from sglang_dcp.support.lora import UNSUPPORTED_LORA, check_adapters_of_latents
 from sglang_dcp.support.rules import (
     DROP,
@@ -149,10 +150,6 @@ def _at_least_one(name: str) -> Unsupported:
     )
 
 
-_ACROSS_REPLICAS = (
-    "DCP groups are cut from the whole tensor-parallel group and would cross its "
-    "data-parallel replicas"
-)
 _SECOND_CUT = "prefill context parallelism cuts the sequence a second time"
 _DRAFT = "a draft token would be checked against one shard of the sequence"
 
@@ -262,17 +259,6 @@ UNSUPPORTED_SERVER_ARGS: tuple[Unsupported, ...] = (
         "use --model-impl auto",
         fine=("auto", "sglang"),
     ),
-    _flag(
-        "moe_a2a_backend",
-        "tokens would be scattered over ranks that must all see them",
-        "use --moe-a2a-backend none, with any --ep-size",
-        fine=("none",),
-    ),
-    _flag("moe_dense_tp_size", "tokens would be padded over the attention width"),
-    _flag(
-        "enable_attn_tp_input_scattered",
-        "it pads a prefill with tokens that belong to no request",
-    ),
     Unsupported(
         "--cpu-offload-gb",
         _beside_replicated_q("cpu_offload_gb"),
@@ -308,23 +294,11 @@ UNSUPPORTED_SERVER_ARGS: tuple[Unsupported, ...] = (
         "use --attention-context-parallel-size 1",
     ),
     _flag("enable_prefill_cp", _SECOND_CUT),
-    _flag(
-        "enable_dp_attention",
-        _ACROSS_REPLICAS,
-        "use --dp-size replicas without --enable-dp-attention",
-    ),
     Unsupported(
         "--dwdp-size",
         above("dwdp_size", 1),
-        "it turns data-parallel attention on, and " + _ACROSS_REPLICAS,
-        "use --dwdp-size 1",
-        since="0.5.23",
-    ),
-    Unsupported(
-        "--attn-dp-size",
-        above("attn_dp_size", 1),
-        _ACROSS_REPLICAS,
-        "use --attn-dp-size 1, with any --dp-size",
+        "it runs the attention of each request on one rank",
+        "use --dwdp-size 1, and --dp-size with DP attention",
         since="0.5.23",
     ),
     Unsupported(
@@ -443,6 +417,7 @@ def check_server_args(args: Any, requirement: Optional[Requirement] = None) -> N
         The message has the first unsupported flag, its value, the reason and a hint.
     """
     check_rules(UNSUPPORTED_SERVER_ARGS, args)
+    check_experts(args)
     _check_exchange(args.dcp, args.device)
     if requirement is not None and requirement.mla:
         check_adapters_of_latents(args)

@@ -33,7 +33,10 @@ MODES = ("decode", "replay", "extend")
 
 
 class Case(NamedTuple):
-    """`replay` is decode into static tensors, padded; `gaps` a table that is a view."""
+    """`replay` is decode into static tensors, padded; `gaps` a table that is a view.
+
+    `padded` is extend with more slots than new tokens, as DP attention has it.
+    """
 
     mode: str
     dcp_size: int
@@ -66,6 +69,7 @@ def cases() -> dict[str, Case]:
         for i, mode in enumerate(MODES)
         for n in SIZES
     ]
+    found += [Case("padded", n, torch.int64, False, n) for n in (1, 2, 4)]
     return {
         f"{c.mode}-dcp{c.dcp_size}-page{c.page_size}-{str(c.dtype)[6:]}": c
         for c in found
@@ -90,7 +94,7 @@ def make_step(case: Case, gen: torch.Generator) -> Step:
     rows = (1 + torch.randperm(ROWS - 1, generator=gen))[: len(lens) - 1].tolist()
     rows.append(rows[-1])
     new = [1] * len(lens)
-    if case.mode == "extend":
+    if case.mode in ("extend", "padded"):
         new = [1, 2, BLOCK, 5, 1, 2 * BLOCK + 1, *([3] * (len(lens) - 6))]
     slots = torch.randint(0, 2**31 - 1, (sum(new),), generator=gen).tolist()
     if case.mode == "replay":
@@ -120,7 +124,8 @@ def make_batch(case: Case, step: Step, device: str) -> SimpleNamespace:
     def tensor(values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=case.dtype, device=device)
 
-    extend = case.mode == "extend"
+    extend = case.mode in ("extend", "padded")
+    padding = [0] * 3 if case.mode == "padded" else []
     total = [a + b for a, b in zip(step.lens, step.new)] if extend else step.lens
     batch = SimpleNamespace(
         forward_mode=SimpleNamespace(is_extend=lambda: extend),
@@ -129,7 +134,7 @@ def make_batch(case: Case, step: Step, device: str) -> SimpleNamespace:
         seq_lens=tensor(total),
         seq_lens_cpu=torch.tensor(total),
         seq_lens_sum=sum(total),
-        out_cache_loc=tensor(step.slots),
+        out_cache_loc=tensor(step.slots + padding),
     )
     if extend:
         starts = [sum(step.new[:i]) for i in range(len(step.new))]

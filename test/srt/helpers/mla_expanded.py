@@ -62,7 +62,10 @@ DEEPSEEK = Sizes(16, 512, 64, 128, 128)
 
 @dataclass(frozen=True)
 class Prefill:
-    """A case; `capacity` is how many positions a prefix chunk has at most."""
+    """A case; `capacity` is how many positions a prefix chunk has at most.
+
+    Each batch ends with `padding` tokens of no request, as DP attention has it.
+    """
 
     backend: str
     sizes: Sizes = DEEPSEEK
@@ -73,6 +76,7 @@ class Prefill:
     device: str = "cuda"
     max_len: int = 1500
     capacity: int = 1 << 17
+    padding: int = 0
 
     @property
     def case(self) -> Case:
@@ -228,12 +232,17 @@ class Group:
                 *([p[list(at)] for p in self.truth.of(r)] for r, at in new.items())
             )
         ]
+        tokens = len(inputs[0])
+        inputs = [self._padded(part, math.nan) for part in inputs]
+        batch.out_cache_loc = self._padded(batch.out_cache_loc, 0)
         self._pass(inputs, batch)
         sent = [rank.exchange.rows for rank in self.ranks]
         known = [torch.cat(rows) for rows in zip(*sent, strict=True)]
         for rank in self.ranks:
             rank.exchange.rows, rank.exchange.all_rows = [], known
         out = self._pass(inputs, batch)
+        assert not out[tokens:].any()
+        out = out[:tokens]
         for rank in self.ranks:
             rank.exchange.rows, rank.exchange.all_rows = [], []
         # In one shot new tokens come from the pool; with prefix chunks they are as projected.
@@ -245,6 +254,10 @@ class Group:
         )
         torch.testing.assert_close(out.double(), wanted, rtol=TOLERANCE, atol=TOLERANCE)
         self._check_pools()
+
+    def _padded(self, rows: Tensor, value: float) -> Tensor:
+        padding = rows.new_full((self.prefill.padding, *rows.shape[1:]), value)
+        return torch.cat([rows, padding])
 
     def _batch(self, served: Any) -> Any:
         device = self.prefill.device
@@ -364,4 +377,7 @@ def cases_of(base: Prefill, capacity: int) -> dict[str, Prefill]:
         named[f"prefix-chunks-dcp{dcp}-page{page}"] = replace(
             base, dcp_size=dcp, page_size=page, capacity=capacity
         )
+    # In one shot and in prefix chunks.
+    for most in (base.capacity, capacity):
+        named[f"padded-{most}"] = replace(base, padding=3, capacity=most)
     return named

@@ -109,6 +109,8 @@ def _watch(message: Any, status: int) -> Work | None:
 def _begin_server(message: Any, status: int) -> Work:
     os.setsid()
     _end_with_parent(signal.SIGTERM)
+    # As `ServerProcess` does.
+    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
     log = os.open(message["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     for stream in (1, 2):
         os.dup2(log, stream)

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
+
 from helpers.gloo_ranks import python_path
 from helpers.prefork import PreforkedServer
 from sglang_dcp.demo.server import ServerProcess
@@ -47,6 +49,21 @@ def server(
     with launched(model, flags, env, fresh=fresh) as running:
         running.wait_ready(READY_SECONDS)
         yield running
+
+
+def everything_of(running: ServerProcess) -> list[psutil.Process]:
+    """The server's main process first, then all that it started."""
+    assert running._process is not None
+    leader = psutil.Process(running._process.pid)
+    return [leader, *leader.children(recursive=True)]
+
+
+def title(process: psutil.Process) -> str:
+    """Its command line, which SGLang's processes replace by what they are."""
+    try:
+        return " ".join(process.cmdline())
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return ""
 
 
 def plugin_folder(folder: Path, name: str, source: str) -> dict[str, str]:

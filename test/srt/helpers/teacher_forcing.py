@@ -107,15 +107,15 @@ def build_waves(seed: int = 0) -> list[Wave]:
     return [*([prompt] for prompt in alone), together]
 
 
-def ask(base_url: str, waves: Sequence[Wave]) -> dict[str, Reply]:
-    """The replies of a server, by prompt name."""
+def ask(base_url: str, waves: Sequence[Wave], **fields: Any) -> dict[str, Reply]:
+    """The replies of a server, by prompt name; `fields` are added to each HTTP request."""
     replies: dict[str, Reply] = {}
     for wave in waves:
-        replies.update(zip((p.name for p in wave), _ask_wave(base_url, wave)))
+        replies.update(zip((p.name for p in wave), _ask_wave(base_url, wave, fields)))
     return replies
 
 
-def _ask_wave(base_url: str, wave: Wave) -> Iterator[Reply]:
+def _ask_wave(base_url: str, wave: Wave, fields: Mapping[str, Any]) -> Iterator[Reply]:
     # One HTTP request: the batch forms whatever the speed of this client's threads.
     payload = {
         "input_ids": [list(prompt.ids) for prompt in wave],
@@ -124,6 +124,7 @@ def _ask_wave(base_url: str, wave: Wave) -> Iterator[Reply]:
             for p in wave
         ],
         "return_logprob": True,
+        **fields,
     }
     for answer in http_json(f"{base_url}/generate", payload):
         meta = answer["meta_info"]

@@ -26,6 +26,7 @@ from helpers.gloo_ranks import (
 from helpers.quantized import BLOCK, FORMATS
 from helpers.quantized_layers import quant_config
 from sglang_dcp.config import DcpConfig, DcpConfigError
+from sglang_dcp.context import get_context
 from sglang_dcp.distributed.topology import Layout
 from sglang_dcp.releases.installed import in_range, sglang_version
 
@@ -238,7 +239,7 @@ class Place:
         from sglang_dcp.layers.q_replication import widen_q_projections
 
         model: Any = nn.ModuleList(attentions)
-        widen_q_projections(model, self.layout.dcp_size, self.rank)
+        widen_q_projections(model, get_context())
         for attention in model:
             attention.rank = self.rank
             attention.load(1)

@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.error import HTTPError, URLError
 
-import psutil
 import pytest
 
 from helpers import request_set
 from helpers.nodes import launched_nodes, logs, nodes
-from helpers.servers import READY_SECONDS, server
+from helpers.servers import READY_SECONDS, everything_of, server, title
 from sglang_dcp.demo.client import Reply, http_json
 from sglang_dcp.demo.server import ServerProcess
 from sglang_dcp.demo.tiny_model import make_tiny_model
@@ -31,8 +30,9 @@ long = pytest.mark.long
 
 INSIDE = "each DCP group of 2 ranks lies inside a node"
 ACROSS = "DCP groups of {} ranks lie across nodes"
-# Of a server that is told so, to end. Each rank is a process of one busy core.
+# Within the watchdog's default of 300 s.
 END_S = 180
+# It must leave time for the first forward: 0.5.16 compiles a kernel in it.
 WATCHDOG = "--watchdog-timeout 60"
 TINY = "--max-total-tokens 512"
 
@@ -171,7 +171,7 @@ def only_node_0_serves(node_1: ServerProcess) -> None:
     ids=["node-0-idle", "node-1-idle", "node-1-at-work"],
 )
 def test_a_killed_node_ends_the_other(killed: int, at_work: bool, model: Path) -> None:
-    flags = f"--tp 2 --dcp-size 2 --max-total-tokens 4096 {WATCHDOG}"
+    flags = "--tp 2 --dcp-size 2 --max-total-tokens 4096"
     with nodes(model, flags) as pair:
         busy = threading.Thread(target=ask_for_ever, args=(pair[0].base_url,))
         if at_work:
@@ -189,7 +189,7 @@ def test_a_killed_node_ends_the_other(killed: int, at_work: bool, model: Path) -
 
 @long
 def test_a_dead_rank_ends_both_nodes(model: Path) -> None:
-    flags = f"--tp 2 --dcp-size 2 --max-total-tokens 4096 {WATCHDOG}"
+    flags = "--tp 2 --dcp-size 2 --max-total-tokens 4096"
     with nodes(model, flags) as pair:
         busy = threading.Thread(target=ask_for_ever, args=(pair[0].base_url,))
         busy.start()
@@ -207,7 +207,7 @@ def test_a_dead_rank_ends_both_nodes(model: Path) -> None:
 @long
 def test_the_watchdog_ends_a_node_whose_peer_stalls(model: Path) -> None:
     """As where a host is lost: its connections stay open, and nothing comes."""
-    flags = "--tp 2 --dcp-size 2 --max-total-tokens 4096 --watchdog-timeout 20"
+    flags = f"--tp 2 --dcp-size 2 --max-total-tokens 4096 {WATCHDOG}"
     with nodes(model, flags) as pair:
         busy = threading.Thread(target=ask_for_ever, args=(pair[0].base_url,))
         busy.start()
@@ -280,19 +280,6 @@ def ask_for_ever(base_url: str) -> None:
         http_json(f"{base_url}/generate", payload, timeout=END_S)
     except (URLError, OSError, ValueError):
         return
-
-
-def everything_of(node: ServerProcess) -> list[psutil.Process]:
-    assert node._process is not None
-    leader = psutil.Process(node._process.pid)
-    return [leader, *leader.children(recursive=True)]
-
-
-def title(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except (psutil.NoSuchProcess, psutil.ZombieProcess):
-        return ""
 
 
 if __name__ == "__main__":

@@ -12,13 +12,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import psutil
 import pytest
 
 from helpers import request_set
 from helpers.generate import Answer, generate
 from helpers.request_set import Request
-from helpers.servers import server
+from helpers.servers import everything_of, server, title
 from sglang_dcp.demo.client import http_json
 from sglang_dcp.demo.tiny_model import make_tiny_model
 
@@ -93,11 +92,11 @@ def test_a_dead_rank_of_one_replica_ends_the_server(
 ) -> None:
     flags = "--tp 2 --dcp-size 2 --dp-size 2 --max-total-tokens 512"
     with server(models("llama-2kv"), flags) as dcp:
-        assert dcp._process is not None
-        ranks = psutil.Process(dcp._process.pid).children(recursive=True)
-        [dead] = [r for r in ranks if "scheduler_DP1_TP1" in " ".join(r.cmdline())]
+        [dead] = [p for p in everything_of(dcp) if "scheduler_DP1_TP1" in title(p)]
         dead.send_signal(signal.SIGKILL)
         dcp.wait_exit(END_S)
+        log = dcp.log_path.read_text(errors="replace")
+    assert "Scheduler hit an exception" in log
 
 
 if __name__ == "__main__":

@@ -122,8 +122,28 @@ def test_idle_batch_changes_nothing(ready: Any) -> None:
     backend, batch = ready
     idle = SimpleNamespace(forward_mode=ForwardMode.IDLE)
     backend.init_forward_metadata(idle)
-    assert backend.forward(*inputs(0), make_layer(), idle).shape == (0, 16)
+    # The exchange is `Silent`. A replica without requests may have rows of padding.
+    for rows in (0, 4):
+        out = backend.forward(*inputs(rows), make_layer(), idle)
+        assert out.shape == (rows, 16)
     assert backend.forward_extend(*inputs(3), make_layer(), batch).isfinite().all()
+
+
+def test_padding_of_a_prefill_belongs_to_no_request(ready: Any) -> None:
+    """SGLang pads a batch to a multiple of the ranks of a replica, with any values."""
+    backend, batch = ready
+    rows = inputs(3)
+    wanted = backend.forward_extend(*rows, make_layer(), batch)
+    kept = backend.token_to_kv_pool.keys.clone()
+    padding = torch.full((2, 16), float("nan"))
+    batch.out_cache_loc = torch.nn.functional.pad(batch.out_cache_loc, (0, 2))
+    backend.init_forward_metadata(batch)
+    padded = [torch.cat([part, padding]) for part in rows]
+    out = backend.forward_extend(*padded, make_layer(), batch)
+    assert torch.equal(out[:3], wanted)
+    assert torch.equal(out[3:], torch.zeros(2, 16))
+    written = backend.token_to_kv_pool.keys
+    assert torch.equal(written.nan_to_num(7.0), kept.nan_to_num(7.0))
 
 
 def test_save_kv_cache_false_writes_nothing(ready: Any) -> None:

@@ -20,7 +20,7 @@ import pytest
 
 from helpers.gloo_ranks import run_python
 from helpers.server_args import as_server_info, resolve_server_args
-from sglang_dcp.config import DcpConfig, DcpConfigError, resolve_config
+from sglang_dcp.config import DcpConfig, DcpConfigError, Replicas, resolve_config
 from sglang_dcp.distributed.topology import Layout
 from sglang_dcp.hooks import verify
 from sglang_dcp.hooks.server_args import post_capture_kv_sizing_planned
@@ -61,6 +61,51 @@ def test_sizes(
     assert (config.comm_backend, config.replicate_q_proj) == ("ag_rs", False)
 
 
+@pytest.mark.parametrize(
+    ("tp", "count", "dcp", "attn_tp", "wanted"),
+    [
+        pytest.param(8, 2, 2, None, Layout(4, 2, 2), id="dcp"),
+        pytest.param(8, 2, None, 1, Layout(4, 1, 2), id="attn-tp"),
+        pytest.param(8, 4, 2, 1, Layout(2, 1, 4), id="both"),
+        pytest.param(8, 8, 1, None, None, id="a-rank-each"),
+        pytest.param(8, 2, None, None, None, id="no-flag"),
+    ],
+)
+def test_sizes_of_a_replica(
+    tp: int, count: int, dcp: int | None, attn_tp: int | None, wanted: Layout | None
+) -> None:
+    config = resolve(tp, dcp, attn_tp, replicas=Replicas(count))
+    assert (config and config.layout) == wanted
+
+
+DP_SPELLINGS = [{"enable_dp_attention": True, "dp_size": 2}]
+if in_range(sglang_version(), "0.5.23", None):
+    DP_SPELLINGS.append({"attn_dp_size": 2})
+
+
+@pytest.mark.parametrize("dp", DP_SPELLINGS, ids=lambda dp: "-".join(dp))
+def test_dp_attention_in_each_of_its_spellings(
+    dp: dict[str, Any], server_args: Any, tiny_qwen3: str
+) -> None:
+    flags = {"tp_size": 4, "dcp_size": 2, "page_size": 4, **dp}
+    args = server_args(model_path=tiny_qwen3, chunked_prefill_size=102, **flags)
+    assert args.dcp == DcpConfig(Layout(2, 1, 2), page_size=4)
+    resolved = sglang_api().resolved(args)
+    assert sglang_api().attention_replicas(resolved)[0] == 2
+    # SGLang gives each replica its part of 102 tokens, in whole logical pages.
+    assert (resolved.page_size, resolved.chunked_prefill_size) == (8, 48)
+    shown = as_server_info(args)
+    assert (shown["dcp_size"], shown["attn_tp_size"]) == (2, 1)
+
+
+@pytest.mark.parametrize("dp", DP_SPELLINGS, ids=lambda dp: "-".join(dp))
+def test_dp_attention_with_too_few_ranks(dp: dict[str, Any], server_args: Any) -> None:
+    flag = "--attn-dp-size" if "attn_dp_size" in dp else "--dp-size"
+    message = f"--dcp-size 4 does not divide the 2 ranks .*--tp-size 4 / {flag} 2"
+    with pytest.raises(DcpConfigError, match=message):
+        server_args(tp_size=4, dcp_size=4, **dp)
+
+
 @pytest.mark.parametrize("comm_backend", ["ag_rs", "a2a"])
 @pytest.mark.parametrize("replicate", [False, True], ids=["gather", "replicate"])
 def test_every_combination_of_backend_and_replication(
@@ -85,6 +130,34 @@ def test_every_combination_of_backend_and_replication(
             id="disagree",
         ),
         pytest.param((0, 1, None), {}, ["--tp-size 0", "at least 1"], id="no-ranks"),
+        pytest.param(
+            (8, 4, None),
+            {"replicas": Replicas(4, "--attn-dp-size")},
+            [
+                "--dcp-size 4 does not divide the 2 ranks of a replica",
+                "(--tp-size 8 / --attn-dp-size 4)",
+                "use one of [1, 2], or --attn-dp-size of [1, 2]",
+            ],
+            id="dcp-over-replicas",
+        ),
+        pytest.param(
+            (8, None, 8),
+            {"replicas": Replicas(2)},
+            ["--attn-tp-size 8", "the 4 ranks of a replica", "--dp-size of [1]"],
+            id="attn-tp-over-replicas",
+        ),
+        pytest.param(
+            (8, 4, 2),
+            {"replicas": Replicas(2)},
+            ["--attn-tp-size 2 and --dcp-size 4 disagree", "4 ranks of a replica"],
+            id="disagree-in-a-replica",
+        ),
+        pytest.param(
+            (8, 2, None),
+            {"replicas": Replicas(3)},
+            ["--dp-size 3 does not divide --tp-size 8", "use one of [1, 2, 4, 8]"],
+            id="ragged-replicas",
+        ),
         pytest.param(
             (4, None, None),
             {"comm_backend": "a2a"},

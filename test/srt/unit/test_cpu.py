@@ -1,7 +1,8 @@
-"""Set-up for machines without a GPU: core lists, slots without Triton, grammars.
+"""Set-up for machines without a GPU: core lists, slots without Triton, grammars, replicas.
 
-Only this file compares the torch allocation with SGLang's Triton kernels, run by
-Triton's interpreter, and drives SGLang's paged allocator through many request lives.
+Only this file compares the torch allocation, and the rows that DP attention copies, with
+SGLang's Triton kernels, run by Triton's interpreter, and drives SGLang's paged allocator
+through many request lives.
 """
 
 from __future__ import annotations
@@ -128,7 +129,10 @@ def test_out_of_pages_is_left_to_the_caller(plugins: None) -> None:
 def compare_with_triton() -> None:
     """In a process where Triton interprets: SGLang's kernels are never replaced here."""
     from sglang.kernels.ops.memory import allocator
+    from sglang.kernels.ops.memory.memcpy_triton import memcpy_triton
 
+    for copy in copies():
+        assert torch.equal(run_copy(cpu.copy_rows, copy), run_copy(memcpy_triton, copy))
     for page_size in (2, 4):  # Triton takes powers of two only
         for case in batches(page_size, seed=3, count=8):
             pairs = (
@@ -143,6 +147,76 @@ def compare_with_triton() -> None:
 def test_equals_the_triton_kernels() -> None:
     done = run_python(__file__, "--triton", TRITON_INTERPRET="1")
     assert done.stdout.endswith("compared\n"), done.stderr[-3000:]
+
+
+def copies() -> Iterator[tuple[int, int, int, int, bool]]:
+    """Rows of source and target, first row, number of rows, and whose row the first is."""
+    for first, rows in ((0, 0), (0, 3), (2, 4), (5, 1), (4, 0)):
+        yield 4, 6 + first, first, min(rows, 4), False
+        yield 6 + first, 4, first, min(rows, 4), True
+
+
+def run_copy(copy: Any, case: tuple[int, int, int, int, bool]) -> torch.Tensor:
+    rows_in, rows_out, first, rows, offset_src = case
+    source = torch.arange(1.0, 1 + 3 * rows_in).view(rows_in, 3)
+    target = torch.full((rows_out, 3), -1.0)
+    copy(target, source, 0, torch.tensor(first), torch.tensor(rows), offset_src)
+    return target
+
+
+def test_rows_of_a_replica_by_hand() -> None:
+    moved = 0
+    for case in copies():
+        rows_in, rows_out, first, rows, offset_src = case
+        source = torch.arange(1.0, 1 + 3 * rows_in).view(rows_in, 3)
+        wanted = torch.full((rows_out, 3), -1.0)
+        for row in range(rows):
+            there, here = (row, first + row) if offset_src else (first + row, row)
+            wanted[there] = source[here]
+            moved += 1
+        assert torch.equal(run_copy(cpu.copy_rows, case), wanted), case
+    assert moved > 10
+    with pytest.raises(ValueError, match="along dimension 0, not 1"):
+        cpu.copy_rows(wanted, source, 1, torch.tensor(0), torch.tensor(0), False)
+
+
+@pytest.mark.parametrize("name", ["all_gather_into_tensor", "reduce_scatter_tensor"])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_collectives_of_replicas_without_the_custom_op(name: str, device: str) -> None:
+    called: list[tuple[str, int]] = []
+
+    class Group:
+        pass
+
+    def note(who: str) -> Any:
+        return lambda *args: called.append((who, len(args)))
+
+    group = Group()
+    setattr(group, f"_{name}", note("method"))
+    rows = torch.empty(2, 5, device=device)
+    getattr(cpu, name)(note("original"), group, rows, rows)
+    assert called == [("method", 2) if device == "cpu" else ("original", 3)]
+
+
+def test_ranks_gathered_in_a_dimension_of_their_own() -> None:
+    """As SGLang gathers logits over a replica. gloo refuses such an output."""
+
+    class Group:
+        def _all_gather_into_tensor(self, output: Any, input: Any) -> None:
+            assert output.shape == (3 * len(input), *input.shape[1:])
+            output.copy_(torch.cat([input, input + 10, input + 20]))
+
+    logits = torch.arange(8.0).view(2, 4)
+    for output in (torch.empty(3, 2, 4), torch.empty(6, 4)):
+        cpu.all_gather_into_tensor(print, Group(), output, logits)
+        assert torch.equal(output.view(6, 4)[2:4], logits + 10)
+
+
+def test_padding_of_an_eager_batch(plugins: None) -> None:
+    from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+
+    backend = object.__new__(TorchNativeAttnBackend)
+    assert backend.get_cuda_graph_seq_len_fill_value() == 1
 
 
 class Lives:

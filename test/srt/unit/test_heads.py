@@ -38,7 +38,7 @@ LAYOUTS = {
     "tp8-attn2-many-kv": (Layout(8, 2), 16, 16),
 }
 
-Q_WIDTHS = pytest.mark.parametrize("replicated", [False, True], ids=["", "wide-q"])
+Q_WIDTHS = pytest.mark.parametrize("replicated", [False, True], ids=["sharded-q", "wide-q"])
 
 
 def checkpoint(heads: int, kv_heads: int, v_dim: int, *more: int) -> dict[str, Any]:

@@ -97,11 +97,13 @@ def test_replays_share_their_tensors() -> None:
     assert first.empty_rows.data_ptr() == second.empty_rows.data_ptr()
 
 
-@pytest.mark.parametrize("mode", ["decode", "extend"])
-def test_slots_must_match_tokens(mode: str) -> None:
+@pytest.mark.parametrize(
+    ("mode", "slots"), [("decode", [12]), ("extend", [12]), ("decode", [12, 7, 0])]
+)
+def test_slots_must_match_tokens(mode: str, slots: list[int]) -> None:
     """Else an eager forward would write K/V to slots that no one filled in."""
-    table, batch = small_batch(mode, slots=[12])
-    with pytest.raises(ValueError, match="1 slots for 2 new tokens"):
+    table, batch = small_batch(mode, slots=slots)
+    with pytest.raises(ValueError, match=f"{len(slots)} slots for 2 new tokens"):
         LocalBatchBuilder(table, 2, 0, 1).build(batch)
 
 

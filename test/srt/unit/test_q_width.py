@@ -22,7 +22,7 @@ from helpers.quantized_layers import (
     quant_config,
     read_back,
 )
-from sglang_dcp.context import clear_context
+from sglang_dcp.context import clear_context, get_context
 from sglang_dcp.distributed.topology import Layout
 from sglang_dcp.layers.q_replication import widen_q_projections
 
@@ -110,7 +110,7 @@ def model_of(place: Place, form: Format, lora: bool = True) -> Any:
 
 def widened(place: Place, model: Any) -> Any:
     with attention_width(place.layout.tp_size, place.rank):
-        widen_q_projections(model, place.layout.dcp_size, place.rank)
+        widen_q_projections(model, get_context())
     return model["model"]["layers"][0]["self_attn"]
 
 

@@ -15,6 +15,7 @@ from sglang_dcp.releases.api import sglang_api
 MIXING = "NCCL_GRAPH_MIXING_SUPPORT"
 DCP = {"tp_size": 2, "dcp_size": 2}
 WIDE = {"tp_size": 4, "dcp_size": 2}
+REPLICAS = {"enable_dp_attention": True, "dp_size": 2}
 
 pytestmark = pytest.mark.usefixtures("plugins")
 
@@ -28,6 +29,7 @@ pytestmark = pytest.mark.usefixtures("plugins")
         pytest.param({**WIDE, "ep_size": 4}, None, "0", id="ep-is-tp"),
         # SGLang would turn mixing off: what DCP sets keeps NCCL's default.
         pytest.param({**WIDE, "ep_size": 2}, None, "1", id="ep-within-tp"),
+        pytest.param({**WIDE, **REPLICAS}, None, "1", id="dp-attention"),
     ],
 )
 def test_nccl_graph_mixing(
@@ -35,8 +37,10 @@ def test_nccl_graph_mixing(
     before: str | None,
     after: str | None,
     server_args: Any,
+    tiny_qwen3: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    arguments = {"model_path": tiny_qwen3, **arguments}
     with monkeypatch.context() as patch:
         # Set and deleted through the patch, so that what was there before comes back.
         patch.setenv(MIXING, before or "")
@@ -57,6 +61,16 @@ def test_dcp_size_is_the_users_until_a_scheduler_has_it(server_args: Any) -> Non
     plain = server_args()
     configure_scheduler(plain, 0)
     assert sglang_api().resolved(plain).dcp_size == 1
+
+
+@pytest.mark.parametrize(("tp_rank", "wanted"), [(0, 0), (1, 1), (2, 0), (3, 1)])
+def test_a_rank_counts_inside_its_replica(
+    tp_rank: int, wanted: int, server_args: Any, tiny_qwen3: str
+) -> None:
+    args = server_args(model_path=tiny_qwen3, **WIDE, **REPLICAS)
+    configure_scheduler(args, tp_rank)
+    assert get_context() == DcpContext(args.dcp, wanted)
+    assert get_context().dcp_rank == wanted and get_context().attn_tp_rank == 0
 
 
 if __name__ == "__main__":

@@ -15,7 +15,9 @@ from typing import Iterator, List, Sequence, Tuple
 
 import pytest
 
-from sglang_dcp.distributed.topology import Layout
+from sglang_dcp.config import Replicas, resolve_config
+from sglang_dcp.distributed.groups import _pools
+from sglang_dcp.distributed.topology import Layout, divisors
 from sglang_dcp.ops.layout import kv_heads_of_local_q
 
 LAYOUTS = [
@@ -93,6 +95,41 @@ def test_position_in_a_group_is_the_rank_in_it() -> None:
             tp_ranks = [rank % layout.tp_size for rank in ranks]
             assert [layout.attn_tp_rank(r) for r in tp_ranks] == list(range(len(ranks)))
             assert len({layout.dcp_rank(r) for r in tp_ranks}) == 1
+
+
+def test_replicas_of_dp_attention_keep_their_groups_apart() -> None:
+    """By SGLang's rule: rank r of --tp-size is rank r % width of replica r // width."""
+    cases = 0
+    for tp_size in range(1, 17):
+        for count in divisors(tp_size):
+            width = tp_size // count
+            for dcp_size in divisors(width)[1:]:
+                config = resolve_config(
+                    tp_size=tp_size,
+                    dcp_size=dcp_size,
+                    attn_tp_size=None,
+                    replicas=Replicas(count),
+                )
+                assert config is not None
+                layout = config.layout
+                assert layout == Layout(width, width // dcp_size, count)
+                for stages in (1, 2):
+                    _check_groups_of_replicas(layout, stages * tp_size)
+                    cases += 1
+    assert cases > 100
+
+
+def _check_groups_of_replicas(layout: Layout, world_size: int) -> None:
+    width = layout.tp_size
+    replicas = _pools(world_size, width)
+    for groups, rank_in, size in (
+        (layout.dcp_groups(replicas), layout.dcp_rank, layout.dcp_size),
+        (layout.attn_tp_groups(replicas), layout.attn_tp_rank, layout.attn_tp_size),
+    ):
+        assert sorted(sum(groups, [])) == list(range(world_size))
+        for ranks in groups:
+            assert len({rank // width for rank in ranks}) == 1
+            assert [rank_in(rank % width) for rank in ranks] == list(range(size))
 
 
 def test_groups_follow_the_given_global_ranks() -> None:
@@ -182,6 +219,15 @@ def test_bad_layouts_say_what_to_do(
             r"--attn-tp-size 4 \(--dcp-size 2\).*10 KV heads.*"
             r"Use --tp-size 8 \(--dcp-size 4, 8\)",
             id="kv-heads",
+        ),
+        pytest.param(
+            Layout(4, 2, replicas=2),
+            6,
+            2,
+            r"--tp-size 8 / 2 replicas, 4 ranks each, does not divide.* 6 query heads. "
+            r"Use --tp-size 4 \(--dcp-size 2\) or --tp-size 6 \(--dcp-size 3\) or "
+            r"--tp-size 12 \(--dcp-size 3, 6\)",
+            id="q-heads-of-replicas",
         ),
         pytest.param(Layout(2, 1), 6, 4, "6 query heads and 4 KV heads", id="ragged"),
         pytest.param(Layout(2, 1), 2, 0, "2 query heads and 0 KV heads", id="no-kv"),

@@ -32,12 +32,14 @@ from sglang_dcp.layers.backends.registry import backend_names, backends
 from sglang_dcp.releases.api import sglang_api
 from sglang_dcp.releases.installed import in_range, sglang_version
 from sglang_dcp.support.architectures import (
+    DP_ATTENTION,
     LOADED_AS_LLAMA,
     NORMS_OVER_HEADS,
     ONE_RANK_IN_SGLANG,
     SERVED,
 )
 from sglang_dcp.support.backends import check_backend, default_backend
+from sglang_dcp.support.experts import UNSUPPORTED_EXPERTS, check_experts_of
 from sglang_dcp.support.models import UNSUPPORTED_MODELS, check_model
 from sglang_dcp.support.quantization import CUTS_BY_RANK, LOADS_RIGHT, OTHER_DEVICES
 from sglang_dcp.support.rules import Unsupported, rules_in_force
@@ -144,9 +146,6 @@ SERVER_CASES: dict[str, tuple[dict[str, Any], str]] = {
     "--enable-torch-compile": ({"enable_torch_compile": True}, ""),
     "--enable-deterministic-inference": ({"enable_deterministic_inference": True}, ""),
     "--model-impl": ({"model_impl": "transformers"}, " transformers"),
-    "--moe-a2a-backend": ({"moe_a2a_backend": "deepep"}, " deepep"),
-    "--moe-dense-tp-size": ({"moe_dense_tp_size": 1}, " 1"),
-    "--enable-attn-tp-input-scattered": ({"enable_attn_tp_input_scattered": True}, ""),
     "--cpu-offload-gb": ({"cpu_offload_gb": 4, "dcp": REPLICATED}, " 4"),
     "--enable-layernorm-sp": (
         {"enable_layernorm_sp": True, "dcp": REPLICATED},
@@ -169,10 +168,8 @@ SERVER_CASES: dict[str, tuple[dict[str, Any], str]] = {
     "--kv-cache-dtype": ({"kv_cache_dtype": "fp8_e5m2"}, " fp8_e5m2"),
     "--attention-context-parallel-size": ({"attn_cp_size": 2}, " 2"),
     "--enable-prefill-cp": ({"enable_prefill_cp": True}, ""),
-    "--enable-dp-attention": ({"enable_dp_attention": True}, ""),
     # SGLang declares the other size when it resolves this one.
     "--dwdp-size": ({"dwdp_size": 4, "attn_dp_size": 4}, " 4"),
-    "--attn-dp-size": ({"attn_dp_size": 2}, " 2"),
     "--pp-size": ({"pp_size": 2}, " 2"),
     "--nnodes": ({"nnodes": 2}, " 2 without --dist-init-addr"),
     "--node-rank": (
@@ -421,6 +418,12 @@ def test_other_values_that_are_refused(changes: dict[str, Any]) -> None:
         {"enable_single_batch_overlap": True},
         {"cpu_offload_gb": 4},
         {"offload_group_size": 2},
+        {"moe_dense_tp_size": 1},
+        {"enable_attn_tp_input_scattered": True},
+        {"enable_dp_attention": True},
+        {"moe_a2a_backend": "deepep", "device": "cuda"},
+        {"moe_a2a_backend": "nixl", "device": "cuda"},
+        {"moe_a2a_backend": "megamoe", "device": "cuda"},
         {"cuda_graph_backend_decode": "disabled"},
         {"cuda_graph_config": {"prefill": {"backend": "breakable"}}},
         {"cuda_graph_config": CudaGraphConfig()},
@@ -475,21 +478,110 @@ def test_an_algorithm_that_only_names_a_capture_of_hidden_states() -> None:
     check_server_args(fine_server(enable_return_aux_hidden_states=True, **changes))
 
 
-@since("attn_dp_size")
-def test_dp_attention_in_its_old_and_its_new_spelling(
-    plugins: None, tiny_llama: str
-) -> None:
-    """SGLang turns the old one into the other while it resolves its arguments."""
-    from sglang.srt import server_args as module
-    from sglang.srt.arg_groups.parallel_hook import handle_deprecated_dp_attention
+A2A = "--moe-a2a-backend"
+IN_REPLICAS = DcpConfig(Layout(2, 1, replicas=2))
+# What the message shows, for each rule in its order.
+EXPERT_CASES: dict[str, dict[str, Any]] = {
+    f"{A2A} flashinfer does not .* one rank; use .* deepep": {
+        "moe_a2a_backend": "flashinfer",
+        "device": "cuda",
+    },
+    f"{A2A} mori does not .*AMD": {"moe_a2a_backend": "mori", "device": "cuda"},
+    f"{A2A} customized does not .*another plug-in": {
+        "moe_a2a_backend": "customized",
+        "device": "cuda",
+    },
+    f"{A2A} mooncake does not .*elastic EP": {
+        "moe_a2a_backend": "mooncake",
+        "device": "cuda",
+    },
+    f"{A2A} deepep on a CPU does not .*none": {"moe_a2a_backend": "deepep"},
+    "--enable-lora with DP attention does not .*one rank": {
+        "enable_lora": True,
+        "lora_backend": "torch_native",
+        "dcp": IN_REPLICAS,
+    },
+}
 
-    sizes = dict(tp_size=4, dp_size=2, enable_dp_attention=True)
-    args = module.ServerArgs(model_path=tiny_llama, device="cpu", **sizes)
-    with pytest.raises(DcpConfigError, match="^--enable-dp-attention does not"):
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    zip(UNSUPPORTED_EXPERTS, EXPERT_CASES, strict=True),
+    ids=lambda value: value.split(" does")[0] if isinstance(value, str) else "",
+)
+def test_experts_and_adapters_of_replicas(rule: Unsupported, message: str) -> None:
+    args = fine_server(attention_backend=None, **EXPERT_CASES[message])
+    if rule not in rules_in_force(UNSUPPORTED_EXPERTS):
         check_server_args(args)
-    handle_deprecated_dp_attention(args)
-    with pytest.raises(DcpConfigError, match="^--attn-dp-size 2 does not"):
-        check_server_args(sglang_api().resolved(args))
+        return
+    assert first_to_speak(rules_in_force(UNSUPPORTED_EXPERTS), args) is rule
+    with pytest.raises(DcpConfigError, match=message):
+        check_server_args(args)
+
+
+def test_each_exchange_of_tokens_is_decided_upon() -> None:
+    """A release may bring another one, which nobody has read."""
+    from sglang.srt.layers.moe.utils import MoeA2ABackend
+
+    served = {"none", "deepep", "deepep_v2", "nixl", "megamoe", "pplx"}
+    if in_range(sglang_version(), "0.5.23", None):
+        served.add("mooncake")
+    for name in (member.value for member in MoeA2ABackend):
+        args = fine_server(moe_a2a_backend=name, device="cuda", attention_backend=None)
+        if name in served:
+            check_server_args(args)
+            continue
+        with pytest.raises(DcpConfigError, match=f"{A2A} {name} does not work"):
+            check_server_args(args)
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_models_of_replicas_and_of_exchanged_tokens(name: str) -> None:
+    """SGLang splits these models' attention, and scatters their tokens, and no others'."""
+    model = fine_model(architecture=name)
+    check_model(model, CONFIG)
+    none, deepep = (
+        fine_server(moe_a2a_backend=backend, device="cuda")
+        for backend in ("none", "deepep")
+    )
+    check_experts_of(none, name)
+    if name in DP_ATTENTION:
+        check_model(model, IN_REPLICAS)
+        check_experts_of(deepep, name)
+        return
+    with pytest.raises(
+        DcpConfigError, match=f"--enable-dp-attention with {name} does not .*Qwen3Moe"
+    ):
+        check_model(model, IN_REPLICAS)
+    with pytest.raises(DcpConfigError, match=f"{A2A} deepep with {name} does not"):
+        check_experts_of(deepep, name)
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_dp_attention_is_what_sglangs_source_says(name: str) -> None:
+    """Attention takes its heads by the width of a replica's ranks, or it does not."""
+    from sglang.srt.models.registry import ModelRegistry
+
+    model, _ = ModelRegistry.resolve_model_cls([name])
+    sources = [inspect.getsource(kind) for kind in classes_of(model, set())]
+    # A model may name the attention of its parent, too, as Qwen3 does.
+    layers = [source for source in sources if "RadixAttention(" in source]
+    by_replica = any("attn_tp_size" in source for source in layers)
+    assert layers
+    # PhiMoE's experts add up over all ranks. 0.5.23 refuses it.
+    assert by_replica == (name in (*DP_ATTENTION, "PhiMoEForCausalLM"))
+
+
+def classes_of(model: type, known: set[type]) -> set[type]:
+    """`model` and the classes of SGLang's models that its source names, and so on."""
+    known.add(model)
+    module = sys.modules[model.__module__]
+    for word in set(re.findall(r"\b[A-Z]\w+", inspect.getsource(model))):
+        found = getattr(module, word, None)
+        ours = isinstance(found, type) and "sglang.srt.models" in found.__module__
+        if ours and found not in known:
+            classes_of(found, known)
+    return known
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
@@ -873,7 +965,8 @@ def test_replicated_q_of_a_model_that_norms_over_heads(name: str) -> None:
             ("enable_lora", True, "--enable-lora with --dcp-rep", REPLICATE),
             ("lora_paths", ["a=/b"], "--lora-paths with --dcp-rep", REPLICATE),
             ("lora_paths", {"a": "/b"}, "--lora-backend csgmv on a CPU", {}),
-            ("attn_dp_size", 2, "--attn-dp-size 2", {}),
+            ("attn_dp_size", 2, "--enable-dp-attention with Llama", {}),
+            ("moe_a2a_backend", "deepep", "--moe-a2a-backend deepep on a CPU", {}),
             ("dwdp_size", 4, "--dwdp-size 4", {}),
             ("weight_cache_mode", "daemon", "--weight-cache-mode daemon", {}),
             ("enable_kv_cache_sharding", True, "--enable-kv-cache-sharding ", {}),

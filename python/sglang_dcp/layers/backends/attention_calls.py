@@ -59,6 +59,19 @@ def by_head(
     return latent.view(tokens, -1, layer.v_head_dim), rope.view(tokens, -1, rope_dim)
 
 
+def first_rows(tokens: int, *rows: Any) -> tuple[Any, ...]:
+    """Return the first `tokens` rows of each tensor, as views. None stays None."""
+    return tuple(None if part is None else part[:tokens] for part in rows)
+
+
+def padded_rows(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """Append rows of 0 until there are `count`. It returns `rows` where none is missing."""
+    missing = count - rows.shape[0]
+    if not missing:
+        return rows
+    return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])
+
+
 def as_stored(rows: torch.Tensor, stored: torch.dtype) -> torch.Tensor:
     """Round `rows` as a pool of dtype `stored` would. The dtype of `rows` stays."""
     if stored.itemsize >= rows.itemsize:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Optional, Union
 
 import torch
 
+from sglang_dcp.layers.backends.attention_calls import first_rows, padded_rows
 from sglang_dcp.layers.backends.base import MhaKeys, cumulated
 from sglang_dcp.layers.mla.form import PrefillForm
 from sglang_dcp.layers.mla.latents import (
@@ -125,23 +126,29 @@ class MlaPrefill:
         out : Tensor [tokens, local heads, v_dim]
         lse : Tensor [tokens, local heads] float32
             Only if `batch.mha_return_lse`. Natural log, because SGLang merges by it.
+
+        Rows with which SGLang pads the batch come last and are 0 in both.
         """
         chunk = batch.prefix_chunk_idx if batch.attn_attend_prefix_cache else None
         if chunk not in self._keys:
             keys = _keys_of(chunk, batch)
             self._keys[chunk] = keys, _empty_rows(keys, batch)
         keys, empty_rows = self._keys[chunk]
-        q = q.view(q.shape[0], -1, layer.qk_head_dim)
+        rows, tokens = q.shape[0], sum(batch.extend_seq_lens_cpu)
+        q = q[:tokens].view(tokens, -1, layer.qk_head_dim)
+        # Keys of a prefix are those of requests. New tokens may be padded as queries are.
+        k, v = first_rows(sum(keys.lens), k, v)
         out, lse = self._backend.extend_expanded(q, k, v, layer, batch, keys)
         if empty_rows is not None:
             # A kernel may leave anything in these rows.
             out = out.masked_fill(empty_rows[:, None, None], 0.0)
             lse = lse.masked_fill(empty_rows[:, None], -math.inf)
+        out = padded_rows(out, rows)
         if not batch.mha_return_lse:
             return out
         if not self._backend.is_lse_base_on_e:
             lse = lse * math.log(2)
-        return out, lse.contiguous()
+        return out, padded_rows(lse.contiguous(), rows)
 
     def latents(
         self, layer: RadixAttention, dtype: torch.dtype, batch: ForwardBatch

@@ -1,0 +1,104 @@
+"""What DCP serves of DP attention and of the ways in which MoE layers exchange tokens.
+
+A MoE layer gets the tokens that SGLang scatters over the ranks which ran their attention,
+after the output projection. The next attention gets them gathered again. So whatever
+moves tokens to experts is beyond DCP, where SGLang itself serves it on several ranks of
+attention.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+from sglang_dcp.support.architectures import DP_ATTENTION
+from sglang_dcp.support.rules import (
+    Unsupported,
+    Value,
+    check_rules,
+    raise_unsupported,
+)
+
+_BACKEND = "--moe-a2a-backend"
+_NONE = "use --moe-a2a-backend none, with any --ep-size"
+
+
+def _one_of(*names: str) -> Value:
+    def value(args: Any) -> Optional[str]:
+        name: Optional[str] = args.moe_a2a_backend
+        return name if name in names else None
+
+    return value
+
+
+def _without_gpu(args: Any) -> Optional[str]:
+    name: Optional[str] = args.moe_a2a_backend
+    exchanges = name not in (None, "none") and args.device == "cpu"
+    return f"{name} on a CPU" if exchanges else None
+
+
+def _lora_beside_replicas(args: Any) -> Optional[str]:
+    adapters = args.enable_lora or (args.lora_paths and args.enable_lora is None)
+    if not adapters or args.dcp.layout.replicas == 1:
+        return None
+    return "with DP attention"
+
+
+UNSUPPORTED_EXPERTS: tuple[Unsupported, ...] = (
+    Unsupported(
+        _BACKEND,
+        _one_of("flashinfer", "flashinfer_megamoe"),
+        "SGLang runs it only where each replica of DP attention has one rank",
+        "use --moe-a2a-backend deepep or none",
+    ),
+    Unsupported(
+        _BACKEND,
+        _one_of("mori", "ascend_fuseep", "ascend_tp"),
+        "it is for AMD GPUs or Ascend NPUs",
+        "use --moe-a2a-backend deepep or none",
+    ),
+    Unsupported(
+        _BACKEND,
+        _one_of("customized"),
+        "nobody knows which tokens the dispatcher of another plug-in takes",
+        _NONE,
+    ),
+    Unsupported(
+        _BACKEND,
+        _one_of("mooncake"),
+        "its dispatcher needs elastic EP, whose groups change after start",
+        "use --moe-a2a-backend deepep or none",
+        until="0.5.23",
+    ),
+    Unsupported(_BACKEND, _without_gpu, "its library runs on GPUs", _NONE),
+    Unsupported(
+        "--enable-lora",
+        _lora_beside_replicas,
+        "SGLang's adapters work only in replicas of one rank",
+        "drop the adapters, or use --dp-size replicas without DP attention",
+    ),
+)
+
+
+def check_experts(args: Any) -> None:
+    """Raise `DcpConfigError` for server arguments that DCP does not serve."""
+    check_rules(UNSUPPORTED_EXPERTS, args)
+
+
+def check_experts_of(args: Any, architecture: str) -> None:
+    """Raise `DcpConfigError` if SGLang does not scatter tokens for the model's experts.
+
+    Parameters
+    ----------
+    args
+        Resolved server arguments, with `dcp` set.
+    architecture : str
+        A model that DCP serves.
+    """
+    if args.moe_a2a_backend in (None, "none") or architecture in DP_ATTENTION:
+        return
+    raise_unsupported(
+        _BACKEND,
+        f"{args.moe_a2a_backend} with {architecture}",
+        "SGLang itself does not scatter tokens for this model's layers",
+        _NONE,
+    )
