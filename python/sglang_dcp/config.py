@@ -15,7 +15,7 @@ class DcpConfigError(ValueError):
 class Replicas(NamedTuple):
     """How often DP attention replicates the attention layers, and the flag that says so."""
 
-    count: int = 1
+    number: int = 1
     flag: str = "--dp-size"
 
 
@@ -82,7 +82,7 @@ def resolve_config(
 
     An argument is None if the user did not give the flag. Either size implies the other.
     If both are given, `attn_tp_size * dcp_size` must be `tp_size`, or with DP attention
-    `tp_size / replicas.count`.
+    `tp_size / replicas.number`.
 
     Raises
     ------
@@ -134,29 +134,29 @@ def _resolve_layout(
             )
     if attn_tp_size is None:
         attn_tp_size = ranks // (dcp_size or 1)
-    return Layout(ranks, attn_tp_size, replicas.count)
+    return Layout(ranks, attn_tp_size, replicas.number)
 
 
 def _ranks_of_replica(tp_size: int, replicas: Replicas) -> tuple[int, str]:
     """Return the ranks that run attention for one batch, and how to show them."""
-    count, flag = replicas
-    if count < 1 or tp_size % count:
+    number, flag = replicas
+    if number < 1 or tp_size % number:
         raise DcpConfigError(
-            f"{flag} {count} does not divide --tp-size {tp_size}, as DP attention needs; "
+            f"{flag} {number} does not divide --tp-size {tp_size}, as DP attention needs; "
             f"use one of {divisors(tp_size)}"
         )
-    if count == 1:
+    if number == 1:
         return tp_size, f"--tp-size {tp_size}"
-    ranks = tp_size // count
+    ranks = tp_size // number
     return (
         ranks,
-        f"the {ranks} ranks of a replica (--tp-size {tp_size} / {flag} {count})",
+        f"the {ranks} ranks of a replica (--tp-size {tp_size} / {flag} {number})",
     )
 
 
 def _fewer(tp_size: int, value: int, replicas: Replicas) -> str:
     """Name the numbers of replicas whose ranks `value` divides, with DP attention."""
-    if replicas.count == 1 or value < 1:
+    if replicas.number == 1 or value < 1:
         return ""
     fitting = [n for n in divisors(tp_size) if tp_size // n % value == 0]
     return f", or {replicas.flag} of {fitting}" if fitting else ""

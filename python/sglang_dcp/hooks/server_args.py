@@ -193,6 +193,7 @@ def finish(args: Any) -> None:
     check_server_args(resolved, requirement_of(resolved, model, api.uses_mla(args)))
     check_experts_of(resolved, (model.hf_config.architectures or ["?"])[0])
     _check_replicas(args.dcp, Replicas(*api.attention_replicas(resolved)))
+    _check_draft_model(args, resolved)
     if api.turn_off_prefill_graph(args):
         logger.info("DCP: prefill CUDA graph turned off")
     _keep_nccl_graph_mixing(resolved, args.dcp)
@@ -212,6 +213,33 @@ def finish(args: Any) -> None:
     )
 
 
+def _check_draft_model(args: Any, resolved: Any) -> None:
+    """Raise `DcpConfigError` for a draft model that DCP does not support.
+
+    Our hook checks each model config that SGLang reads. It would read this one first in
+    the schedulers.
+    """
+    path = resolved.speculative_draft_model_path
+    if not resolved.speculative_algorithm or path is None:
+        return
+    from sglang.srt.configs.model_config import ModelConfig
+
+    from sglang_dcp.layers.heads import is_mla
+    from sglang_dcp.support.backends import check_backend, requirement_of
+
+    revision = resolved.speculative_draft_model_revision
+    try:
+        draft = ModelConfig.from_server_args(
+            args, model_path=path, model_revision=revision, is_draft_model=True
+        )
+        need = requirement_of(resolved, draft, is_mla(draft))
+        check_backend(resolved.attention_backend, need)
+    except DcpConfigError as error:
+        raise DcpConfigError(
+            f"--speculative-draft-model-path {path}: {error}"
+        ) from None
+
+
 def _align_chunk(chunk: Optional[int], page: int) -> Optional[int]:
     """Round a prefill chunk down to whole logical pages, at which SGLang cuts."""
     if chunk is None or chunk <= 0 or chunk % page == 0:
@@ -228,9 +256,9 @@ def _align_chunk(chunk: Optional[int], page: int) -> Optional[int]:
 
 def _check_replicas(config: DcpConfig, replicas: Replicas) -> None:
     """Raise if SGLang decided on other replicas of DP attention than the flags name."""
-    if replicas.count != config.layout.replicas:
+    if replicas.number != config.layout.replicas:
         raise DcpConfigError(
-            f"SGLang chose {replicas.count} replicas of DP attention for this model, and "
+            f"SGLang chose {replicas.number} replicas of DP attention for this model, and "
             f"the flags name {config.layout.replicas}; name as many by {replicas.flag}"
         )
 

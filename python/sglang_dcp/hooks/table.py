@@ -283,6 +283,42 @@ HOOKS: tuple[Hook, ...] = (
     )
     + tuple(
         Hook(
+            f"speculation-{name}",
+            f"{_SRT}.speculative.{target}",
+            Kind.AROUND,
+            f"sglang_dcp.hooks.speculation:{ours}",
+            why,
+            since="0.5.23",
+        )
+        for name, target, ours, why in (
+            (
+                "draft-steps",
+                "draft_utils.DraftBackendFactory.create_decode_backend",
+                "create_draft_decode_backend",
+                "the draft model would read logical slots from a rank's pool",
+            ),
+            (
+                "draft-extend",
+                "draft_utils.DraftBackendFactory.create_draft_extend_backend",
+                "create_draft_extend_backend",
+                "the draft model would fill its pool by logical slots",
+            ),
+            (
+                "worker",
+                "spec_info.SpeculativeAlgorithm.create_worker",
+                "create_worker",
+                "NGRAM would propose trees, and each row sees all rows before it",
+            ),
+            (
+                "accepted-kv",
+                "spec_utils.move_accept_tokens_to_target_kvcache",
+                "move_accept_tokens",
+                "K/V of accepted tokens would be moved by logical slots",
+            ),
+        )
+    )
+    + tuple(
+        Hook(
             f"attention-{name.replace('_', '-')}",
             f"{_SRT}.layers.attention.attention_registry.ATTENTION_BACKENDS[{name}]",
             Kind.ENTRY,
@@ -517,6 +553,13 @@ RELIES_ON: tuple[ReliedFile, ...] = (
     ReliedFile("srt/arg_groups/pipeline.py", since="0.5.23"),
     ReliedFile("srt/mem_cache/kv_index_translator.py", since="0.5.23"),
     ReliedFile("srt/runtime_context.py", since="0.5.23"),
+    ReliedFile("srt/speculative/eagle_draft_cuda_graph_runner.py", since="0.5.23"),
+    ReliedFile("srt/speculative/eagle_info.py", since="0.5.23"),
+    ReliedFile("srt/speculative/eagle_worker_common.py", since="0.5.23"),
+    ReliedFile("srt/speculative/eagle_worker_v2.py", since="0.5.23"),
+    ReliedFile("srt/speculative/ngram_info.py", since="0.5.23"),
+    ReliedFile("srt/speculative/ngram_worker.py", since="0.5.23"),
+    ReliedFile("srt/speculative/standalone_worker_v2.py", since="0.5.23"),
 )
 
 

@@ -25,6 +25,7 @@ from sglang_dcp.layers.backends.attention_calls import (
     whole_rows,
 )
 from sglang_dcp.layers.backends.base import InnerBackend, Partial
+from sglang_dcp.layers.decode_rows import as_decode_rows
 from sglang_dcp.layers.kv_pool import write_kv
 from sglang_dcp.layers.local_batch import LocalBatch, LocalBatchBuilder
 from sglang_dcp.layers.mla.prefill import MlaPrefill
@@ -94,21 +95,32 @@ class DcpAttentionBackend(AttentionBackend):
 
     @classmethod
     def for_runner(
-        cls, backend: type[InnerBackend], runner: Any
+        cls,
+        backend: type[InnerBackend],
+        runner: Any,
+        beside: Optional[DcpAttentionBackend] = None,
     ) -> DcpAttentionBackend:
-        """Build for SGLang's `ModelRunner`, from the process's context and groups."""
+        """Build for SGLang's `ModelRunner`, from the process's context and groups.
+
+        Beside another backend of the same runner, both share local table and exchange, so
+        they may not run at once.
+        """
         context = get_context()
-        table = runner.req_to_token_pool.req_to_token
         config = context.config
-        batches = LocalBatchBuilder(
-            table, config.dcp_size, context.dcp_rank, config.page_size
-        )
+        if beside is not None:
+            batches, exchange = beside._batches.sibling(), beside.exchange
+        else:
+            batches = LocalBatchBuilder(
+                runner.req_to_token_pool.req_to_token,
+                *(config.dcp_size, context.dcp_rank, config.page_size),
+            )
+            exchange = create_exchange(
+                config.comm_backend, get_dcp_group(), workspace_spec(runner, config)
+            )
         return cls(
             backend.from_runner(RunnerView(runner, batches.local_table, config)),
             batches,
-            create_exchange(
-                config.comm_backend, get_dcp_group(), workspace_spec(runner, config)
-            ),
+            exchange,
             context,
             runner.req_to_token_pool,
             runner.token_to_kv_pool,
@@ -120,31 +132,38 @@ class DcpAttentionBackend(AttentionBackend):
         if forward_batch.forward_mode.is_idle():
             # No layer attends then, on any rank of this replica of DP attention.
             return
-        self._local = self._batches.build(forward_batch)
+        batch = as_decode_rows(forward_batch)
+        self._local = self._batches.build(batch)
         self.prefill.init_forward_metadata()
-        self.backend.init_forward_metadata(forward_batch, self._local.forward_batch)
-        self._select_q_width(replicated=forward_batch.forward_mode.is_decode())
+        self.backend.init_forward_metadata(batch, self._local.forward_batch)
+        self._select_q_width(replicated=batch.forward_mode.is_decode())
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
-        """Allocate what captured decode steps read, before the first capture."""
-        self._batches.init_static(max_bs)
-        self.backend.init_cuda_graph_state(max_bs, max_num_tokens)
+        """Allocate what captured steps read, for `max_num_tokens` rows."""
+        self._batches.init_static(max_num_tokens)
+        self.backend.init_cuda_graph_state(max_num_tokens, max_num_tokens)
 
     def init_forward_metadata_out_graph(
         self, forward_batch: ForwardBatch, in_capture: bool = False
     ) -> None:
         """Refresh what a captured decode step reads, outside the graph."""
-        if not forward_batch.forward_mode.is_decode():
+        batch = as_decode_rows(forward_batch)
+        if not batch.forward_mode.is_decode():
             raise NotImplementedError(
                 f"DCP captures decode only, not {forward_batch.forward_mode}"
             )
-        self._local = self._batches.build_static(forward_batch)
+        self._local = self._batches.build_static(batch)
         self.backend.init_graph_metadata(self._local.forward_batch, in_capture)
         self._select_q_width(replicated=True)
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
         """Return the length of padding rows: one token, which DCP rank 0 owns."""
         return 1
+
+    def update_verify_buffers_to_fill_after_draft(
+        self, spec_info: Any, cuda_graph_bs: Optional[int]
+    ) -> None:
+        """Do nothing: the plan of a chain depends on no draft token."""
 
     def _select_q_width(self, *, replicated: bool) -> None:
         if self._q_replicas is not None:
@@ -218,12 +237,16 @@ class DcpAttentionBackend(AttentionBackend):
 
         Shapes and errors are those of `forward_decode`, with local heads in `q`. Tokens
         with which SGLang pads the batch come last, and their rows are 0. In an expanded MLA
-        prefill it returns what `MlaPrefill.attend` returns. Never captured.
+        prefill it returns what `MlaPrefill.attend` returns. Never captured. A forward that
+        was planned as a decode step is one, and may be captured.
         """
+        local = self._current_batch()
+        if local.forward_batch.forward_mode.is_decode():
+            more = (save_kv_cache, q_rope, k_rope)
+            return self.forward_decode(q, k, v, layer, forward_batch, *more, **kwargs)
         check_call(layer, k, kwargs)
         if forward_batch.attn_attend_prefix_cache is not None:
             return self.prefill.attend(q, k, v, layer, forward_batch)
-        local = self._current_batch()
         rows, tokens = q.shape[0], len(local.empty_rows)
         q, k, v, q_rope, k_rope = first_rows(tokens, q, k, v, q_rope, k_rope)
         queries = whole_rows(layer, q, q_rope)
@@ -254,9 +277,7 @@ class DcpAttentionBackend(AttentionBackend):
         gathered = self.exchange.gather_heads(q)
         partial = self.backend.extend_paged_prefix(gathered, layer, local.forward_batch)
         prefix = self.exchange.reduce(
-            *partial,
-            is_lse_base_on_e=base,
-            empty_rows=local.empty_rows,
+            *partial, is_lse_base_on_e=base, empty_rows=local.empty_rows
         )
         out, _ = merge_two_states(*new, *prefix, is_lse_base_on_e=base)
         return out.to(q.dtype)

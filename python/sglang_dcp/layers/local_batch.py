@@ -76,6 +76,12 @@ class LocalBatchBuilder:
         self._fill = _filler_for(table.device)
         self._static: Optional[LocalTensors] = None
 
+    def sibling(self) -> LocalBatchBuilder:
+        """Return a builder over the same local table, with static tensors of its own."""
+        other = copy.copy(self)
+        other._static = None
+        return other
+
     def init_static(self, max_bs: int) -> None:
         """Allocate the tensors that captured decode steps read at every replay."""
         device = self.local_table.device

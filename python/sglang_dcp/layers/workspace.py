@@ -7,19 +7,31 @@ from typing import Any
 from sglang_dcp.config import DcpConfig
 from sglang_dcp.distributed.exchange import WorkspaceSpec
 from sglang_dcp.layers.heads import is_mla
+from sglang_dcp.releases.api import sglang_api
 
 
 def workspace_spec(runner: Any, config: DcpConfig) -> WorkspaceSpec:
-    """Return the largest decode step of SGLang's `ModelRunner`, as an exchange sees it."""
+    """Return the largest decode step of SGLang's `ModelRunner`, as an exchange sees it.
+
+    With speculation, each request has a row for each of its query tokens.
+    """
     model = runner.model_config
     if is_mla(model):
         dim = model.kv_lora_rank + model.qk_rope_head_dim
     else:
         dim = max(model.head_dim, model.v_head_dim)
     return WorkspaceSpec(
-        tokens=runner.req_to_token_pool.size,
+        tokens=runner.req_to_token_pool.size * rows_per_request(runner.server_args),
         heads=model.num_attention_heads // config.tp_size,
         row_bytes=dim * runner.dtype.itemsize,
         # Shorter than SGLang's watchdog, which cannot name the ranks.
         timeout_s=0.8 * runner.server_args.watchdog_timeout,
     )
+
+
+def rows_per_request(server_args: Any) -> int:
+    """Return how many rows a request has at most in a decode step.
+
+    `server_args` is SGLang's `ServerArgs`, resolved.
+    """
+    return sglang_api().resolved(server_args).speculative_num_draft_tokens or 1

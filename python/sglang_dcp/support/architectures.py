@@ -44,6 +44,13 @@ MLA_ARCHITECTURES: tuple[str, ...] = (
 
 SERVED = GQA_ARCHITECTURES + MLA_ARCHITECTURES
 
+# Draft models of these, beside any model above as a draft.
+DRAFT_ARCHITECTURES: tuple[str, ...] = (
+    "LlamaForCausalLMEagle",
+    "LlamaForCausalLMEagle3",
+    "DeepseekV3ForCausalLMNextN",
+)
+
 # SGLang shards their attention over the ranks of a replica of DP attention. It shards the
 # attention of the others over all ranks, which then hold different requests.
 DP_ATTENTION: tuple[str, ...] = (

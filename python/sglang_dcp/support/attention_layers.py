@@ -32,7 +32,7 @@ def check_attention_layers(
     config : DcpConfig
     """
     layers = dict(_attention_layers(model))
-    if len(layers) < model_config.hf_text_config.num_hidden_layers:
+    if len(layers) < _layers_of(model_config):
         shown = f"{len(layers)} attention layers"
         _raise(model, shown, "its attention does not go through SGLang's layers")
     for name, layer in layers.items():
@@ -44,6 +44,15 @@ def check_attention_layers(
     heads = model_config.hf_text_config.num_attention_heads
     _check_head_counts(model, heads, kv_head_counts(model_config)[0], config)
     _check_norms(model, kv_head_counts(model_config)[0], config)
+
+
+def _layers_of(model_config: Any) -> int:
+    """Return how many layers the model has. A draft may be a part of a checkpoint."""
+    text = model_config.hf_text_config
+    drafted = getattr(text, "num_nextn_predict_layers", None)
+    if model_config.is_draft_model and drafted:
+        return int(drafted)
+    return int(text.num_hidden_layers)
 
 
 def _attention_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -8,6 +8,7 @@ from sglang_dcp.config import DcpConfig, DcpConfigError
 from sglang_dcp.layers.heads import is_mla
 from sglang_dcp.support.architectures import (
     DP_ATTENTION,
+    DRAFT_ARCHITECTURES,
     LOADED_AS_LLAMA,
     NORMS_OVER_HEADS,
     ONE_RANK_IN_SGLANG,
@@ -98,7 +99,8 @@ def _unknown_format(model: Any) -> Optional[str]:
 
 def _architecture(model: Any) -> Optional[str]:
     name = _name(model)
-    return None if name in SERVED else name
+    drafts = DRAFT_ARCHITECTURES if model.is_draft_model else ()
+    return None if name in SERVED + drafts else name
 
 
 def _one_rank(model: Any) -> Optional[str]:

@@ -26,6 +26,7 @@ from sglang_dcp.support.rules import (
     raise_unsupported,
     switched_on,
 )
+from sglang_dcp.support.speculation import UNSUPPORTED_SPECULATION
 
 # The `capabilities` of an attention backend say which of these it reads.
 _KV_DTYPES = ("auto", "bfloat16", "bf16", "fp8_e4m3")
@@ -71,14 +72,6 @@ def _decode_graph(args: Any) -> Optional[str]:
     elif config is not None:
         name = config.decode.backend
     return None if name in (None, "full", "breakable", "disabled") else name
-
-
-def _speculation(args: Any) -> Optional[str]:
-    """With the other flag, the algorithm only names a way to capture hidden states."""
-    if args.enable_return_aux_hidden_states:
-        return None
-    name: Optional[str] = args.speculative_algorithm
-    return name or None
 
 
 def _foreign_models(args: Any) -> Optional[str]:
@@ -151,7 +144,6 @@ def _at_least_one(name: str) -> Unsupported:
 
 
 _SECOND_CUT = "prefill context parallelism cuts the sequence a second time"
-_DRAFT = "a draft token would be checked against one shard of the sequence"
 
 UNSUPPORTED_SERVER_ARGS: tuple[Unsupported, ...] = (
     _at_least_one("page_size"),
@@ -223,8 +215,7 @@ UNSUPPORTED_SERVER_ARGS: tuple[Unsupported, ...] = (
         "its kernels run whole decode steps and know of no sharded sequence",
         since="0.5.23",
     ),
-    _flag("speculative_algorithm", _DRAFT, until="0.5.23"),
-    Unsupported("--speculative-algorithm", _speculation, _DRAFT, DROP, since="0.5.23"),
+    *UNSUPPORTED_SPECULATION,
     Unsupported(
         "--disaggregation-mode",
         _disaggregation,

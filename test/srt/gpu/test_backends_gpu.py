@@ -57,7 +57,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_equals_float64_over_all_keys(name: str) -> None:
-    serve(CASES[name])
+    serve(CASES[name], speculates=True)
 
 
 if __name__ == "__main__":

@@ -62,6 +62,26 @@ def move(requests: str) -> Step:
     return Step("MOVE", dict.fromkeys(requests, 0))
 
 
+def verify(requests: str, width: int) -> Step:
+    """The target model's forward over `width` tokens of each request."""
+    return Step("TARGET_VERIFY", dict.fromkeys(requests, width))
+
+
+def draft_extend(requests: str, width: int) -> Step:
+    """The draft model's forward over the tokens of a verification."""
+    return Step("DRAFT_EXTEND_V2", dict.fromkeys(requests, width))
+
+
+def draft(requests: str, steps: int) -> Step:
+    """The draft model's forwards over one token after the other, planned at once."""
+    return Step("DRAFT", dict.fromkeys(requests, steps))
+
+
+def reject(**tokens: int) -> Step:
+    """So many tokens at the end of a request are taken back."""
+    return Step("REJECT", tokens)
+
+
 class Truth:
     """Q, K and V of every position of every request, per layer, on all ranks alike."""
 
@@ -148,6 +168,9 @@ class FakePool:
             buffer[:, new] = buffer[:, old]
             buffer[:, old] = NAN
 
+    def forget(self, slots: Sequence[int]) -> None:
+        self.keys[:, slots] = self.values[:, slots] = NAN
+
 
 class Served:
     """Requests with their logical slots, as scheduler and allocator would leave them."""
@@ -195,6 +218,10 @@ class Served:
         self._write_row(request)
         return range(first, first + tokens)
 
+    def shrink(self, request: str, tokens: int) -> None:
+        """Take back the last tokens. Their pages stay with the request."""
+        self.lens[request] -= tokens
+
     def relocate(self, request: str) -> None:
         self.pages[request] = [self._free_pages.pop() for _ in self.pages[request]]
         self._write_row(request)
@@ -208,9 +235,12 @@ class Served:
         from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
         slots = [s for name, where in new.items() for s in self.slots(name, where)]
-        lens = torch.tensor([where.stop for where in new.values()])
+        # Of the speculative forwards, only a draft's extension counts its new tokens.
+        committed = mode in ("TARGET_VERIFY", "DRAFT")
+        ends = [where.start if committed else where.stop for where in new.values()]
+        lens = torch.tensor(ends)
         batch = batch_kind()(
-            forward_mode=ForwardMode[mode],
+            forward_mode=ForwardMode["DECODE" if mode == "DRAFT" else mode],
             batch_size=len(new),
             req_pool_indices=torch.tensor([self.rows[name] for name in new]),
             seq_lens=lens,
@@ -218,7 +248,10 @@ class Served:
             seq_lens_sum=int(lens.sum()),
             out_cache_loc=torch.tensor(slots),
         )
-        if mode != "DECODE":
+        if committed or mode == "DRAFT_EXTEND_V2":
+            width = len(slots) // len(new)
+            batch.spec_info = SimpleNamespace(num_tokens_per_req=width)
+        if mode not in ("DECODE", "TARGET_VERIFY", "DRAFT"):
             batch.extend_prefix_lens_cpu = [where.start for where in new.values()]
             batch.extend_seq_lens_cpu = [len(where) for where in new.values()]
             for name in ("extend_prefix_lens", "extend_seq_lens"):

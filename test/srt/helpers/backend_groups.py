@@ -19,12 +19,16 @@ from helpers.attention_oracle import (
     Truth,
     batch_kind,
     decode,
+    draft_extend,
     extend,
     mixed,
     move,
+    reject,
+    verify,
 )
 from helpers.backend_ranks import (
     FP8,
+    GARBAGE,
     Case,
     Rank,
     real_backend,
@@ -50,6 +54,24 @@ SCRIPT = [
 ]
 # Of captured batches of four: full, and padded with SGLang's fill value.
 REPLAYS = [decode("dcfa"), decode("fa"), move("a"), decode("adf")]
+# Eager verifications. What is rejected stays in the pool, far off.
+VERIFICATIONS = [
+    verify("fdcba", 4),
+    reject(f=3, d=0, c=1, b=2, a=3),
+    draft_extend("abf", 4),
+    reject(a=2, b=3, f=0),
+    verify("a", 7),
+]
+# Of captured batches of four requests with so many rows each.
+WIDTH = 3
+REPLAYED_VERIFICATIONS = [
+    verify("dcfa", WIDTH),
+    reject(d=2, c=0, f=1, a=2),
+    verify("fa", WIDTH),
+    reject(f=2, a=1),
+    verify("adf", WIDTH),
+]
+DECODES = ("DECODE", "TARGET_VERIFY", "DRAFT_EXTEND_V2")
 
 
 class Group:
@@ -109,6 +131,17 @@ class Group:
                     unused = sorted(set(before) - set(after))
                     buffer[unused] = buffer[self.case.page_size].clone()
 
+    def reject(self, step: Step) -> None:
+        for name, count in step.tokens.items():
+            every = range(self.case.dcp_size)
+            before = [self.served.local_slots(name, r).values() for r in every]
+            self.served.shrink(name, count)
+            for r, (rank, held) in enumerate(zip(self.ranks, before)):
+                kept = self.served.local_slots(name, r).values()
+                for buffer in stored_rows(rank.pool):
+                    far = torch.full_like(buffer[:1], GARBAGE, dtype=torch.float32)
+                    buffer[sorted({*held} - {*kept})] = far.to(buffer.dtype)
+
     def merged(self) -> tuple[Tensor, Tensor]:
         """Of the noted partial results, in float64 and the backend's log base."""
         e = self.ranks[0].backend.backend.is_lse_base_on_e
@@ -137,7 +170,7 @@ class Group:
     def eager(self, step: Step, where: str) -> None:
         new, batch = self.batch(step)
         q, k, v = self.inputs(new)
-        if step.mode == "DECODE":
+        if step.mode in DECODES:
             for rank in self.ranks:
                 # Gathered here; captured steps have the heads of all ranks at once.
                 rank.exchange.all_heads = q
@@ -169,10 +202,14 @@ class Group:
 
 
 class Graphs:
-    """Captured decode of each rank: static inputs, and what the exchange was given."""
+    """Captured decode of each rank: static inputs, and what the exchange was given.
 
-    def __init__(self, group: Group) -> None:
-        self.group = group
+    With a `width`, they are verifications with so many rows for each request.
+    """
+
+    def __init__(self, group: Group, width: int = 0) -> None:
+        self.group, self.width = group, width
+        self.rows = CAPTURED * max(width, 1)
         shape = group.case.shape
         sizes = (
             (shape.q_heads, shape.qk_dim),
@@ -180,13 +217,13 @@ class Graphs:
             (shape.kv_heads, shape.v_dim),
         )
         self.static = [
-            torch.zeros(CAPTURED, *size, device=group.case.device).to(group.case.dtype)
+            torch.zeros(self.rows, *size, device=group.case.device).to(group.case.dtype)
             for size in sizes
         ]
         batch = self._padded(SimpleNamespace(batch_size=0), 0)
         self._replays = []
         for rank in group.ranks:
-            rank.backend.init_cuda_graph_state(CAPTURED, CAPTURED)
+            rank.backend.init_cuda_graph_state(CAPTURED, self.rows)
             rank.backend.init_forward_metadata_out_graph(batch, in_capture=True)
             self._replays.append(self._capture(rank, batch))
 
@@ -220,29 +257,34 @@ class Graphs:
         rows = getattr(batch, "req_pool_indices", lens.to(device))
         lens = torch.nn.functional.pad(lens, (0, more), value=1)
         slots = getattr(batch, "out_cache_loc", lens[:size].to(device))
+        verified = dict(
+            forward_mode=ForwardMode.TARGET_VERIFY,
+            spec_info=SimpleNamespace(num_tokens_per_req=self.width),
+        )
+        mode = dict(forward_mode=ForwardMode.DECODE)
         return batch_kind()(
-            forward_mode=ForwardMode.DECODE,
+            **(verified if self.width else mode),
             batch_size=CAPTURED,
             req_pool_indices=torch.nn.functional.pad(rows, (0, more)),
             seq_lens=lens.to(device),
             seq_lens_cpu=lens,
             seq_lens_sum=int(lens.sum()),
             out_cache_loc=slots,
-            positions=torch.zeros(CAPTURED, dtype=torch.int64, device=device),
+            positions=torch.zeros(self.rows, dtype=torch.int64, device=device),
         )
 
     def replay(self, step: Step, where: str) -> None:
         new, batch = self.group.batch(step)
-        size = len(new)
+        rows = len(new) * max(self.width, 1)
         inputs = self.group.inputs(new)
-        padded = self._padded(batch, size)
+        padded = self._padded(batch, len(new))
         for rank, replay in zip(self.group.ranks, self._replays):
             # For each rank: a write with scales divides K and V in place.
             for static, values in zip(self.static, inputs):
-                static[:size] = values
+                static[:rows] = values
             rank.backend.init_forward_metadata_out_graph(padded)
             out, lse = replay()
-            rank.exchange.partial = out[:size], lse[:size]
+            rank.exchange.partial = out[:rows], lse[:rows]
         self.group.check(self.group.merged()[0], new, where)
 
 
@@ -251,6 +293,8 @@ def run_steps(group: Group, steps: Sequence[Step], run: Callable[..., None]) -> 
     for number, step in enumerate(steps):
         if step.mode == "MOVE":
             group.move(step)
+        elif step.mode == "REJECT":
+            group.reject(step)
         else:
             run(step, f"{run.__name__} {number}")
 
@@ -260,11 +304,19 @@ def serve(
     steps: Sequence[Step] = SCRIPT,
     replays: Sequence[Step] = REPLAYS,
     make_backend: Callable[[Case, Any], Any] = real_backend,
+    *,
+    speculates: bool = False,
 ) -> Group:
-    """A life of requests in eager forwards, then in captured decode steps."""
+    """A life of requests in eager forwards, then in captured decode steps.
+
+    If it `speculates`, verifications follow, eager and captured.
+    """
     with sglang_context(case.device, **case.arguments):
         with attention_width(case.dcp_size):
             group = Group(case, make_backend)
             run_steps(group, steps, group.eager)
             run_steps(group, replays, Graphs(group).replay)
+            if speculates:
+                run_steps(group, VERIFICATIONS, group.eager)
+                run_steps(group, REPLAYED_VERIFICATIONS, Graphs(group, WIDTH).replay)
     return group

@@ -30,7 +30,8 @@ TAIL_MARGIN = 3.0
 class Numbers:
     """A number format, and what the plain servers that measure it have besides.
 
-    They share the name's servers, so what differs needs another name.
+    They share the name's servers, so what differs needs another name. `source` is of a
+    plugin that forces tokens in another way than usual, in all these servers.
     """
 
     name: str
@@ -39,9 +40,12 @@ class Numbers:
     plain_flags: str = ""
     plain_env: tuple[tuple[str, str], ...] = ()
     one_gpu: bool = False
+    source: str = ""
 
     @property
     def plugin(self) -> str:
+        if self.source:
+            return self.source
         return one_gpu.PLUGIN if self.one_gpu else teacher_forcing.PLUGIN
 
     def plain(self, kind: str, tp_size: int) -> Spec:

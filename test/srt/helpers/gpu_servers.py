@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import pytest
 import torch
@@ -66,7 +66,8 @@ class Spec:
     A kind `qwen3-2kv+awq` is the first one of `helpers.quantized_checkpoint` in a format.
     `env` is more of its environment, by name and value; `seed` is of its weights. With
     `one_gpu` its ranks share GPU 0 (`helpers.one_gpu`). With several `nodes` it is as many
-    launches, each of which sees GPUs of its own (`helpers.gpu_nodes`).
+    launches, each of which sees GPUs of its own (`helpers.gpu_nodes`). In `flags`, `@seed1`
+    stands for the checkpoint of the same kind with seed 1.
     """
 
     name: str
@@ -90,13 +91,22 @@ class Spec:
     def can_run(self) -> bool:
         return self.gpus <= torch.cuda.device_count()
 
-    def checkpoint(self, folder: Path) -> Path:
-        """Its model, written into `folder` if it is not there."""
-        path = folder / "models" / f"{self.kind}-{self.seed}"
+    def checkpoint(self, folder: Path, seed: Optional[int] = None) -> Path:
+        """Its model, or that of another seed, written into `folder` if not there."""
+        seed = self.seed if seed is None else seed
+        path = folder / "models" / f"{self.kind}-{seed}"
         kind, _, form = self.kind.partition("+")
         if form:
-            return make_quantized(path, kind, form, self.seed)
-        return make_tiny_model(path, kind, seed=self.seed)
+            return make_quantized(path, kind, form, seed)
+        return make_tiny_model(path, kind, seed=seed)
+
+    def flags_in(self, folder: Path) -> str:
+        """Its flags with the paths of other checkpoints."""
+
+        def written(found: re.Match[str]) -> str:
+            return str(self.checkpoint(folder, int(found[1])))
+
+        return re.sub(r"@seed(\d+)", written, self.flags)
 
 
 @dataclass(frozen=True)
@@ -122,7 +132,10 @@ def make_server(spec: Spec, folder: Path) -> ServerProcess:
     # What this machine needs, whatever the case (`benchmark/run_gpu.sh`).
     machine = os.environ.get("SGLANG_DCP_TEST_SERVER_FLAGS", "")
     flags = " ".join(
-        (COMMON, spec.pool, teacher_forcing.CONTEXT_FLAGS, machine, spec.flags)
+        (
+            *(COMMON, spec.pool, teacher_forcing.CONTEXT_FLAGS, machine),
+            spec.flags_in(folder),
+        )
     )
     env = {**ENVIRONMENT, **dict(spec.env), "PYTHONPATH": path}
     model = spec.checkpoint(folder)

@@ -28,9 +28,13 @@ from helpers.attention_oracle import (
     Step,
     Truth,
     decode,
+    draft,
+    draft_extend,
     extend,
     mixed,
     move,
+    reject,
+    verify,
 )
 from helpers.gloo_ranks import (
     Outcomes,
@@ -81,6 +85,8 @@ SHAPES = {
     },
 }
 WORLDS = (2, 3, 4)
+DRAFTS = 3
+DECODES = ("DECODE", "TARGET_VERIFY", "DRAFT_EXTEND_V2")
 
 SCRIPTS = {
     "extend-no-prefix": [extend(a=1, b=7, c=12, d=16, e=33)],
@@ -106,6 +112,32 @@ SCRIPTS = {
         decode("ab"),
         move("ab"),
         extend(a=3, b=2),
+    ],
+}
+# Drafts of a chain, then what of them is accepted: lengths around every border of ranks
+# and pages, and ranks without a key for the first rows. What is rejected becomes NaN.
+SPECULATION = {
+    "verify": [
+        extend(a=1, b=7, c=12),
+        verify("abc", 4),
+        reject(a=3, b=0, c=2),
+        verify("cab", 4),
+        reject(c=3, a=1, b=3),
+        move("b"),
+        verify("b", 1),
+        verify("ba", 7),
+        decode("ab"),
+    ],
+    # The first token of a request is never a draft, but one rank alone may hold it.
+    "draft": [
+        extend(a=1, b=6, c=12),
+        draft("abc", 3),
+        reject(a=3, b=3, c=3),
+        draft_extend("abc", 4),
+        reject(a=2, b=0, c=3),
+        draft("ca", 3),
+        reject(c=3, a=3),
+        draft_extend("ca", 4),
     ],
 }
 LIFE = [
@@ -144,6 +176,13 @@ def cases_of(tp_size: int, attn_tp_size: int) -> dict[str, Case]:
         for lse in (NAN, 0.0, float("inf")):
             named[f"garbage-lse-{lse}-{comm}"] = Case(plain, LIFE, comm, garbage=lse)
         named[f"bf16-{comm}"] = Case(plain, LIFE, comm, dtype=torch.bfloat16)
+        for (name, steps), page in itertools.product(SPECULATION.items(), (1, 4)):
+            named[f"{name}-page{page}-{comm}"] = Case(plain, steps, comm, page)
+        for name, steps in SPECULATION.items():
+            wide = Case(plain, steps, comm, replicated_q=True, garbage=NAN)
+            named[f"{name}-replicated-q-garbage-{comm}"] = wide
+            latent = Case(shapes["mla-in-parts"], steps, comm)
+            named[f"{name}-mla-in-parts-{comm}"] = latent
     return {f"tp{tp_size}-attn{attn_tp_size}-{k}": v for k, v in named.items()}
 
 
@@ -155,6 +194,7 @@ class Rank:
         from sglang_dcp.distributed.exchange import create_exchange
         from sglang_dcp.layers.attention import DcpAttentionBackend
         from sglang_dcp.layers.backends.torch_native import TorchNativeBackend
+        from sglang_dcp.layers.draft_steps import DraftSteps
         from sglang_dcp.layers.local_batch import LocalBatchBuilder
 
         self.case, self.dcp = case, layout.tp_size // layout.attn_tp_size
@@ -174,20 +214,25 @@ class Rank:
         views = LocalBatchBuilder(
             self.served.table, self.dcp, self.dcp_rank, self.served.page_size
         )
-        backend: Any = TorchNativeBackend(views.local_table, self.pool)
-        if case.garbage is not None:
-            backend = GarbageBackend(backend, case.garbage)
         self.spy = SpyExchange(create_exchange(case.comm, group))
         config = DcpConfig(layout, case.comm, case.replicated_q, case.page_size)
-        self.backend = DcpAttentionBackend(
-            backend,
-            views,
-            self.spy,  # type: ignore[arg-type]
-            DcpContext(config, tp_rank),
-            None,
-            self.pool,
-            self.spy if case.replicated_q else None,  # type: ignore[arg-type]
-        )
+
+        def make_backend(batches: Any) -> DcpAttentionBackend:
+            backend: Any = TorchNativeBackend(views.local_table, self.pool)
+            if case.garbage is not None:
+                backend = GarbageBackend(backend, case.garbage)
+            return DcpAttentionBackend(
+                backend,
+                batches,
+                self.spy,  # type: ignore[arg-type]
+                DcpContext(config, tp_rank),
+                None,
+                self.pool,
+                self.spy if case.replicated_q else None,  # type: ignore[arg-type]
+            )
+
+        self.backend = make_backend(views)
+        self.draft = DraftSteps([make_backend(views.sibling()) for _ in range(DRAFTS)])
         self.layers = [self._layer(own, width, i) for i in range(LAYERS)]
 
     def _layer(self, own: int, width: int, layer_id: int) -> Any:
@@ -206,16 +251,39 @@ class Rank:
                 after = self.served.local_slots(name, self.dcp_rank).values()
                 self.pool.move(list(before), list(after))
             return
+        if step.mode == "REJECT":
+            for name, count in step.tokens.items():
+                before = self.served.local_slots(name, self.dcp_rank).values()
+                self.served.shrink(name, count)
+                after = self.served.local_slots(name, self.dcp_rank).values()
+                self.pool.forget(list({*before} - {*after}))
+            return
         new = {name: self.served.grow(name, n) for name, n in step.tokens.items()}
         batch = self.served.batch(step.mode, new)
         self.spy.calls.clear()
-        self.backend.init_forward_metadata(batch)
-        wide = self.case.replicated_q and step.mode == "DECODE"
+        if step.mode == "DRAFT":
+            self.draft.init_forward_metadata(batch)
+            for number, backend in enumerate(self.draft.attn_backends):
+                one = {
+                    n: range(w.start + number, w.start + number + 1)
+                    for n, w in new.items()
+                }
+                yield from self._layers_over(backend, one, batch, decodes=True)
+        else:
+            self.backend.init_forward_metadata(batch)
+            decodes = step.mode in DECODES
+            yield from self._layers_over(self.backend, new, batch, decodes=decodes)
+        yield "calls", self.spy.calls.copy(), self._calls(step.mode, new)
+
+    def _layers_over(
+        self, backend: Any, new: dict[str, range], batch: Any, *, decodes: bool
+    ) -> Iterator[tuple[str, Any, Any]]:
+        wide = self.case.replicated_q and decodes
         for layer in self.layers:
             q, k, v = self._inputs(
                 new, layer.layer_id, self.shard if wide else self.own
             )
-            out = self._forward(q, k, v, layer, batch)
+            out = self._forward(backend, q, k, v, layer, batch)
             wanted = torch.cat(
                 [
                     self.truth.attention(name, layer.layer_id, where)[:, self.own]
@@ -223,15 +291,16 @@ class Rank:
                 ]
             )
             yield "attention", out, wanted.flatten(1).to(out.dtype)
-        yield "calls", self.spy.calls.copy(), self._calls(step.mode, new)
 
-    def _forward(self, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+    def _forward(
+        self, backend: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+    ) -> Tensor:
         if not self.case.shape.in_parts:
-            return self.backend.forward(q, k, v, *rest)
+            return backend.forward(q, k, v, *rest)
         sizes = self.case.shape.v_dim, self.case.shape.qk_dim - self.case.shape.v_dim
         q, q_rope = q.view(len(q), -1, sum(sizes)).split(sizes, dim=-1)
         k, k_rope = k.view(len(k), -1, sum(sizes)).split(sizes, dim=-1)
-        return self.backend.forward(q, k, k, *rest, q_rope=q_rope, k_rope=k_rope)
+        return backend.forward(q, k, k, *rest, q_rope=q_rope, k_rope=k_rope)
 
     def _inputs(self, new: dict[str, range], layer: int, heads: slice) -> list[Tensor]:
         rows: tuple[list[Tensor], ...] = ([], [], [])
@@ -243,8 +312,11 @@ class Rank:
 
     def _calls(self, mode: str, new: dict[str, range]) -> list[str]:
         replicated = self.case.replicated_q
-        if mode == "DECODE":
-            each = ["reduce"] if replicated else ["gather", "reduce"]
+        each = ["reduce"] if replicated else ["gather", "reduce"]
+        if mode == "DRAFT":
+            # All steps are planned before the first one runs.
+            return DRAFTS * (["replicated"] * replicated) + DRAFTS * each * LAYERS
+        if mode in DECODES:
             return ["replicated"] * replicated + each * LAYERS
         reads = any(where.start for where in new.values())
         return ["sharded"] * replicated + ["gather", "reduce"] * reads * LAYERS

@@ -67,6 +67,7 @@ def check(
         attention_arch=AttentionArch.MHA,
         hf_config=text,
         hf_text_config=text,
+        is_draft_model=False,
         get_total_num_kv_heads=lambda: KV_HEADS * dcp,
     )
     config = DcpConfig(layout, replicate_q_proj=replicate)

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import ast
 import inspect
+import itertools
 import random
 import sys
 import warnings
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -33,7 +35,7 @@ from helpers.mla_kernels_torch import (
     attend_pages,
     installed_wrapper,
 )
-from sglang_dcp.layers.backends import flashinfer_plan
+from sglang_dcp.layers.backends import flashinfer_mla, flashinfer_plan
 from sglang_dcp.layers.backends.base import Partial
 from sglang_dcp.layers.backends.fa3_mla import Fa3MlaBackend
 from sglang_dcp.layers.backends.flashinfer_mla import FlashInferMlaBackend
@@ -41,6 +43,7 @@ from sglang_dcp.layers.backends.flashinfer_plan import (
     ContractWrapper,
     LatentWrapper,
     Sizes,
+    check_decode_rows,
     check_int32_strides,
     heads_at_once,
     latent_wrapper,
@@ -135,7 +138,7 @@ def metadata_0_7(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("make", [fa3, flashinfer_0_7], ids=lambda make: make.__name__)
 @pytest.mark.parametrize("name", CASES)
 def test_equals_float64_over_all_keys(name: str, make: Any) -> None:
-    serve(CASES[name], STEPS, REPLAYS, make)
+    serve(CASES[name], STEPS, REPLAYS, make, speculates=True)
 
 
 @pytest.mark.parametrize("name", INSTALLED_CASES)
@@ -220,6 +223,8 @@ def test_plans_too_large_go_a_few_heads_at_a_time(
     make: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(flashinfer_plan, "_MAX_WORK", flashinfer_plan._SPLITS + 6)
+    # A decode step never goes in parts.
+    monkeypatch.setattr(flashinfer_mla, "check_decode_rows", lambda rows, heads: None)
     group = serve(BASE, STEPS, REPLAYS, make)
     backend: Any = group.ranks[0].backend.backend
     used = {plan["num_heads"] for plan in plans_of(backend._prefix)}
@@ -246,6 +251,13 @@ def test_heads_at_once(queries: list[int], heads: int, at_once: int) -> None:
 def test_tokens_that_fit_into_no_plan() -> None:
     with pytest.raises(ValueError, match="3000000 tokens"):
         heads_at_once([3_000_000], 8)
+
+
+def test_rows_of_a_decode_step_that_fit_into_one_plan() -> None:
+    for heads, rows in itertools.product((1, 16, 64, 80, 128), (1, 4000, 8064, 8065)):
+        fits = heads_at_once([1] * rows, heads) == heads
+        with nullcontext() if fits else pytest.raises(RuntimeError, match=f"^{rows} "):
+            check_decode_rows(rows, heads)
 
 
 def test_our_count_of_work_covers_flashinfers_own() -> None:

@@ -38,7 +38,9 @@ LAYOUTS = {
     "tp8-attn2-many-kv": (Layout(8, 2), 16, 16),
 }
 
-Q_WIDTHS = pytest.mark.parametrize("replicated", [False, True], ids=["sharded-q", "wide-q"])
+Q_WIDTHS = pytest.mark.parametrize(
+    "replicated", [False, True], ids=["sharded-q", "wide-q"]
+)
 
 
 def checkpoint(heads: int, kv_heads: int, v_dim: int, *more: int) -> dict[str, Any]:
@@ -275,6 +277,7 @@ def test_text_config_apart_from_the_models_own(plugins: None) -> None:
         is_hybrid_swa=False,
         has_attention_sinks=False,
         is_encoder_decoder=False,
+        is_draft_model=False,
         quantization=None,
         get_total_num_kv_heads=lambda: text.num_key_value_heads,
     )

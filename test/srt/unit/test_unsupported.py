@@ -31,8 +31,10 @@ from sglang_dcp.layers.backends.capabilities import FP8, Requirement
 from sglang_dcp.layers.backends.registry import backend_names, backends
 from sglang_dcp.releases.api import sglang_api
 from sglang_dcp.releases.installed import in_range, sglang_version
+from sglang_dcp.support import speculation
 from sglang_dcp.support.architectures import (
     DP_ATTENTION,
+    DRAFT_ARCHITECTURES,
     LOADED_AS_LLAMA,
     NORMS_OVER_HEADS,
     ONE_RANK_IN_SGLANG,
@@ -78,6 +80,16 @@ FINE_SERVER = dict(
     enable_layernorm_sp=False,
     enable_mis=False,
     speculative_algorithm=None,
+    speculative_eagle_topk=None,
+    speculative_ngram_max_bfs_breadth=10,
+    speculative_ngram_external_sam_budget=0,
+    speculative_adaptive=False,
+    enable_multi_layer_eagle=False,
+    speculative_draft_window_size=None,
+    speculative_draft_attention_backend=None,
+    speculative_draft_kv_cache_dtype=None,
+    speculative_draft_load_format=None,
+    speculative_moe_a2a_backend=None,
     enable_return_aux_hidden_states=False,
     disaggregation_mode="null",
     enable_kv_cache_sharding=False,
@@ -117,6 +129,14 @@ FINE_SERVER = dict(
 REPLICATE = {"dcp_replicate_q_proj": True}
 REPLICATED = DcpConfig(Layout(4, 2), replicate_q_proj=True)
 
+# As if their servers had been compared.
+ALGORITHMS = ("EAGLE", "NGRAM", "STANDALONE")
+
+
+def speculating(**changes: Any) -> dict[str, Any]:
+    return {"speculative_algorithm": "STANDALONE", **changes}
+
+
 # Flag, the changed server argument, and what the message shows after the flag.
 SERVER_CASES: dict[str, tuple[dict[str, Any], str]] = {
     "--page-size": ({"page_size": -1}, " -1"),
@@ -153,6 +173,42 @@ SERVER_CASES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "--enable-mis": ({"enable_mis": True}, ""),
     "--speculative-algorithm": ({"speculative_algorithm": "EAGLE"}, " EAGLE"),
+    "--speculative-eagle-topk": (speculating(speculative_eagle_topk=4), " 4"),
+    "--speculative-ngram-max-bfs-breadth": (
+        {"speculative_algorithm": "NGRAM", "speculative_ngram_max_bfs_breadth": 10},
+        " 10",
+    ),
+    "--speculative-ngram-external-sam-budget": (
+        {
+            "speculative_algorithm": "NGRAM",
+            "speculative_ngram_max_bfs_breadth": 1,
+            "speculative_ngram_external_sam_budget": 2,
+        },
+        " 2",
+    ),
+    "--attn-dp-size": (speculating(attn_dp_size=2), " 2"),
+    "--speculative-adaptive": (speculating(speculative_adaptive=True), ""),
+    "--enable-multi-layer-eagle": (speculating(enable_multi_layer_eagle=True), ""),
+    "--speculative-draft-window-size": (
+        speculating(speculative_draft_window_size=64),
+        " 64",
+    ),
+    "--speculative-draft-attention-backend": (
+        speculating(speculative_draft_attention_backend="triton"),
+        " triton",
+    ),
+    "--speculative-draft-kv-cache-dtype": (
+        speculating(speculative_draft_kv_cache_dtype="fp8_e4m3"),
+        " fp8_e4m3",
+    ),
+    "--speculative-draft-load-format": (
+        speculating(speculative_draft_load_format="sharded_state"),
+        " sharded_state",
+    ),
+    "--speculative-moe-a2a-backend": (
+        speculating(speculative_moe_a2a_backend="deepep"),
+        " deepep",
+    ),
     "--disaggregation-mode": ({"disaggregation_mode": "decode"}, " decode"),
     "--enable-kv-cache-sharding": ({"enable_kv_cache_sharding": True}, ""),
     "--enable-hierarchical-cache": ({"enable_hierarchical_cache": True}, ""),
@@ -235,6 +291,7 @@ def fine_model(**changes: Any) -> SimpleNamespace:
         has_attention_sinks=False,
         is_hybrid_swa=False,
         is_encoder_decoder=False,
+        is_draft_model=False,
         attention_arch=AttentionArch.MHA,
         quantization=None,
         context_len=8192,
@@ -312,6 +369,8 @@ def first_to_speak(table: tuple[Unsupported, ...], subject: Any) -> Unsupported:
 def server_subject(flag: str, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     if flag.startswith("SGLANG_"):
         monkeypatch.setenv(flag, "1")
+    if "specul" in str(CASES[flag]) and flag != "--speculative-algorithm":
+        monkeypatch.setattr(speculation, "SERVED", ALGORITHMS)
     return fine_server(**CASES[flag][0])
 
 
@@ -478,6 +537,41 @@ def test_an_algorithm_that_only_names_a_capture_of_hidden_states() -> None:
     check_server_args(fine_server(enable_return_aux_hidden_states=True, **changes))
 
 
+@since("enable_return_aux_hidden_states")
+@pytest.mark.parametrize("name", ["EAGLE", "EAGLE3", "NEXTN", "ngram", "STANDALONE"])
+def test_no_algorithm_is_served_yet(name: str) -> None:
+    with pytest.raises(DcpConfigError, match=f"^--speculative-algorithm {name} does"):
+        check_server_args(fine_server(speculative_algorithm=name))
+
+
+@since("enable_return_aux_hidden_states")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        speculating(speculative_eagle_topk=1),
+        speculating(speculative_draft_load_format="auto"),
+        {"speculative_algorithm": "NEXTN", "speculative_eagle_topk": 1},
+        {"speculative_algorithm": "NGRAM", "speculative_ngram_max_bfs_breadth": 1},
+    ],
+    ids=str,
+)
+def test_chains_would_be_served(
+    changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of algorithms whose servers have been compared."""
+    monkeypatch.setattr(speculation, "SERVED", ALGORITHMS)
+    check_server_args(fine_server(**changes))
+    with pytest.raises(DcpConfigError, match="--speculative-algorithm DFLASH does"):
+        check_server_args(fine_server(speculative_algorithm="DFLASH"))
+
+
+@pytest.mark.parametrize("name", DRAFT_ARCHITECTURES)
+def test_a_draft_architecture_is_no_model_to_serve(name: str) -> None:
+    check_model(fine_model(architecture=name, is_draft_model=True), CONFIG)
+    with pytest.raises(DcpConfigError, match=f"--model-path {name} does not work"):
+        check_model(fine_model(architecture=name), CONFIG)
+
+
 A2A = "--moe-a2a-backend"
 IN_REPLICAS = DcpConfig(Layout(2, 1, replicas=2))
 # What the message shows, for each rule in its order.
@@ -572,7 +666,7 @@ def test_dp_attention_is_what_sglangs_source_says(name: str) -> None:
     assert by_replica == (name in (*DP_ATTENTION, "PhiMoEForCausalLM"))
 
 
-def classes_of(model: type, known: set[type]) -> set[type]:
+def classes_of(model: Any, known: set[type]) -> set[type]:
     """`model` and the classes of SGLang's models that its source names, and so on."""
     known.add(model)
     module = sys.modules[model.__module__]
@@ -990,6 +1084,52 @@ def test_sglang_defaults_are_the_fine_values(server_args: Any) -> None:
     assert fine.pop("cuda_graph_config") is None
     assert resolved.cuda_graph_config.decode.backend in ("full", "disabled")
     assert {name: getattr(resolved, name) for name in fine} == fine
+
+
+@since("enable_return_aux_hidden_states")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        pytest.param(
+            {"architectures": ["ExaoneForCausalLM"]},
+            "^--speculative-draft-model-path .*: --model-path ExaoneForCausalLM does not",
+            id="architecture",
+        ),
+        pytest.param(
+            {"num_attention_heads": 2},
+            "^--speculative-draft-model-path .* --tp-size 4 does not divide .* 2 query",
+            id="heads",
+        ),
+        pytest.param({"architectures": ["LlamaForCausalLMEagle3"]}, "", id="eagle3"),
+        pytest.param({}, "", id="the-target"),
+    ],
+)
+def test_draft_model(
+    changes: dict[str, Any],
+    message: str,
+    server_args: Any,
+    tiny_llama: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A draft is checked at start too, and may be of an architecture of its own."""
+    monkeypatch.setattr(speculation, "SERVED", ALGORITHMS)
+    config = json.loads((Path(tiny_llama) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
+    arguments = dict(
+        tp_size=4,
+        dcp_size=2,
+        speculative_algorithm="EAGLE",
+        speculative_eagle_topk=1,
+        speculative_num_steps=3,
+        speculative_num_draft_tokens=4,
+        speculative_draft_model_path=str(tmp_path),
+    )
+    if not message:
+        assert server_args(**arguments).dcp.dcp_size == 2
+        return
+    with pytest.raises(DcpConfigError, match=message):
+        server_args(**arguments)
 
 
 def test_real_model_config_with_a_window(

@@ -16,6 +16,7 @@ from sglang_dcp.layers.backends.capabilities import BackendCapabilities
 from sglang_dcp.layers.backends.flashinfer_guard import PlanGuard
 from sglang_dcp.layers.backends.flashinfer_plan import (
     LatentWrapper,
+    check_decode_rows,
     check_int32_strides,
     heads_at_once,
     latent_wrapper,
@@ -222,6 +223,7 @@ class FlashInferMlaBackend(InnerBackend):
         return local_pages(self._table, local, self._page_size)
 
     def _plan_decode(self, local: ForwardBatch, pages: torch.Tensor) -> None:
+        check_decode_rows(local.batch_size, self._sizes.heads)
         queries = [1] * local.batch_size
         lens = local.seq_lens_cpu
         plan_pages(self._decode, self._sizes, self._sizes.heads, queries, lens, pages)

@@ -33,6 +33,16 @@ def heads_at_once(queries: Sequence[int], heads: int) -> int:
     raise ValueError(f"{sum(queries)} tokens do not fit into a FlashInfer MLA plan")
 
 
+def check_decode_rows(rows: int, heads: int) -> None:
+    """Raise RuntimeError for more rows of a decode step than fit into one plan."""
+    tile = _SMALL_TILE if heads <= _SMALL_TILE else _TILE
+    if rows * -(-heads // tile) + _SPLITS > _MAX_WORK:
+        raise RuntimeError(
+            f"{rows} rows of {heads} heads do not fit into a FlashInfer MLA plan: use a "
+            "smaller --max-running-requests or --speculative-num-draft-tokens"
+        )
+
+
 def _work(queries: Sequence[int], heads: int) -> int:
     small = sum(queries) * heads // len(queries) <= _SMALL_TILE
     tile = _SMALL_TILE if small else _TILE

@@ -1,0 +1,77 @@
+"""The forwards of speculative decoding as decode steps.
+
+`TARGET_VERIFY` and `DRAFT_EXTEND_V2` bring the same number of query tokens for each
+request. As rows of a decode step each of them has a length of its own, and every decode
+kernel serves them. Their K/V are written before attention, so that a row finds the keys
+of the rows before it at their owners.
+
+These functions return shallow copies. SGLang's batch stays as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+import torch
+
+from sglang_dcp.ops.query_rows import (
+    draft_step_lens,
+    draft_step_slots,
+    row_lens,
+    spread_rows,
+)
+
+if TYPE_CHECKING:
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+
+def as_decode_rows(batch: ForwardBatch) -> ForwardBatch:
+    """Return a decode batch with a row for each query token of a speculative forward.
+
+    `batch` is SGLang's, or in graph replay a namespace of the same fields. Any other
+    forward comes back as it is. The query tokens must form a chain: a tree needs
+    `--speculative-eagle-topk` above 1, which is refused at start.
+    """
+    mode = batch.forward_mode
+    verify = mode.is_target_verify()
+    if not verify and not mode.is_draft_extend_v2():
+        return batch
+    width = batch.spec_info.num_tokens_per_req
+    lens, lens_cpu = batch.seq_lens, batch.seq_lens_cpu
+    if not verify:
+        # SGLang counts the new tokens here, and does not in a verification.
+        lens, lens_cpu = lens - width, lens_cpu - width
+    rows = _decode_step(batch, row_lens(lens, width), row_lens(lens_cpu, width))
+    rows.batch_size = batch.batch_size * width
+    rows.req_pool_indices = spread_rows(batch.req_pool_indices, width)
+    return rows
+
+
+def as_draft_step(batch: ForwardBatch, step: int) -> ForwardBatch:
+    """Return the decode batch of step `step` of a chain that the draft model proposes.
+
+    `batch` is SGLang's batch of all steps: its lengths are those before the first step,
+    its slots those of all steps.
+    """
+    one = _decode_step(
+        batch,
+        draft_step_lens(batch.seq_lens, step),
+        draft_step_lens(batch.seq_lens_cpu, step),
+    )
+    one.out_cache_loc = draft_step_slots(batch.out_cache_loc, batch.batch_size, step)
+    return one
+
+
+def _decode_step(
+    batch: ForwardBatch, lens: torch.Tensor, lens_cpu: torch.Tensor
+) -> ForwardBatch:
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    step = copy.copy(batch)
+    step.forward_mode = ForwardMode.DECODE
+    # With it SGLang's backends would plan for a tree.
+    step.spec_info = None
+    step.seq_lens, step.seq_lens_cpu = lens, lens_cpu
+    step.seq_lens_sum = int(lens_cpu.sum())
+    return step

@@ -1,0 +1,249 @@
+"""A draft's attention: one backend for each step, and what SGLang's workers get with DCP.
+
+Only this file sees, without a GPU, that the steps of a captured draft do not share their
+static tensors, and that all of them share one local table and one exchange.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sglang_dcp.config import DcpConfig
+from sglang_dcp.context import DcpContext, clear_context, set_context
+from sglang_dcp.distributed.topology import Layout
+from sglang_dcp.hooks import speculation
+from sglang_dcp.layers import attention
+from sglang_dcp.layers.draft_steps import DraftSteps
+from sglang_dcp.layers.local_batch import LocalBatchBuilder
+from sglang_dcp.layers.workspace import rows_per_request
+from sglang_dcp.releases.installed import in_range, sglang_version
+from sglang_dcp.support import speculation as refused
+
+STEPS, REQUESTS, DCP, RANK = 4, 3, 2, 1
+CONFIG = DcpConfig(Layout(DCP, 1))
+ON, OFF = SimpleNamespace(dcp=CONFIG), SimpleNamespace(dcp=None)
+
+
+class Inner:
+    """An inner backend that keeps the local batches that it is given to plan."""
+
+    is_lse_base_on_e = True
+
+    def __init__(self, runner: Any) -> None:
+        self.table = runner.req_to_token_pool.req_to_token
+        self.planned: list[Any] = []
+        self.sizes: tuple[int, int] = (0, 0)
+
+    @classmethod
+    def from_runner(cls, runner: Any) -> Inner:
+        return cls(runner)
+
+    def init_forward_metadata(self, batch: Any, local: Any) -> None:
+        self.planned.append(local)
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        self.sizes = (max_bs, max_num_tokens)
+
+    def init_graph_metadata(self, local: Any, in_capture: bool) -> None:
+        self.planned.append(local)
+
+
+@pytest.fixture
+def context() -> Iterator[DcpContext]:
+    context = DcpContext(CONFIG, RANK)
+    set_context(context)
+    yield context
+    clear_context()
+
+
+@pytest.fixture
+def runner(context: DcpContext, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The draft's runner, with the backend that SGLang's registry made for it."""
+    monkeypatch.setattr(
+        attention,
+        "RunnerView",
+        lambda runner, table, config: SimpleNamespace(
+            req_to_token_pool=SimpleNamespace(req_to_token=table)
+        ),
+    )
+    logical = torch.arange(REQUESTS * 32, dtype=torch.int32).view(REQUESTS, 32)
+    batches = LocalBatchBuilder(logical, DCP, RANK, 1)
+    runner = SimpleNamespace(
+        server_args=ON, req_to_token_pool=None, token_to_kv_pool=None
+    )
+    view = SimpleNamespace(
+        req_to_token_pool=SimpleNamespace(req_to_token=batches.local_table)
+    )
+    runner.attn_backend = attention.DcpAttentionBackend(
+        Inner(view),  # type: ignore[arg-type]
+        batches,
+        object(),  # type: ignore[arg-type]
+        context,
+        None,
+        None,
+    )
+    runner.attn_backend.decode_attention_backend_str = "fa3"
+    return runner
+
+
+def draft_batch(lens: list[int]) -> Any:
+    """SGLang's batch of all steps, of a table whose slots are its own positions."""
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    rows = torch.arange(len(lens))
+    slots = [row * 32 + n + i for row, n in enumerate(lens) for i in range(STEPS)]
+    return SimpleNamespace(
+        forward_mode=ForwardMode.DECODE,
+        batch_size=len(lens),
+        req_pool_indices=rows,
+        seq_lens=torch.tensor(lens),
+        seq_lens_cpu=torch.tensor(lens),
+        seq_lens_sum=sum(lens),
+        out_cache_loc=torch.tensor(slots),
+        spec_info=SimpleNamespace(),
+    )
+
+
+def counted(lens: list[int], step: int) -> list[int]:
+    """How many of the positions up to a step's own this rank has."""
+    return [sum(p % DCP == RANK for p in range(n + step + 1)) for n in lens]
+
+
+@pytest.mark.parametrize("captured", [False, True], ids=["eager", "captured"])
+def test_every_step_keeps_its_own_plan(captured: bool, runner: Any) -> None:
+    steps = DraftSteps.for_runner(runner, STEPS)
+    assert len(steps.attn_backends) == STEPS - 1
+    steps.init_cuda_graph_state(8, 8)
+    lens = [5, 1, 8]
+    for lens in ([5, 1, 8], [6, 2, 7]):
+        if captured:
+            steps.init_forward_metadata_out_graph(draft_batch(lens))
+        else:
+            steps.init_forward_metadata(draft_batch(lens))
+        # Looked at when all are planned: the steps run after that.
+        for step, backend in enumerate(steps.attn_backends):
+            local = backend.backend.planned[-1]  # type: ignore[attr-defined]
+            assert local.seq_lens.tolist() == counted(lens, step)
+            assert local.seq_lens_cpu.tolist() == counted(lens, step)
+            written = [
+                (row * 32 + n + step) // DCP if (n + step) % DCP == RANK else 0
+                for row, n in enumerate(lens)
+            ]
+            assert local.out_cache_loc.tolist() == written
+            assert local.spec_info is None
+
+
+def test_steps_share_table_and_exchange(runner: Any) -> None:
+    base = runner.attn_backend
+    for backend in DraftSteps.for_runner(runner, STEPS).attn_backends:
+        assert backend is not base and backend.backend is not base.backend
+        assert backend.exchange is base.exchange
+        inner: Any = backend.backend
+        assert inner.table is base.backend.table
+        assert backend.decode_attention_backend_str == "fa3"
+
+
+def test_captured_steps_have_room_for_one_token_of_each_request(runner: Any) -> None:
+    steps = DraftSteps.for_runner(runner, STEPS)
+    steps.init_cuda_graph_state(8, 8 * STEPS)
+    sizes = {backend.backend.sizes for backend in steps.attn_backends}  # type: ignore[attr-defined]
+    assert sizes == {(8, 8)}
+    assert steps.get_cuda_graph_seq_len_fill_value() == 1
+
+
+def test_a_captured_verification_has_room_for_its_rows(runner: Any) -> None:
+    runner.attn_backend.init_cuda_graph_state(8, 8 * STEPS)
+    assert runner.attn_backend.backend.sizes == (8 * STEPS, 8 * STEPS)
+
+
+def test_an_exchange_has_room_for_all_rows(
+    server_args: Any, tiny_llama: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert rows_per_request(server_args(tp_size=2, dcp_size=2)) == 1
+    if not in_range(sglang_version(), "0.5.23", None):
+        return
+    monkeypatch.setattr(refused, "SERVED", ("STANDALONE",))
+    args = server_args(
+        tp_size=2,
+        dcp_size=2,
+        speculative_algorithm="STANDALONE",
+        speculative_draft_model_path=tiny_llama,
+        speculative_eagle_topk=1,
+        speculative_num_steps=4,
+        speculative_num_draft_tokens=5,
+    )
+    assert rows_per_request(args) == 5
+
+
+def factory(args: Any, runner: Any, steps: int = STEPS) -> Any:
+    runner.server_args = args
+    return SimpleNamespace(draft_model_runner=runner, speculative_num_steps=steps)
+
+
+def test_the_draft_gets_our_backends(runner: Any) -> None:
+    def never(factory: Any) -> Any:
+        raise AssertionError("SGLang's backend would read logical slots")
+
+    made = speculation.create_draft_decode_backend(never, factory(ON, runner))
+    assert isinstance(made, DraftSteps)
+    one = factory(ON, runner, steps=1)
+    assert speculation.create_draft_decode_backend(never, one) is None
+    assert speculation.create_draft_extend_backend(never, one) is None
+
+
+def test_without_dcp_the_draft_gets_sglangs_backends(runner: Any) -> None:
+    made, asked = object(), factory(OFF, runner)
+    hooks = (
+        speculation.create_draft_decode_backend,
+        speculation.create_draft_extend_backend,
+    )
+    for hook in hooks:
+        assert hook(lambda factory: made, asked) is made
+
+
+class NgramWorker:
+    """What our worker overrides of SGLang's."""
+
+    def _prepare_draft_tokens(self, batch: Any) -> tuple[Any, Any]:
+        width = 3
+        mask = np.tile(np.eye(width, dtype=np.int64).flatten(), len(batch.reqs))
+        return np.arange(len(batch.reqs) * width), mask
+
+
+@pytest.mark.parametrize("args", [ON, OFF], ids=["dcp", "off"])
+@pytest.mark.parametrize("ngram", [True, False], ids=["ngram", "other"])
+def test_ngram_proposes_chains_with_dcp(args: Any, ngram: bool) -> None:
+    algorithm = SimpleNamespace(is_ngram=lambda: ngram)
+    found = speculation.create_worker(
+        lambda algorithm, args: NgramWorker, algorithm, args
+    )
+    if args is OFF or not ngram:
+        assert found is NgramWorker
+        return
+    assert issubclass(found, NgramWorker) and found is not NgramWorker
+    drafts, mask = found()._prepare_draft_tokens(SimpleNamespace(reqs=[1, 2]))
+    assert drafts.tolist() == [0, 1, 2, 3, 4, 5] and mask.dtype == np.int64
+    assert mask.tolist() == [1, 0, 0, 1, 1, 0, 1, 1, 1] * 2
+
+
+def test_accepted_kv_stays_where_it_is_with_dcp() -> None:
+    moved: list[Any] = []
+    speculation.move_accept_tokens(lambda *args: moved.append(args), "slots")
+    assert moved == [("slots",)]
+    set_context(DcpContext(CONFIG, RANK))
+    try:
+        speculation.move_accept_tokens(lambda *args: moved.append(args), "slots")
+    finally:
+        clear_context()
+    assert moved == [("slots",)]
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__]))

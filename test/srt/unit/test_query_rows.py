@@ -1,0 +1,171 @@
+"""Query tokens as decode rows over all small sizes, against loops over positions.
+
+Only this file sees, for every rank and size, that the keys that row j sees on all ranks
+together are the positions 0 to H + j, each of them once. Live ranks see few sizes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from sglang_dcp.layers.decode_rows import as_decode_rows, as_draft_step
+from sglang_dcp.layers.local_batch import LocalBatchBuilder
+from sglang_dcp.ops.query_rows import (
+    chain_mask,
+    draft_step_lens,
+    draft_step_slots,
+    row_lens,
+    spread_rows,
+)
+
+SIZES = range(1, 6)
+WIDTHS = range(1, 8)
+COMMITTED = (0, 1, 2, 3, 7, 11, 12)
+PAGES = (1, 4)
+
+
+def forward_mode(name: str) -> Any:
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    return ForwardMode[name]
+
+
+def slot_table(requests: int, positions: int, page: int) -> torch.Tensor:
+    """Slots of shuffled logical pages, by row and position. Page 0 is SGLang's dummy."""
+    gen = torch.Generator().manual_seed(requests + page)
+    each = -(-positions // page)
+    pages = 1 + torch.randperm(requests * each, generator=gen).view(requests, each, 1)
+    return (pages * page + torch.arange(page)).view(requests, -1)[:, :positions].int()
+
+
+def make_batch(mode: str, width: int, table: torch.Tensor) -> Any:
+    """A speculative batch in SGLang's fields. Rows are in another order than requests."""
+    rows = torch.arange(len(COMMITTED)).flip(0)
+    lens = torch.tensor(COMMITTED)
+    slots = [
+        table[row, start : start + width]
+        for row, start in zip(rows.tolist(), lens.tolist())
+    ]
+    counted = lens + width if mode == "DRAFT_EXTEND_V2" else lens
+    return SimpleNamespace(
+        forward_mode=forward_mode(mode),
+        batch_size=len(COMMITTED),
+        req_pool_indices=rows,
+        seq_lens=counted,
+        seq_lens_cpu=counted.clone(),
+        seq_lens_sum=int(counted.sum()),
+        out_cache_loc=torch.cat(slots).long(),
+        spec_info=SimpleNamespace(num_tokens_per_req=width),
+    )
+
+
+def keys_of(
+    builder: LocalBatchBuilder, local: Any, row: int, dcp_size: int, dcp_rank: int
+) -> list[int]:
+    """Logical slots of the keys that a row of a local batch reads on its rank."""
+    where = builder.local_table[local.req_pool_indices[row], : local.seq_lens[row]]
+    return (where * dcp_size + dcp_rank).tolist()
+
+
+@pytest.mark.parametrize("mode", ["TARGET_VERIFY", "DRAFT_EXTEND_V2"])
+@pytest.mark.parametrize("dcp_size", SIZES, ids=lambda n: f"dcp{n}")
+def test_row_j_sees_the_keys_up_to_its_own_on_all_ranks_together(
+    dcp_size: int, mode: str
+) -> None:
+    for width, page in itertools.product(WIDTHS, PAGES):
+        positions = max(COMMITTED) + width
+        table = slot_table(len(COMMITTED), positions, page * dcp_size)
+        batch = make_batch(mode, width, table)
+        found: list[list[int]] = [[] for _ in range(len(COMMITTED) * width)]
+        for rank in range(dcp_size):
+            builder = LocalBatchBuilder(table, dcp_size, rank, page)
+            local = builder.build(as_decode_rows(batch)).forward_batch
+            assert torch.equal(local.seq_lens, local.seq_lens_cpu)
+            for row, keys in enumerate(found):
+                keys += keys_of(builder, local, row, dcp_size, rank)
+        for request, committed in enumerate(COMMITTED):
+            slots = table[batch.req_pool_indices[request]].tolist()
+            for j in range(width):
+                wanted = sorted(slots[: committed + j + 1])
+                assert sorted(found[request * width + j]) == wanted
+
+
+@pytest.mark.parametrize("dcp_size", SIZES, ids=lambda n: f"dcp{n}")
+def test_every_query_token_is_written_once_where_its_row_reads_it(
+    dcp_size: int,
+) -> None:
+    for width, page in itertools.product(WIDTHS, PAGES):
+        table = slot_table(len(COMMITTED), max(COMMITTED) + width, page * dcp_size)
+        batch = make_batch("TARGET_VERIFY", width, table)
+        for rank in range(dcp_size):
+            builder = LocalBatchBuilder(table, dcp_size, rank, page)
+            built = builder.build(as_decode_rows(batch))
+            written = built.forward_batch.out_cache_loc.tolist()
+            for row, slot in enumerate(batch.out_cache_loc.tolist()):
+                own = slot % dcp_size == rank
+                assert (written[row] >= page) == own
+                keys = keys_of(builder, built.forward_batch, row, dcp_size, rank)
+                assert (slot in keys) == own
+                assert bool(built.empty_rows[row]) == (not keys)
+
+
+@pytest.mark.parametrize("dcp_size", SIZES, ids=lambda n: f"dcp{n}")
+def test_draft_step_sees_its_own_position_and_none_behind_it(dcp_size: int) -> None:
+    steps = 3
+    for page in PAGES:
+        table = slot_table(len(COMMITTED), max(COMMITTED) + steps, page * dcp_size)
+        batch = make_batch("TARGET_VERIFY", steps, table)
+        for step in range(steps):
+            one = as_draft_step(batch, step)
+            found: list[list[int]] = [[] for _ in COMMITTED]
+            for rank in range(dcp_size):
+                builder = LocalBatchBuilder(table, dcp_size, rank, page)
+                local = builder.build(one).forward_batch
+                for row, keys in enumerate(found):
+                    keys += keys_of(builder, local, row, dcp_size, rank)
+            for request, committed in enumerate(COMMITTED):
+                slots = table[batch.req_pool_indices[request]].tolist()
+                assert sorted(found[request]) == sorted(slots[: committed + step + 1])
+                assert one.out_cache_loc[request] == slots[committed + step]
+
+
+def test_rows_lie_request_after_request() -> None:
+    lens = torch.tensor([5, 0], dtype=torch.int32)
+    assert row_lens(lens, 3).tolist() == [6, 7, 8, 1, 2, 3]
+    assert row_lens(lens, 3).dtype == torch.int32
+    assert spread_rows(torch.tensor([9, 4]), 3).tolist() == [9, 9, 9, 4, 4, 4]
+    assert draft_step_lens(lens, 2).tolist() == [8, 3]
+    assert draft_step_slots(torch.arange(6), 2, 1).tolist() == [1, 4]
+
+
+def test_chain_mask_lets_a_token_see_those_before_it() -> None:
+    mask = chain_mask(2, 4)
+    assert mask.shape == (2, 4, 4)
+    for i, j in itertools.product(range(4), range(4)):
+        assert mask[:, i, j].tolist() == [j <= i] * 2
+
+
+@pytest.mark.parametrize("mode", ["DECODE", "EXTEND", "MIXED"])
+def test_other_forwards_stay_as_they_are(mode: str) -> None:
+    batch = SimpleNamespace(forward_mode=forward_mode(mode))
+    assert as_decode_rows(batch) is batch  # type: ignore[arg-type, comparison-overlap]
+
+
+def test_sglangs_batch_is_not_changed() -> None:
+    batch = make_batch("DRAFT_EXTEND_V2", 3, slot_table(len(COMMITTED), 20, 4))
+    before = dict(vars(batch))
+    rows = as_decode_rows(batch)
+    assert vars(batch) == before
+    assert rows.forward_mode.is_decode() and rows.spec_info is None
+    assert rows.batch_size == len(rows.out_cache_loc) == 3 * len(COMMITTED)
+    assert rows.seq_lens_sum == int(rows.seq_lens.sum())
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__]))
