@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Callable, Optional
+from typing import Any, Callable
 
 from sglang_dcp.config import dcp_of
 
@@ -42,7 +42,7 @@ def create_worker(
 
 def move_accept_tokens(
     original: Callable[..., None], *args: Any, **kwargs: Any
-) -> Optional[Any]:
+) -> None:
     """Hook: `move_accept_tokens_to_target_kvcache`; does nothing with DCP on.
 
     SGLang moves K/V of the accepted tokens to the first slots of a verification, by
@@ -51,8 +51,7 @@ def move_accept_tokens(
     from sglang_dcp.context import find_context
 
     if find_context() is None:
-        return original(*args, **kwargs)
-    return None
+        original(*args, **kwargs)
 
 
 @functools.cache

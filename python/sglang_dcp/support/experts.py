@@ -43,6 +43,10 @@ def _lora_beside_replicas(args: Any) -> Optional[str]:
     return "with DP attention"
 
 
+def _replicas(args: Any) -> Optional[bool]:
+    return True if args.dcp.layout.replicas > 1 else None
+
+
 UNSUPPORTED_EXPERTS: tuple[Unsupported, ...] = (
     Unsupported(
         _BACKEND,
@@ -75,6 +79,13 @@ UNSUPPORTED_EXPERTS: tuple[Unsupported, ...] = (
         _lora_beside_replicas,
         "SGLang's adapters work only in replicas of one rank",
         "drop the adapters, or use --dp-size replicas without DP attention",
+    ),
+    Unsupported(
+        "--enable-dp-attention",
+        _replicas,
+        "a server did not answer its first request on this release of SGLang",
+        "use SGLang 0.5.23, or --dp-size replicas without DP attention",
+        until="0.5.23",
     ),
 )
 

@@ -29,8 +29,16 @@ from helpers.nccl_ranks import needs_gpus
 from helpers.teacher_forcing import Wave
 from sglang_dcp.demo.client import Reply, http_json
 from sglang_dcp.demo.server import ServerProcess
+from sglang_dcp.releases.installed import in_range, sglang_version
 
-pytestmark = [pytest.mark.server, needs_gpus(2)]
+pytestmark = [
+    pytest.mark.server,
+    needs_gpus(2),
+    pytest.mark.skipif(
+        not in_range(sglang_version(), "0.5.23", None),
+        reason="DCP refuses DP attention with this SGLang",
+    ),
+]
 
 KINDS = ("qwen3-moe-d128", "mla-moe-d512")
 REPLICAS = "--enable-dp-attention --dp-size 2 --dcp-size 2"

@@ -165,25 +165,20 @@ def reconstruct(
     width = draft_token_num
     masks = tree_mask.view(batch_size, width, width).bool().tolist()
     retrieve_index.copy_(torch.arange(batch_size * width).view(batch_size, width))
+    nodes = range(width)
     for request, mask in enumerate(masks):
-        parents = [
-            max((j for j in range(i) if mask[i][j]), default=-1) for i in _(mask)
-        ]
-        for node in _(mask):
+        parents = [max((j for j in range(i) if mask[i][j]), default=-1) for i in nodes]
+        for node in nodes:
             depth = sum(mask[node][:node])
             at = int(verified_seq_len[request]) + depth
             positions[request * width + node] = at
-            children = [i for i in _(mask) if parents[i] == node]
-            siblings = [i for i in _(mask) if i > node and parents[i] == parents[node]]
+            children = [i for i in nodes if parents[i] == node]
+            siblings = [i for i in nodes if i > node and parents[i] == parents[node]]
             retrieve_next_token[request, node] = min(children, default=-1)
             rooted = parents[node] >= 0
             retrieve_next_sibling[request, node] = (
                 min(siblings, default=-1) if rooted else -1
             )
-
-
-def _(mask: list[list[bool]]) -> range:
-    return range(len(mask))
 
 
 def verify_tree_greedy_func(

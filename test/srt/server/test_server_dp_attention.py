@@ -25,12 +25,18 @@ from sglang_dcp.demo.client import Reply, http_json
 from sglang_dcp.demo.server import ServerProcess
 from sglang_dcp.demo.tiny_kinds import KINDS
 from sglang_dcp.demo.tiny_model import make_model
+from sglang_dcp.releases.installed import in_range, sglang_version
 
 pytestmark = pytest.mark.server
 
+SERVES_REPLICAS = pytest.mark.skipif(
+    not in_range(sglang_version(), "0.5.23", None),
+    reason="DCP refuses DP attention with this SGLang",
+)
+
 CHECK_EVERY_BATCH = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1"}
 REPLICAS = DCP_SIZE = 2
-# The name that both releases have. 0.5.23 calls it --attn-dp-size, too.
+# 0.5.23 calls it --attn-dp-size, too.
 DP = "--tp 4 --enable-dp-attention --dp-size 2"
 PLAIN = "--attention-backend torch_native"
 POOL = 4096
@@ -124,12 +130,14 @@ def references(
     yield reference
 
 
+@SERVES_REPLICAS
 def test_replicas_with_dcp(
     models: Callable[[str], Path], references: Callable[[str], Reference]
 ) -> None:
     check(SHORT, models, references)
 
 
+@SERVES_REPLICAS
 @pytest.mark.long
 @pytest.mark.parametrize("case", LONG.values(), ids=LONG.keys())
 def test_replicas_with_dcp_long(

@@ -82,7 +82,7 @@ class Subscriber:
         from sglang.srt.disaggregation.kv_events import BlockStored, KVEventBatch
 
         # Its events are arrays on one release, and maps on another.
-        decoder = msgspec.msgpack.Decoder(KVEventBatch)
+        decoder: msgspec.msgpack.Decoder[KVEventBatch] = msgspec.msgpack.Decoder(KVEventBatch)
         events: list[BlockStored] = []
         while self._socket.poll(int(seconds * 1000)):
             batch = decoder.decode(self._socket.recv_multipart()[-1])

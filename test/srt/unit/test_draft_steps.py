@@ -121,7 +121,6 @@ def test_every_step_keeps_its_own_plan(captured: bool, runner: Any) -> None:
     steps = DraftSteps.for_runner(runner, STEPS)
     assert len(steps.attn_backends) == STEPS - 1
     steps.init_cuda_graph_state(8, 8)
-    lens = [5, 1, 8]
     for lens in ([5, 1, 8], [6, 2, 7]):
         if captured:
             steps.init_forward_metadata_out_graph(draft_batch(lens))

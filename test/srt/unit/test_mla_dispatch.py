@@ -18,6 +18,7 @@ from sglang_dcp.context import DcpContext
 from sglang_dcp.distributed.topology import Layout
 from sglang_dcp.layers.mla import dispatch
 from sglang_dcp.layers.mla.form import PrefillForm
+from sglang_dcp.layers.mla.prefill import MlaPrefill
 
 ENTRIES = {
     "fa3": dispatch.mla_forward_method_fa3,
@@ -37,7 +38,9 @@ def dcp(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         if form in (PrefillForm.ONE_SHOT, PrefillForm.PREFIX_CHUNKS):
             prepared.append(batch)
 
-    prefill = SimpleNamespace(prepare=prepare, stored_itemsize=2)
+    prefill = SimpleNamespace(
+        form=lambda choose: choose(), prepare=prepare, stored_itemsize=2
+    )
     backend = SimpleNamespace(prefill=prefill)
     monkeypatch.setattr(dispatch, "_backend", lambda: backend)
     return prepared
@@ -199,6 +202,17 @@ def test_the_entries_are_those_that_sglang_registers() -> None:
     for name in ENTRIES:
         assert callable(getattr(handlers, f"handle_attention_{name}"))
         assert name in handlers.AttentionBackendRegistry._handlers
+
+
+def test_the_first_layer_of_each_forward_chooses_for_all() -> None:
+    nothing: Any = None
+    prefill = MlaPrefill(nothing, nothing, nothing, nothing)
+    wanted = iter((PrefillForm.ABSORBED, PrefillForm.ONE_SHOT))
+    forms = []
+    for _ in range(2):
+        prefill.init_forward_metadata()
+        forms += [prefill.form(lambda: next(wanted)) for _ in range(3)]
+    assert forms == [PrefillForm.ABSORBED] * 3 + [PrefillForm.ONE_SHOT] * 3
 
 
 if __name__ == "__main__":

@@ -11,11 +11,16 @@ import pytest
 from helpers.server_args import as_server_info, configure_scheduler
 from sglang_dcp.context import DcpContext, get_context
 from sglang_dcp.releases.api import sglang_api
+from sglang_dcp.releases.installed import in_range, sglang_version
 
 MIXING = "NCCL_GRAPH_MIXING_SUPPORT"
 DCP = {"tp_size": 2, "dcp_size": 2}
 WIDE = {"tp_size": 4, "dcp_size": 2}
 REPLICAS = {"enable_dp_attention": True, "dp_size": 2}
+SERVES_REPLICAS = pytest.mark.skipif(
+    not in_range(sglang_version(), "0.5.23", None),
+    reason="DCP refuses DP attention with this SGLang",
+)
 
 pytestmark = pytest.mark.usefixtures("plugins")
 
@@ -29,7 +34,9 @@ pytestmark = pytest.mark.usefixtures("plugins")
         pytest.param({**WIDE, "ep_size": 4}, None, "0", id="ep-is-tp"),
         # SGLang would turn mixing off: what DCP sets keeps NCCL's default.
         pytest.param({**WIDE, "ep_size": 2}, None, "1", id="ep-within-tp"),
-        pytest.param({**WIDE, **REPLICAS}, None, "1", id="dp-attention"),
+        pytest.param(
+            {**WIDE, **REPLICAS}, None, "1", id="dp-attention", marks=SERVES_REPLICAS
+        ),
     ],
 )
 def test_nccl_graph_mixing(
@@ -63,6 +70,7 @@ def test_dcp_size_is_the_users_until_a_scheduler_has_it(server_args: Any) -> Non
     assert sglang_api().resolved(plain).dcp_size == 1
 
 
+@SERVES_REPLICAS
 @pytest.mark.parametrize(("tp_rank", "wanted"), [(0, 0), (1, 1), (2, 0), (3, 1)])
 def test_a_rank_counts_inside_its_replica(
     tp_rank: int, wanted: int, server_args: Any, tiny_qwen3: str

@@ -76,10 +76,12 @@ def _forward_method(
     if absorbed or not batch.forward_mode.is_extend_without_speculative():
         return AttnForwardMethod.MLA
     prefill = _backend().prefill
-    form = choose_prefill_form(
-        prefill_batch(batch),
-        mla_sizes(attention, context.config.dcp_size, prefill.stored_itemsize),
-        expand_prefix=not attention.disable_chunked_prefix_cache,
+    form = prefill.form(
+        lambda: choose_prefill_form(
+            prefill_batch(batch),
+            mla_sizes(attention, context.config.dcp_size, prefill.stored_itemsize),
+            expand_prefix=not attention.disable_chunked_prefix_cache,
+        )
     )
     prefill.prepare(batch, form)
     return methods[form]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Optional, Union
 
 import torch
@@ -61,6 +61,7 @@ class MlaPrefill:
         # By index of the prefix chunk, None for other keys. The first layer fills them.
         self._keys: dict[Optional[int], tuple[MhaKeys, Optional[torch.Tensor]]] = {}
         self._plans: dict[Optional[int], LatentPlan] = {}
+        self._form: Optional[PrefillForm] = None
         self._logged = False
 
     @property
@@ -72,6 +73,13 @@ class MlaPrefill:
         """Drop the plans of the previous forward."""
         self._keys.clear()
         self._plans.clear()
+        self._form = None
+
+    def form(self, choose: Callable[[], PrefillForm]) -> PrefillForm:
+        """Return the form of this forward. The first layer chooses it for all."""
+        if self._form is None:
+            self._form = choose()
+        return self._form
 
     def prepare(self, batch: ForwardBatch, form: PrefillForm) -> None:
         """Set what the chosen form needs in SGLang's batch; a repeat changes nothing."""
