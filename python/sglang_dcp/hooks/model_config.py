@@ -19,11 +19,14 @@ def model_config_from_server_args(
     """
     from sglang_dcp.layers.heads import is_scaled, scale_kv_heads
     from sglang_dcp.support.models import check_model
+    from sglang_dcp.support.quantization import check_replicated_q
 
     model = original(server_args, *args, **kwargs)
     config = dcp_of(server_args)
     if config is not None and not is_scaled(model):
         check_model(model, config)
+        if config.replicate_q_proj:
+            check_replicated_q(model, server_args.device)
         scale_kv_heads(model, config)
     return model
 

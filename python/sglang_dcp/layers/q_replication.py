@@ -13,6 +13,7 @@ Source: Helix, arXiv 2507.07120, section 2.1.1.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import Any, Callable, Optional
 
 import torch
@@ -49,6 +50,16 @@ def around_weight_update(
     if context is not None and context.config.replicate_q_proj:
         updater.get_model_runner().dcp_q_replicas.refresh()
     return result
+
+
+def q_projections(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield the name and the layer of each Q projection that can be replicated."""
+    for name, module in model.named_modules():
+        if _is_gqa_attention(module):
+            yield f"{name}.qkv_proj", module.qkv_proj
+        elif _is_mla_attention(module):
+            which, layer = _q_of_mla(module)
+            yield f"{name}.{which}", layer
 
 
 def widen_q_projections(model: nn.Module, context: DcpContext) -> None:
@@ -147,6 +158,10 @@ class QReplicas:
             attention.select(replicated)
 
 
+def _is_gqa_attention(module: Any) -> bool:
+    return qkv_layer_of(module) is not None and hasattr(module, "qkv_proj")
+
+
 def _is_mla_attention(module: Any) -> bool:
     return hasattr(module, "w_kc") and hasattr(module, "forward_absorb_prepare")
 
@@ -157,7 +172,7 @@ def _q_of_mla(module: Any) -> tuple[str, Any]:
 
 
 def _replicate(module: nn.Module, group: Any) -> Optional[_ReplicatedAttention]:
-    if qkv_layer_of(module) is not None and hasattr(module, "qkv_proj"):
+    if _is_gqa_attention(module):
         return _ReplicatedGqa(module, group)
     if _is_mla_attention(module):
         return _ReplicatedMla(module, group)

@@ -14,7 +14,11 @@ from sglang_dcp.support.architectures import (
     ONE_RANK_IN_SGLANG,
     SERVED,
 )
-from sglang_dcp.support.quantization import CUTS_BY_RANK, is_unknown
+from sglang_dcp.support.quantization import (
+    CUTS_BY_RANK,
+    is_unknown,
+    quantization_config,
+)
 from sglang_dcp.support.rules import Unsupported, check_rules, raise_unsupported
 
 
@@ -80,10 +84,7 @@ def _block_scales(model: Any) -> Optional[str]:
     """The loader of Llama renames scales of fp8 blocks, and then finds no place for them."""
     if _name(model) not in LOADED_AS_LLAMA or model.quantization != "fp8":
         return None
-    config = getattr(model.hf_config, "quantization_config", None) or {}
-    if not isinstance(config, dict):
-        config = config.to_dict()
-    size = config.get("weight_block_size")
+    size = quantization_config(model).get("weight_block_size")
     return _named(model, f"weight_block_size {size}") if size else None
 
 

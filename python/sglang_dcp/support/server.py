@@ -14,6 +14,11 @@ from sglang_dcp.layers.backends.capabilities import Requirement
 from sglang_dcp.support.backends import check_backend
 from sglang_dcp.support.experts import check_experts
 from sglang_dcp.support.lora import UNSUPPORTED_LORA, check_adapters_of_latents
+from sglang_dcp.support.quantization import (
+    DROP_REPLICATION,
+    UNPROVEN,
+    torchao_beside_replicated_q,
+)
 from sglang_dcp.support.rules import (
     DROP,
     Unsupported,
@@ -249,6 +254,13 @@ UNSUPPORTED_SERVER_ARGS: tuple[Unsupported, ...] = (
         "its projections do not take their heads from SGLang's layers",
         "use --model-impl auto",
         fine=("auto", "sglang"),
+    ),
+    Unsupported(
+        "--torchao-config",
+        torchao_beside_replicated_q,
+        UNPROVEN,
+        DROP_REPLICATION,
+        until="0.5.23",
     ),
     Unsupported(
         "--cpu-offload-gb",

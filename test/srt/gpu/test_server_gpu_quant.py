@@ -4,6 +4,8 @@ Only here do the kernels of quantized layers run with K/V heads and Q projection
 cut: weights that were repacked for a kernel, and decode in CUDA graphs on them. Each server
 is measured against plain servers of the same checkpoint. `-k` chooses cases by the words in
 their names (`-k "fp8-block and replicated"`). A machine with one GPU runs `one-gpu` alone.
+
+The plugin opens servers with replicated Q, which DCP refuses otherwise.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from helpers.gpu_servers import Fleet
 from helpers.nccl_ranks import needs_gpus
 from helpers.quantized import FORMATS, ONLINE_FP8
 from helpers.quantized_checkpoint import QUANTIZED_KINDS
+from helpers.replication_door import opened
 from helpers.teacher_forcing import Prompt, Wave
 from helpers.weight_updates import (
     Update,
@@ -101,10 +104,15 @@ def kv_scales() -> Iterator[Case]:
         )
 
 
+def behind_the_door() -> Iterator[Case]:
+    for case in (*cases(), *kv_scales(), *on_one_gpu()):
+        yield replace(case, plugin=opened(case.numbers.plugin))
+
+
 fleet = fleet_fixture(build_waves)
 
 
-@pytest.mark.parametrize("case", params([*cases(), *kv_scales(), *on_one_gpu()]))
+@pytest.mark.parametrize("case", params(behind_the_door()))
 def test_within_the_spread_of_tp(case: Case, fleet: Fleet) -> None:
     assert_within_spread(case, fleet)
     ran = fleet.run(case.spec).decode_batches(graph=not case.eager)
@@ -126,7 +134,8 @@ def test_updated_weights_answer_as_loaded_ones(
 ) -> None:
     """Of the other formats, SGLang itself takes no weights once it has repacked them."""
     exchange = "symm_a2a", True
-    old = exchange_case(kind, TP2_DCP2, "fa3", exchange, ("updated", "")).spec
+    case = exchange_case(kind, TP2_DCP2, "fa3", exchange, ("updated", ""))
+    old = replace(case, plugin=opened(case.numbers.plugin)).spec
     assert_answers_as_loaded(old, replace(old, name="loaded", seed=1), update, tmp_path)
 
 

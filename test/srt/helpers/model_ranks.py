@@ -199,7 +199,8 @@ def _enter(args: Any, rank: int) -> None:
 
     if args.dcp is not None:
         sglang_api().hide_dcp_size(args)
-        set_context(DcpContext(args.dcp, rank))
+        # With DP attention, a rank counts inside its replica.
+        set_context(DcpContext(args.dcp, rank % args.dcp.tp_size))
     if in_range(sglang_version(), None, "0.5.21"):
         return
     from sglang.benchmark import one_batch
@@ -247,6 +248,9 @@ def _forced_logprobs(one_batch: Any, runner: Any) -> torch.Tensor:
     ids = forced_ids()
     prompts = [row[:length] for row, length in zip(ids, PROMPTS)]
     requests = one_batch.prepare_synthetic_inputs_for_latency_test(0, 0, prompts)
+    for request in requests:
+        # DP attention reads it as a string.
+        request.rid = str(request.rid)
     _, logits, batch = runner.extend(requests)
     rows = [logits.clone()]
     for step in range(STEPS):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, ContextManager
 
 import pytest
 import torch
@@ -38,7 +38,10 @@ def quant_config(form: Format) -> Any:
 
 
 class Place:
-    """Rank `rank` of a layout, with the Q projection replicated or not."""
+    """Rank `rank` of a layout, with the Q projection replicated or not.
+
+    With replicas of DP attention it is a rank of the last of them.
+    """
 
     def __init__(self, layout: Layout, rank: int, replicated: bool) -> None:
         self.layout, self.rank, self.replicated = layout, rank, replicated
@@ -48,10 +51,17 @@ class Place:
         config = DcpConfig(self.layout, replicate_q_proj=self.replicated)
         set_context(DcpContext(config, self.rank))
 
-    def _given(self, kind: type) -> dict[str, int]:
+    def width(self) -> ContextManager[Any]:
+        """What SGLang's readers see on this rank."""
+        layout = self.layout
+        return attention_width(layout.tp_size, self.rank, layout.replicas)
+
+    def _given(self, kind: type) -> dict[str, Any]:
         """Later releases read rank and size from the context."""
         names = inspect.signature(inspect.unwrap(vars(kind)["__init__"])).parameters
-        place = {"tp_rank": self.rank, "tp_size": self.layout.tp_size}
+        place: dict[str, Any] = {"tp_rank": self.rank, "tp_size": self.layout.tp_size}
+        if self.layout.replicas > 1:
+            place = {"parallel_group": "attn_tp"}
         return {name: place[name] for name in place if name in names}
 
     def qkv_layer(
@@ -61,7 +71,7 @@ class Place:
         from sglang.srt.layers.linear import QKVParallelLinear
 
         self.enter()
-        with attention_width(self.layout.tp_size, self.rank):
+        with self.width():
             return QKVParallelLinear(
                 *(hidden, head_dim, heads, kv_heads * self.layout.dcp_size),
                 bias=False,
@@ -76,7 +86,7 @@ class Place:
         from sglang.srt.layers.linear import ColumnParallelLinear
 
         self.enter()
-        with attention_width(self.layout.tp_size, self.rank):
+        with self.width():
             return ColumnParallelLinear(
                 inputs,
                 outputs,

@@ -28,12 +28,21 @@ from helpers.model_ranks import (
 )
 from sglang_dcp.demo.tiny_kinds import KINDS
 from sglang_dcp.demo.tiny_model import make_model
+from sglang_dcp.releases.installed import in_range, sglang_version
 from sglang_dcp.support.architectures import NORMS_OVER_HEADS, SERVED
 
 TP1 = Run("tp1", (("tp_size", 1),))
 DCP2 = Run("dcp2", (("tp_size", 2), ("dcp_size", 2), ("dcp_comm_backend", "a2a")))
 REPLICATED = Run("dcp2-q", (*DCP2.arguments, ("dcp_replicate_q_proj", True)))
 UPDATED = Run("dcp2-q-updated", REPLICATED.arguments, updated=True)
+# Two replicas of DP attention, which prefill and decode the same tokens together.
+IN_REPLICAS = Run(
+    "tp4-dp2-q",
+    (
+        *(("tp_size", 4), ("dp_size", 2), ("enable_dp_attention", True)),
+        *REPLICATED.arguments[1:],
+    ),
+)
 ATTN2 = Run("tp4-attn2", (("tp_size", 4), ("attn_tp_size", 2)))
 
 # Their K weights are cut or repeated for each rank, and replicated Q is refused.
@@ -42,6 +51,9 @@ OVER_HEADS = [
 ]
 # GQA and MLA: new weights reach a wide Q projection, and K weights that were gathered.
 UPDATES = ("mimo", "deepseek-v3")
+# GQA and MLA: each replica has a Q projection as wide as its own DCP group.
+SERVES_REPLICAS = in_range(sglang_version(), "0.5.23", None)
+REPLICAS = ("glm4-moe", "deepseek-v3") if SERVES_REPLICAS else ()
 # Set it to run each model in every way, which takes twice as long.
 ALL_RUNS = bool(os.environ.get("SGLANG_DCP_TEST_ALL_RUNS"))
 
@@ -50,8 +62,11 @@ def _runs(name: str) -> tuple[Run, ...]:
     """With replicated Q, a prefill projects as without. So one run covers both."""
     if name in OVER_HEADS:
         return TP1, DCP2, ATTN2
-    runs = (TP1, DCP2, REPLICATED, ATTN2) if ALL_RUNS else (TP1, REPLICATED)
-    return (*runs, UPDATED) if name in UPDATES else runs
+    updated = (UPDATED,) * (name in UPDATES)
+    if not ALL_RUNS:
+        return (TP1, REPLICATED, *updated)
+    replicas = (IN_REPLICAS,) * (name in REPLICAS)
+    return (TP1, DCP2, REPLICATED, ATTN2, *updated, *replicas)
 
 
 CASES = {name: _runs(name) for name in MODEL_KINDS}

@@ -12,7 +12,7 @@ import importlib
 import json
 import sys
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Iterable, Iterator
 
 import pytest
 import torch
@@ -41,16 +41,21 @@ CASES = [
     *(("qwen3-2kv", name) for name in FORMATS),
     *((kind, name) for kind in ("qwen3-moe", "mla-v3") for name in MOE),
 ]
+# Scales that are cut as the weights are, and K weights with one scale on each rank.
+SHORT = (("qwen3-2kv", "fp8-block"), ("mla-v3", "fp8-tensor"))
 
 
 @pytest.fixture(scope="module")
-def faults(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def faults(
+    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> dict[str, str]:
     """What the worker found, by kind and format: the faults of the ranks, or ""."""
     folder = tmp_path_factory.mktemp("quantized")
     done = run_python(
         __file__,
         "--worker",
         str(folder),
+        *(f"{kind} {name}" for kind, name in _chosen(request)),
         timeout_s=1800,
         CUDA_VISIBLE_DEVICES="",
         HF_HUB_OFFLINE="1",
@@ -61,7 +66,21 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize(("kind", "name"), CASES)
+def _chosen(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
+    """The cases of this file that pytest selected."""
+    for item in request.session.items:
+        if isinstance(item, pytest.Function) and item.path == request.path:
+            params = item.callspec.params
+            yield params["kind"], params["name"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        pytest.param(*case, marks=[pytest.mark.long] * (case not in SHORT))
+        for case in CASES
+    ],
+)
 def test_loaded_on_all_ranks(kind: str, name: str, faults: dict[str, str]) -> None:
     assert not faults[f"{kind} {name}"], faults[f"{kind} {name}"]
 
@@ -125,18 +144,18 @@ def _far(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got - want).norm() / want.norm())
 
 
-def _work(folder: Path) -> None:
+def _work(folder: Path, cases: Iterable[str]) -> None:
     for module in ("sglang.benchmark.one_batch", "sglang.srt.models.registry"):
         importlib.import_module(module)
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
-    found = dict(_faults(folder))
+    found = dict(_faults(folder, cases))
     (folder / "faults.json").write_text(json.dumps(found))
 
 
-def _faults(folder: Path) -> Iterator[tuple[str, str]]:
-    for kind, name in CASES:
+def _faults(folder: Path, cases: Iterable[str]) -> Iterator[tuple[str, str]]:
+    for kind, name in (case.split() for case in cases):
         model, label = folder / f"{kind}-{name}", f"{kind}-{name}"
 
         def make(model: Path = model, kind: str = kind, name: str = name) -> None:
@@ -154,6 +173,6 @@ def _faults(folder: Path) -> Iterator[tuple[str, str]]:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
-        _work(Path(sys.argv[2]))
+        _work(Path(sys.argv[2]), sys.argv[3:])
     else:
         sys.exit(pytest.main([__file__]))

@@ -6,6 +6,7 @@ and compares weights and scales with rows of the checkpoint. Kernels do not run.
 
 from __future__ import annotations
 
+import functools
 import sys
 from dataclasses import replace
 from typing import Any
@@ -13,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.parallel import attention_width
 from helpers.quantized import FORMATS, ONLINE_FP8, Format
 from helpers.quantized_layers import (
     Place,
@@ -25,8 +25,10 @@ from helpers.quantized_layers import (
 from sglang_dcp.context import clear_context, get_context
 from sglang_dcp.distributed.topology import Layout
 from sglang_dcp.layers.q_replication import widen_q_projections
+from sglang_dcp.releases.installed import in_range, sglang_version
 
 HIDDEN, HEAD_DIM = 256, 128
+SERVES_REPLICAS = in_range(sglang_version(), "0.5.23", None)
 LAYOUTS = {
     "tp2-attn1-2kv": (Layout(2, 1), 4, 2),
     "tp4-attn2": (Layout(4, 2), 8, 2),
@@ -51,12 +53,15 @@ def matrix(rows: int, seed: int) -> torch.Tensor:
     return (torch.randn(rows, HIDDEN, generator=gen) * sizes).half().float()
 
 
-def parts_of(form: Format, heads: int, kv_heads: int) -> dict[str, Any]:
-    rows = {"q": heads, "k": kv_heads, "v": kv_heads}
-    return {
+@functools.cache
+def parts_of(name: str, heads: int, kv_heads: int) -> tuple[Any, Any]:
+    """The checkpoint of Q, K and V by part, and what it stands for."""
+    form, rows = ALL[name], {"q": heads, "k": kv_heads, "v": kv_heads}
+    checkpoint = {
         part: form.quantize(matrix(count * HEAD_DIM, seed))
         for seed, (part, count) in enumerate(rows.items())
     }
+    return checkpoint, {part: form.dequantize(t) for part, t in checkpoint.items()}
 
 
 def heads_of(whole: torch.Tensor, first: int, count: int) -> torch.Tensor:
@@ -68,8 +73,7 @@ def heads_of(whole: torch.Tensor, first: int, count: int) -> torch.Tensor:
 @pytest.mark.parametrize("name", ALL)
 def test_qkv_layer_holds_its_heads(name: str, layout: str, replicated: bool) -> None:
     form, (sizes, heads, kv_heads) = ALL[name], LAYOUTS[layout]
-    checkpoint = parts_of(form, heads, kv_heads)
-    wanted = {part: form.dequantize(found) for part, found in checkpoint.items()}
+    checkpoint, wanted = parts_of(name, heads, kv_heads)
     width = sizes.attn_tp_size if replicated else sizes.tp_size
     for rank in range(sizes.tp_size):
         place = Place(sizes, rank, replicated)
@@ -109,7 +113,7 @@ def model_of(place: Place, form: Format, lora: bool = True) -> Any:
 
 
 def widened(place: Place, model: Any) -> Any:
-    with attention_width(place.layout.tp_size, place.rank):
+    with place.width():
         widen_q_projections(model, get_context())
     return model["model"]["layers"][0]["self_attn"]
 
@@ -128,6 +132,31 @@ def test_q_of_mla_holds_the_heads_of_its_group(name: str, lora: bool) -> None:
         got = read_back(form, layer)
         torch.testing.assert_close(got, wanted.chunk(2)[rank // 2], rtol=1e-3, atol=0)
         assert attention.kv_b_proj.output_size_per_partition == 2 * HEAD_DIM
+
+
+@pytest.mark.skipif(not SERVES_REPLICAS, reason="DCP refuses DP attention there")
+@pytest.mark.parametrize("replicated", [False, True], ids=["sharded", "replicated"])
+def test_layers_of_a_replica_of_dp_attention(replicated: bool) -> None:
+    """Its ranks alone share the heads, as if the others were not there."""
+    name, layout = "fp8-block", Layout(4, 2, replicas=2)
+    form, (checkpoint, wanted) = ALL[name], parts_of(name, 8, 2)
+    for rank in range(4):
+        place = Place(layout, rank, replicated)
+        layer = place.qkv_layer(form, HIDDEN, HEAD_DIM, 8, 2)
+        for part, tensors in checkpoint.items():
+            load(layer, tensors, part)
+        q = (
+            wanted["q"].chunk(2)[rank // 2]
+            if replicated
+            else wanted["q"].chunk(4)[rank]
+        )
+        kv = [wanted[part].chunk(2)[rank // 2] for part in "kv"]
+        got = read_back(form, layer)
+        torch.testing.assert_close(got, torch.cat([q, *kv]), rtol=1e-3, atol=0)
+        if replicated:
+            q_b = widened(place, model_of(place, form)).q_b_proj
+            load(q_b, checkpoint["q"])
+            torch.testing.assert_close(read_back(form, q_b), q, rtol=1e-3, atol=0)
 
 
 def test_a_layer_left_in_16_bit_stays_so() -> None:

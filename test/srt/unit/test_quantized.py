@@ -10,6 +10,8 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,9 @@ from safetensors.torch import load_file
 
 from helpers.quantized import FORMATS, GROUP, pack, unpack
 from helpers.quantized_checkpoint import QUANTIZED_KINDS, make_quantized, tiny_model
+from helpers.replication_door import opened
+from sglang_dcp.config import DcpConfigError
+from sglang_dcp.support import quantization
 
 # Of the largest number of a block, group or row that shares a scale.
 ROUNDING = {
@@ -47,6 +52,25 @@ def test_round_trip(name: str, rows: int) -> None:
     torch.testing.assert_close(
         again, found, rtol=0.02, atol=float(weight.abs().max()) / 40
     )
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_door_for_replicated_q(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server with the plugin takes the checkpoint, and one without does not."""
+    config = dict(FORMATS[name].config or {})
+    model = SimpleNamespace(
+        quantization=config["quant_method"],
+        hf_config=SimpleNamespace(quantization_config=config),
+    )
+    with pytest.raises(DcpConfigError):
+        quantization.check_replicated_q(model, "cuda")
+    none: frozenset[str] = frozenset()
+    monkeypatch.setattr(quantization, "REPLICATED_ON_GPU", none)
+    plugin: dict[str, Any] = {}
+    exec(opened("def load():\n    loaded.append(1)\nloaded = []"), plugin)
+    plugin["load"]()
+    assert plugin["loaded"] == [1]
+    quantization.check_replicated_q(model, "cuda")
 
 
 @pytest.mark.parametrize("order", [tuple(range(8)), (0, 2, 4, 6, 1, 3, 5, 7)])

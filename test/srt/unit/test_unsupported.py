@@ -14,6 +14,7 @@ import logging
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,7 +32,7 @@ from sglang_dcp.layers.backends.capabilities import FP8, Requirement
 from sglang_dcp.layers.backends.registry import backend_names, backends
 from sglang_dcp.releases.api import sglang_api
 from sglang_dcp.releases.installed import in_range, sglang_version
-from sglang_dcp.support import speculation
+from sglang_dcp.support import quantization, speculation
 from sglang_dcp.support.architectures import (
     DP_ATTENTION,
     DRAFT_ARCHITECTURES,
@@ -43,7 +44,12 @@ from sglang_dcp.support.architectures import (
 from sglang_dcp.support.backends import check_backend, default_backend
 from sglang_dcp.support.experts import UNSUPPORTED_EXPERTS, check_experts_of
 from sglang_dcp.support.models import UNSUPPORTED_MODELS, check_model
-from sglang_dcp.support.quantization import CUTS_BY_RANK, LOADS_RIGHT, OTHER_DEVICES
+from sglang_dcp.support.quantization import (
+    CUTS_BY_RANK,
+    LOADS_RIGHT,
+    OTHER_DEVICES,
+    check_replicated_q,
+)
 from sglang_dcp.support.rules import Unsupported, rules_in_force
 from sglang_dcp.support.server import UNSUPPORTED_SERVER_ARGS, check_server_args
 
@@ -166,6 +172,10 @@ SERVER_CASES: dict[str, tuple[dict[str, Any], str]] = {
     "--enable-torch-compile": ({"enable_torch_compile": True}, ""),
     "--enable-deterministic-inference": ({"enable_deterministic_inference": True}, ""),
     "--model-impl": ({"model_impl": "transformers"}, " transformers"),
+    "--torchao-config": (
+        {"torchao_config": "int4wo-128", "dcp": REPLICATED, "device": "cuda"},
+        " int4wo-128",
+    ),
     "--cpu-offload-gb": ({"cpu_offload_gb": 4, "dcp": REPLICATED}, " 4"),
     "--enable-layernorm-sp": (
         {"enable_layernorm_sp": True, "dcp": REPLICATED},
@@ -515,8 +525,12 @@ def test_a_decode_graph_that_the_json_names(resolved: bool) -> None:
 
 
 @since("torchao_config")
-def test_torchao_is_not_refused() -> None:
-    check_server_args(fine_server(torchao_config="int8wo", dcp=REPLICATED))
+@pytest.mark.parametrize("changes", [{"dcp": REPLICATED}, {"device": "cuda"}], ids=str)
+def test_torchao_is_refused_beside_replicated_q_on_gpus(
+    changes: dict[str, Any],
+) -> None:
+    args = fine_server(torchao_config="int8wo", attention_backend=None, **changes)
+    check_server_args(args)
 
 
 @since("torchao_config")
@@ -992,10 +1006,50 @@ def test_mla_has_one_head_whatever_its_config_says() -> None:
     check_model(model, CONFIG)
 
 
-def test_replicated_q_of_a_quantized_model() -> None:
-    config = DcpConfig(Layout(4, 2), replicate_q_proj=True)
-    for name in (None, *LOADS_RIGHT):
-        check_model(fine_model(quantization=name), config)
+# What SGLang calls the weights, what the checkpoint says of them, and our name of both.
+QUANTIZED: tuple[tuple[str, dict[str, Any] | None, str], ...] = (
+    ("fp8", {"weight_block_size": [128, 128]}, "fp8-block"),
+    ("fp8", {"activation_scheme": "static"}, "fp8-tensor"),
+    ("fp8", None, "fp8-online"),
+    (
+        "compressed-tensors",
+        {"format": "int-quantized"},
+        "compressed-tensors-int-quantized",
+    ),
+    *((name, {}, name) for name in LOADS_RIGHT - {"fp8", "compressed-tensors"}),
+)
+
+
+@pytest.mark.parametrize(("name", "config", "shown"), QUANTIZED)
+def test_replicated_q_of_quantized_weights(
+    name: str, config: Any, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU serves them once their servers were compared there."""
+    model = fine_model(
+        architecture="Qwen3ForCausalLM", quantization=name, quantization_config=config
+    )
+    check_model(model, REPLICATED)
+    check_replicated_q(model, "cpu")
+    message = f"^--dcp-replicate-q-proj with {shown} weights does .*; drop --dcp-repl"
+    with pytest.raises(DcpConfigError, match=message):
+        check_replicated_q(model, "cuda")
+    monkeypatch.setattr(quantization, "REPLICATED_ON_GPU", {shown})
+    check_replicated_q(model, "cuda")
+
+
+def test_replicated_q_of_weights_that_are_not_quantized() -> None:
+    for device in ("cuda", "cpu", None):
+        check_replicated_q(fine_model(), device)
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_a_device_that_is_not_chosen_yet(
+    on_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: on_gpu)
+    model = fine_model(quantization="awq_marlin")
+    with pytest.raises(DcpConfigError) if on_gpu else nullcontext():
+        check_replicated_q(model, None)
 
 
 @pytest.mark.parametrize(
