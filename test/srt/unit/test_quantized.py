@@ -23,6 +23,8 @@ from helpers.replication_door import opened
 from sglang_dcp.config import DcpConfigError
 from sglang_dcp.support import quantization
 
+# More layers, and no other code.
+MORE_KINDS = sorted({*QUANTIZED_KINDS} - {"qwen3-2kv"})
 # Of the largest number of a block, group or row that shares a scale.
 ROUNDING = {
     "fp8": 1 / 16,
@@ -115,7 +117,10 @@ def test_w4a16_as_its_library_reads_it() -> None:
     torch.testing.assert_close(numbers * scales, FORMATS["w4a16"].dequantize(stored))
 
 
-@pytest.mark.parametrize("kind", QUANTIZED_KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    ["qwen3-2kv", *(pytest.param(k, marks=pytest.mark.long) for k in MORE_KINDS)],
+)
 def test_checkpoint(kind: str, tmp_path: Path) -> None:
     """What it stands for is the tiny model, but for its rounding; names are kept."""
     plain = load_file(tiny_model(tmp_path / "plain", kind) / "model.safetensors")

@@ -386,7 +386,11 @@ def server_subject(flag: str, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespac
 
 def test_each_server_entry_has_a_case() -> None:
     assert {entry.flag for entry in UNSUPPORTED_SERVER_ARGS} == set(SERVER_CASES)
-    assert sorted(entry.flag for entry in IN_FORCE) == sorted(CASES)
+    flags = [entry.flag for entry in IN_FORCE]
+    assert {*flags} == {*CASES}
+    # 0.5.16 has two of them, and the second has a test of its own.
+    twice = {flag for flag in flags if flags.count(flag) > 1}
+    assert twice <= {"--load-format"}
 
 
 def fields_of(rule: Unsupported) -> set[str]:
