@@ -71,7 +71,7 @@ def _chosen(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
     for item in request.session.items:
         if isinstance(item, pytest.Function) and item.path == request.path:
             params = item.callspec.params
-            yield params["kind"], params["name"]
+            yield str(params["kind"]), str(params["name"])
 
 
 @pytest.mark.parametrize(

@@ -128,9 +128,10 @@ def test_replicated_q_of_one_quantized_layer() -> None:
     """The model config names no format, so only the layer tells."""
     from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 
-    plain, quantized = attention(), attention()
+    plain: Any = attention()
+    quantized: Any = attention()
     for module, kind in ((plain, UnquantizedLinearMethod), (quantized, Kernel)):
-        layer: Any = module.qkv_proj
+        layer = module.qkv_proj
         layer.quant_method = kind()
         layer.weight = nn.Parameter(torch.empty(3, 3, device="meta"))
     check(quantized)
