@@ -5,37 +5,38 @@
     python benchmark/bench_decode.py results.csv --model Qwen3-30B-A3B --tp 8 \\
         --layouts 2:a2a 2:a2a:q 2:ag_rs 8:a2a:q --contexts 32768 131072 --batches 1 8 32
 
-Every layout gets one engine after the other: `tp` (no DCP) always first, then those of
-`--layouts`, written DCP:COMM or, with the Q projection replicated, DCP:COMM:q; `@BACKEND`
-behind a name gives it another attention backend than the run's. An engine is SGLang's
-model runner, one process a GPU, with dummy weights, as a scheduler builds it
-(plugins, hooks, pools, CUDA graphs). The KV pool is filled with random keys and values
-and requests get randomly scattered pages of it, so that nothing is prefilled.
+Each layout gets an engine of its own, one after the other. `tp` (no DCP) always comes first,
+then the layouts of `--layouts`. They are written DCP:COMM, or DCP:COMM:q with the Q projection
+replicated. `@BACKEND` after a layout names another attention backend for it. An engine is
+SGLang's model runner, one process per GPU, with dummy weights, as a scheduler builds it
+(plugins, hooks, pools, CUDA graphs). Nothing is prefilled: the KV pool is filled with random
+keys and values, and requests get randomly scattered pages of it.
 
-A step is `ModelRunner.forward` of one token a request, replayed as a CUDA graph (else the
-run ends), with the same small tensors made before it as the scheduler makes. Steps follow
-each other without waiting for the host, as under the overlap scheduler; a step's time is
-between CUDA events, the slowest rank counts, the table holds median and 95th percentile.
+A step is `ModelRunner.forward` of one token per request, replayed as a CUDA graph (else the
+run ends). The same small tensors are made before it as the scheduler makes. Steps follow each
+other without waiting for the host, as under the overlap scheduler. A step's time is between
+CUDA events, and the slowest rank counts. The table holds median and 95th percentile.
 `host_ms` is the least that a step took the slowest host: a step can be no shorter.
 
-`upstream:DCP` is the DCP that SGLang has itself: processes of their own in which this
-package is not loaded (verified), the same pool filling, scattered pages, steps and clock.
-Its comm backend is its own choice: `a2a` for latents since 0.5.20, else `ag_rs`.
-What differs from ours beside the exchange: its attention backend, as it serves DCP on
-`triton` for K/V heads and on `flashinfer` for latents only (`tp@flashinfer` or
-`2:a2a:q@flashinfer` tell how much of a difference is the backend's); and its fused rotary
-embedding and K/V write, which would write past the pool under its DCP, is off.
+`upstream:DCP` is SGLang's own DCP. It runs in processes that do not load this package, which
+is verified. Pool filling, scattered pages, steps and clock are the same. It chooses its comm
+backend itself: `a2a` for latents since 0.5.20, else `ag_rs`. Besides the exchange, two things
+differ from ours:
+
+- Its attention backend. It serves DCP only on `triton` for K/V heads and on `flashinfer` for
+  latents. `tp@flashinfer` or `2:a2a:q@flashinfer` show how much of a difference that makes.
+- Its fused rotary embedding and K/V write is off. Under its DCP it would write past the pool.
 
 Two checks of the method take the place of the table:
 
---check-fill  the same steps over a pool that was prefilled, pages in the order in which a
-              fresh server gives them, in the same engine and in turns with the other
---check-off   plain tensor parallelism with this package and without it, in turns, an
-              engine each; noise is how far the repeats of one side are apart
+--check-fill  compares with steps over a pool that was prefilled, with pages in the order of a
+              fresh server; both in the same engine and in turns
+--check-off   compares plain tensor parallelism with this package and without it, in turns;
+              noise is how far the repeats of one side are apart
 
 Not measured: scheduling, sampling, tokenizer and HTTP; prefill; requests of mixed length;
-real weights, whose router may load experts less evenly; a tuned fused-MoE configuration
-where the installation has none for this GPU (the same for every layout).
+real weights, whose router may load experts less evenly; a tuned fused-MoE configuration,
+if the installation has none for this GPU.
 """
 
 from __future__ import annotations

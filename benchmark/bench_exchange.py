@@ -6,11 +6,11 @@ For each size: the exchanges of this package, the parts of `a2a`, SGLang's own e
 on the same tensors, and the gather of the query heads. Results are checked against float64
 first; a wrong one ends the run.
 
-A time is per call of a CUDA graph of 20 to 256 calls, so many that a replay takes 400 us or
-more, and hosts keep ahead of it; replayed many times on random data. Ranks meet before
-each replay, the slowest one counts. All columns of a size are timed twice, in turns: the
-table holds median and 95th percentile of the faster time, and by how much of it the other
-median was longer. Not measured: cold caches (the attention kernel has just written what is
+A time is per call, in a CUDA graph of 20 to 256 calls. A replay then takes 400 us or more,
+so hosts keep ahead of it. It is replayed many times on random data. Ranks meet before each
+replay, and the slowest one counts. All columns of a size are timed twice, in turns. The
+table holds median and 95th percentile of the faster time, and how much longer the other
+median was. Not measured: cold caches (the attention kernel has just written what is
 exchanged), eager mode, overlap with compute.
 
 `launch` is a kernel that does next to nothing, in such a graph. `raw-a2a` is a plain
@@ -23,9 +23,9 @@ the size, and `upstream-nccl` the same on our group, which has NCCL only; `upstr
 its `ag_rs` for latents, `upstream-a2a` its `a2a` (since 0.5.17), `upstream-gather-q` its
 gather of queries.
 
-`nvlink` and `nvlink-q` are no measurement but a floor: the bytes that a rank must send,
-at the rate of a large plain copy into the next rank's memory, all ranks at once, measured
-in this run, and `launch`. `--quick` takes few sizes, columns and replays, for tuning.
+`nvlink` and `nvlink-q` are a floor and no measurement: `launch`, and the bytes that a rank
+must send. Their rate is that of a large plain copy into the next rank's memory, by all ranks
+at once, measured in this run. `--quick` takes few sizes, columns and replays, for tuning.
 """
 
 # Nothing but the standard library: this process only starts the ranks, which import torch

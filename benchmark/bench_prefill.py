@@ -7,7 +7,7 @@ One server after the other: plain tensor parallelism, then each of `--layouts` (
 network is needed. For each of `--prefixes` a server gets
 
 - one whole prompt of that length at a time, with nothing cached;
-- for each of `--turns` and `--batches`: so many requests at once, each with that many new
+- for each of `--turns` and `--batches`: that many requests at once, each with that many new
   tokens on a cached prefix of its own.
 
 A request asks for one token, so its time is the one to the first token, as a client on the

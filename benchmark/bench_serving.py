@@ -8,8 +8,8 @@ that no network is needed. Against each, SGLang's own load generator for every c
 and input length; its JSON lines go into one file. A failed request, or fewer output tokens
 than asked for, makes the exit status 1.
 
-With `--profile STEPS`, also where the GPU time of the first so many steps of each run goes;
-what is traced is slower, so such a run's other numbers are not for reporting.
+`--profile STEPS` also shows where the GPU time of the first STEPS steps of each run goes.
+Tracing slows a run down, so do not report its other numbers.
 
 Prompts differ in every token and every request generates exactly its length. Not
 measured: real weights, sampling, prefix hits, arrivals other than at fixed concurrency.

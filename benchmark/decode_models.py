@@ -5,12 +5,15 @@ Dimensions are those of the published config.json files.
 Weights are dummies, so what only changes their use is left out: the rotary embedding is
 plain (no yarn or llama3 scaling) and as long as the benchmark's longest context.
 
-`Qwen3-30B-A3B/4` is no published model but a stand-in for a large one on few GPUs: with a
-quarter of the heads and of the experts' width a rank of tp 2 has the attention and the
-expert work, and the K/V bytes, of a rank of tp 8 of the whole model; DCP 2 (attn-tp 1)
-stands for DCP 2 there (attn-tp 4). It does not stand for these: an all-reduce goes over 2
-ranks instead of 8; embedding and LM head are cut 2 ways instead of 8, so that a rank reads
-four times as much of the LM head; DCP over all ranks is 2 instead of 8.
+`Qwen3-30B-A3B/4` is no published model. It stands for a large model on few GPUs, with a
+quarter of the heads and of the experts' width. At tp 2 a rank has the attention work, the
+expert work and the K/V bytes of a rank of the whole model at tp 8. DCP 2 (attn-tp 1) stands
+for DCP 2 there (attn-tp 4). Three things differ:
+
+- An all-reduce goes over 2 ranks instead of 8.
+- Embedding and LM head are cut 2 ways instead of 8, so a rank reads four times as much of
+  the LM head.
+- DCP over all ranks is 2 instead of 8.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python benchmark/decode_plot.py results.csv [plot.png]
 
-One panel a batch size, one line a layout. Needs matplotlib, no GPU: `pip install
+One panel per batch size, one line per layout. It needs matplotlib, and no GPU: `pip install
 '.[bench]'`.
 """
 

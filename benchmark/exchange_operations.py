@@ -65,7 +65,7 @@ def make_exchanges(group: Any, sizes: Sequence[Size]) -> dict[str, Any]:
     symm: Any = create_exchange("symm_a2a", group, spec)
     if symm.in_use != "symm_a2a":
         raise RuntimeError(f"symm_a2a fell back to a2a: {symm.fallbacks.counts}")
-    # Without collectives: a fall-back to a2a, which would be timed as symm_a2a, raises.
+    # Without collectives: a fallback to a2a, which would be timed as symm_a2a, raises.
     symm.group = SimpleNamespace(
         world_size=group.world_size, rank_in_group=group.rank_in_group
     )

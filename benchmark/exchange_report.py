@@ -2,7 +2,7 @@
 
     python benchmark/exchange_report.py results.csv [plot.png]
 
-draws a CSV again: microseconds over bytes of partial output, a panel a shape. The plot
+draws a CSV again: microseconds over bytes of partial output, one panel per shape. The plot
 needs matplotlib (`pip install '.[bench]'`), no GPU.
 """
 

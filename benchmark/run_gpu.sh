@@ -1,20 +1,21 @@
 #!/usr/bin/env bash
-# On a bare GPU machine without network: unpack SGLang, run GPU tests, measure. One call ends by
-# itself within LIMIT seconds, and what it has by then is in $OUT/logs.tgz, rewritten as logs grow,
-# so that a call that is cut off brings it back too. Variables:
+# On a GPU machine without network: unpack SGLang, run GPU tests, measure. A run ends by itself
+# within LIMIT seconds. Its logs are in $OUT/logs.tgz, which is rewritten as they grow. So a run
+# that is killed leaves them too. Variables:
 #   SITE   folder for what is unpacked (required), on PYTHONPATH before what the image has
 #   STACK  archive of SGLang and what it needs beside torch, unpacked into SITE
 #   DIST   archive of this package's dist-info, with its entry point, unpacked into SITE
 #   CACHE  archives of compiled kernels, unpacked into $HOME; they name SITE by its path
 #   FA3    archive of FlashAttention-3, unpacked into SITE
 #   OVERLAY  archive of a newer SGLang's sources, unpacked beside SITE, into SITE-RELEASE
-#   TRAINED  archives that together hold the GGUF file of a trained model, cut into parts: several
-#          calls carry one each. `accuracy` needs all of them
-#   AOT    archive of aot/NAME/NAME.so, FlashInfer's kernels compiled elsewhere (DESIGN.md)
-#          each once; they do not fit one call, so the first call carries some, the next the rest
+#   TRAINED  archives that together hold the GGUF file of a trained model, cut into parts. Several
+#          runs may bring one each. `accuracy` needs all of them
+#   AOT    archive of aot/NAME/NAME.so, FlashInfer's kernels compiled elsewhere
+#          (docs/architecture.md)
+#          Each archive is unpacked once. Several runs may bring some of them each.
 #   RELEASE  of OVERLAY: this SGLang runs, with the rest of STACK; without it STACK's own does
-#   WARM   kinds for test/srt/helpers/warm_flashinfer.py, compiled once, beside what follows, also beside
-#          the next call; servers and what is timed wait for them
+#   WARM   kinds for test/srt/helpers/warm_flashinfer.py, compiled once, in the background, also of
+#          the next run; servers and what is timed wait for them
 #   OUT    folder for logs.tgz (required)
 #   PARTS  which of
 #            kernels exchange symm backends latents    tests of kernels, beside each other
@@ -31,7 +32,7 @@
 #   K      words of cases for pytest -k, in the groups of live servers
 #   ACCURACY_ARGS DECODE_ARGS SERVING_ARGS PREFILL_ARGS BENCH_ARGS   options of the benchmarks
 #   MIXING which values of NCCL_GRAPH_MIXING_SUPPORT `bench` measures with
-#   LIMIT  seconds of the whole call (550)
+#   LIMIT  seconds of the whole run (550)
 set -uo pipefail
 cd "$(dirname "$0")/.."
 : "${SITE:?}" "${OUT:?}"
@@ -61,7 +62,7 @@ mkdir -p "$logs"
 failed() { echo "$1" >>"$work/failed"; }
 say() { echo "[$((SECONDS - began)) s] $*" | tee -a "$logs/progress.log"; }
 wanted() { [[ " $PARTS " == *" $1 "* ]]; }
-# Seconds that a part may take: its own limit, or what is left of the call.
+# Seconds that a part may take: its own limit, or what is left of the run.
 left() {
   local rest=$((LIMIT - 20 - (SECONDS - began)))
   echo $(($1 < rest ? $1 : rest > 1 ? rest : 1))

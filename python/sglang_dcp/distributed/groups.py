@@ -136,7 +136,7 @@ def get_attn_tp_group() -> GroupCoordinator:
     """Return the group of ranks with this rank's ``dcp_rank``, in ``attn_tp_rank`` order.
 
     This is not SGLang's group of the same name, which belongs to DP attention. This
-    package sends nothing over it, on one node or several. It is for forks and plug-ins
+    package sends nothing over it, on one node or several. It is for forks and plugins
     that join what is sharded by K/V heads: scales of all K/V heads, or K/V of a whole
     token for a transfer. Its collectives run over torch.distributed, also in graph
     capture.

@@ -52,7 +52,7 @@ def estimate_decode_perf(
 
 
 def get_internal_state(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> Any:
-    """Hook: `Scheduler.get_internal_state`; shows the layout and the exchange.
+    """Hook: `Scheduler.get_internal_state`; shows layout, exchange and memory.
 
     SGLang's own DCP is off in a scheduler, so its arguments there say `dcp_size` 1.
     """
@@ -60,7 +60,8 @@ def get_internal_state(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -
     if context is None:
         return result
     config = context.config
-    exchange = _runner(scheduler).attn_backend.exchange
+    runner = _runner(scheduler)
+    exchange = runner.attn_backend.exchange
     result.internal_state.update(
         dcp_size=config.dcp_size,
         attn_tp_size=config.attn_tp_size,
@@ -68,6 +69,7 @@ def get_internal_state(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -
         dcp_replicate_q_proj=config.replicate_q_proj,
         dcp_exchange_in_use=exchange.in_use,
         dcp_exchange_fallbacks=exchange.fallbacks.counts,
+        dcp_attention_memory_bytes=runner.dcp_forward_memory,
     )
     return result
 
@@ -97,7 +99,7 @@ def _correct_estimates(reporter: Any, scheduler: Any, dcp_size: int) -> None:
 
 
 def _export(collector: Any, exchange: Any, config: DcpConfig) -> None:
-    """Add the layout as a gauge of 1, and the fall-backs of the exchange as a counter.
+    """Add the layout as a gauge of 1, and the fallbacks of the exchange as a counter.
 
     SGLang serves `/metrics` from files of several processes. Prometheus' own type for
     such a gauge does not work there.
@@ -121,7 +123,7 @@ def _export(collector: Any, exchange: Any, config: DcpConfig) -> None:
     gauge.labels(**collector.labels, **layout).set(1)
     counter = (collector._counter_cls or prometheus_client.Counter)(
         name="sglang:dcp_exchange_fallbacks_total",
-        documentation="Exchanges that did not run by the comm backend asked for.",
+        documentation="Exchanges that did not use the comm backend asked for.",
         labelnames=[*collector.labels, "reason"],
     )
 

@@ -274,8 +274,10 @@ class DcpAttentionBackend(AttentionBackend):
         if not local.has_cached_kv:
             return new.out
         base = self.backend.is_lse_base_on_e
-        gathered = self.exchange.gather_heads(q)
-        partial = self.backend.extend_paged_prefix(gathered, layer, local.forward_batch)
+        # No name holds the gathered queries, so that the exchange may use their memory.
+        partial = self.backend.extend_paged_prefix(
+            self.exchange.gather_heads(q), layer, local.forward_batch
+        )
         prefix = self.exchange.reduce(
             *partial, is_lse_base_on_e=base, empty_rows=local.empty_rows
         )

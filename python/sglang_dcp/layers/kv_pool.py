@@ -15,6 +15,7 @@ import torch
 
 from sglang_dcp.config import DcpConfig, DcpConfigError, dcp_of
 from sglang_dcp.context import get_context
+from sglang_dcp.layers.memory_report import admit_prompts
 from sglang_dcp.layers.table_memory import added_table_bytes, tokens_beside_tables
 from sglang_dcp.releases.api import sglang_api
 
@@ -100,7 +101,8 @@ def bound_input(info: tuple[Any, ...], worker: Any) -> tuple[Any, ...]:
     SGLang starts a prompt only if its pages and one more page are less than the pool. It
     accepts longer prompts, which then wait for ever and block all that follow
     (sgl-project/sglang#28530). That needs pages of more than one token, which logical
-    pages always are.
+    pages always are. Without chunked prefill, prompts whose prefill does not fit into the
+    memory that is left are rejected too.
 
     Raises
     ------
@@ -119,6 +121,7 @@ def bound_input(info: tuple[Any, ...], worker: Any) -> tuple[Any, ...]:
             f"{page} (page-size x dcp-size), too few for any request; give the pool "
             "more memory, or use a smaller --page-size"
         )
+    bound = admit_prompts(worker.model_runner, config, bound)
     return (*info[:_INPUT_BOUND], bound, *info[_INPUT_BOUND + 1 :])
 
 
@@ -137,9 +140,10 @@ def explain_input_bound(
     page = context.config.logical_page_size
     return (
         f"Input length ({len(req.origin_input_ids)} tokens) must be below "
-        f"{max_req_input_len} tokens. The limit comes from the context length and from "
-        f"the KV pool without its last two pages of {page} tokens (page-size x dcp-size). "
-        "Use a shorter input, more KV memory or a smaller --page-size"
+        f"{max_req_input_len} tokens. The limit comes from the context length, from "
+        f"the KV pool without its last two pages of {page} tokens (page-size x dcp-size), "
+        "and with --chunked-prefill-size -1 from the GPU memory left for a prefill. "
+        "Use a shorter input, more memory, a smaller --page-size, or chunked prefill"
     )
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
+# Queries that are computed together: at most so many, and so many scores with all heads.
 _QUERY_BLOCK = 256
+_BLOCK_SCORES = 1 << 26
 
 
 def attention_with_lse_torch(
@@ -37,14 +39,20 @@ def attention_with_lse_torch(
         Natural log, in float32, or in float64 for float64 input. It is -inf where a
         query sees no key.
     """
+    rows = query_block(q.shape[1], k.shape[0])
     blocks = [
-        _attend_block(q, k, v, start, scaling, causal)
-        for start in range(0, q.shape[0], _QUERY_BLOCK)
+        _attend_block(q, k, v, start, rows, scaling, causal)
+        for start in range(0, q.shape[0], rows)
     ]
     if not blocks:
         return q.new_empty(0, q.shape[1], v.shape[2]), _empty_lse(q)
     out, lse = zip(*blocks)
     return torch.cat(out), torch.cat(lse)
+
+
+def query_block(heads: int, keys: int) -> int:
+    """Return how many queries are computed together, so that their scores are bounded."""
+    return max(1, min(_QUERY_BLOCK, _BLOCK_SCORES // max(1, heads * keys)))
 
 
 def _empty_lse(q: torch.Tensor) -> torch.Tensor:
@@ -60,11 +68,12 @@ def _attend_block(
     k: torch.Tensor,
     v: torch.Tensor,
     start: int,
+    rows: int,
     scaling: float,
     causal: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     queries, keys, kv_heads = q.shape[0], k.shape[0], k.shape[1]
-    block = q[start : start + _QUERY_BLOCK]
+    block = q[start : start + rows]
     n, heads, qk_dim = block.shape
     group, v_dim = heads // kv_heads, v.shape[2]
     wide = _wide(q.dtype)

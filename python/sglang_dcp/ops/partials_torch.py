@@ -20,9 +20,13 @@ def packed_width(head_dim: int, dtype: torch.dtype) -> int:
     vector load can start at each row. The LSE is in the last 4 bytes, so that it is
     float32-aligned even if ``head_dim`` is odd.
     """
-    used_bytes = head_dim * dtype.itemsize + LSE_BYTES
-    rows_of_align = -(-used_bytes // ROW_ALIGN_BYTES)
-    return rows_of_align * ROW_ALIGN_BYTES // dtype.itemsize
+    return packed_bytes(head_dim, dtype.itemsize) // dtype.itemsize
+
+
+def packed_bytes(head_dim: int, itemsize: int) -> int:
+    """Return the bytes of a packed row of ``head_dim`` values of ``itemsize`` bytes."""
+    used_bytes = head_dim * itemsize + LSE_BYTES
+    return -(-used_bytes // ROW_ALIGN_BYTES) * ROW_ALIGN_BYTES
 
 
 def split_packed(

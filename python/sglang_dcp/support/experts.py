@@ -63,7 +63,7 @@ UNSUPPORTED_EXPERTS: tuple[Unsupported, ...] = (
     Unsupported(
         _BACKEND,
         _one_of("customized"),
-        "nobody knows which tokens the dispatcher of another plug-in takes",
+        "the dispatcher of another plugin may take other tokens",
         _NONE,
     ),
     Unsupported(

@@ -328,7 +328,7 @@ UNSUPPORTED_SERVER_ARGS: tuple[Unsupported, ...] = (
         "enable_pdmux",
         "prefill and decode would use one DCP group from two streams at once",
     ),
-    _flag("dllm_algorithm", "not causal"),
+    _flag("dllm_algorithm", "its attention is not causal"),
     _flag(
         "kv_canary", "it checks logical slots against one rank's pool", fine=("none",)
     ),

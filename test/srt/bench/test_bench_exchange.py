@@ -1,6 +1,6 @@
 """`benchmark/bench_exchange.py` without a GPU: its plan, its two rounds, its table, its ranks.
 
-Only this file sees a benchmark that would end with a traceback on rented GPUs: two gloo ranks
+Only this file sees, without GPUs, a benchmark that would end with a traceback: two gloo ranks
 run all of it, with CUDA's graphs, events and tensors played by the CPU.
 """
 

@@ -1,6 +1,6 @@
 """Mixes on GPUs: forced tokens in 16 bit, and plain tp 2 under the same load as measure.
 
-Greedy answers of two servers part at the first near tie. So a plug-in forces the tokens
+Greedy answers of two servers part at the first near tie. So a plugin forces the tokens
 (`helpers.teacher_forcing`), and log-probabilities are compared over all of them. A mean
 distance from tp 1 below `MARGIN` times that of plain tp 2 passes.
 """

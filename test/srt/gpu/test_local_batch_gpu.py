@@ -1,4 +1,4 @@
-"""The localisation kernel compiled for a GPU, on the cases of `test_local_batch.py`.
+"""The kernel of the local batch compiled for a GPU, on the cases of `test_local_batch.py`.
 
 Only this file sees what the interpreter cannot: code generation for each size and index
 dtype, 64-bit addresses, and that a forward is one launch that no one waits for.

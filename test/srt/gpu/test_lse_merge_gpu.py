@@ -2,7 +2,7 @@
 
 Only this file sees what the interpreter of `test_lse_merge.py` cannot: code generation for
 each size and dtype, the GPU's exp and log, 64-bit addresses, and CUDA graphs. All goes
-through the public functions of `merge`, so that dispatch is tested as well.
+through the public functions of `lse_merge`, so that dispatch is tested as well.
 """
 
 from __future__ import annotations

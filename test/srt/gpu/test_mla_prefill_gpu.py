@@ -1,8 +1,8 @@
 """DeepSeek's prefill by MHA on a GPU, all ranks of a DCP group on one GPU.
 
 Only this file sees the kernels of FlashInfer and FA3 with K and V of every head (192 and
-128), and SGLang's merge, under its own code of such a prefill, against a float64 softmax
-over all keys. What is handed to them: `test_mla_prefill.py`.
+128). SGLang's own code of such a prefill calls them and merges. The oracle is a float64
+softmax over all keys. What is handed to them: `test_mla_prefill.py`.
 """
 
 from __future__ import annotations

@@ -82,8 +82,7 @@ def experts(kind: str) -> Iterator[Case]:
         )
 
 
-# `gpu-measurements.md`: SGLang 0.5.16 itself gets the first token of each reply right
-# and no other one there.
+# SGLang 0.5.16's own DCP gets the first token of each reply right here, and no other one.
 MEASURED_FAILURE = Case(
     "llama-2kv-d128", TP2_DCP2, "measured-failure", "--attention-backend triton"
 )

@@ -2,7 +2,8 @@
 
 Only here do the MLA kernels, their graphs, DeepSeek's own code around them (absorbed Q,
 experts, low-rank Q), its prefill by MHA and NCCL meet in one server. The plain servers
-prefill as SGLang does by default: by MHA where a batch has no prefix or 8192 positions of it.
+prefill as SGLang does by default: by MHA if a batch has no prefix, or one of 8192 positions
+or more.
 """
 
 from __future__ import annotations

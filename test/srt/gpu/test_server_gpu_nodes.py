@@ -1,4 +1,4 @@
-"""Live servers of two launches on GPUs of one machine, which NCCL takes for two hosts.
+"""Live servers of two launches on GPUs of one machine, which NCCL treats as two hosts.
 
 Only here do DCP groups cross nodes in CUDA graphs: NCCL goes over sockets there, and
 `symm_a2a` must find out that it cannot serve, on all ranks alike and without a wait.

@@ -1,7 +1,7 @@
 """New weights under live DCP servers with a replicated Q projection, in CUDA graphs.
 
-Only here does a captured decode step read wide Q weights that were gathered anew after its
-capture: a server whose weights were updated must answer as one that loaded them.
+Only here does a captured decode step read replicated Q weights that were gathered again
+after its capture: a server whose weights were updated must answer as one that loaded them.
 """
 
 from __future__ import annotations

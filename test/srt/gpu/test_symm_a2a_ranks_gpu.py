@@ -1,7 +1,7 @@
-"""`symm_a2a` between real ranks: NVLink, thousands of replays, fall-backs, a killed peer.
+"""`symm_a2a` between real ranks: NVLink, thousands of replays, fallbacks, a killed peer.
 
-Only this file sees what the memory system between GPUs does to the protocol: ranks drift
-apart, replays follow each other without a wait of the host, eager calls of other sizes
+Only this file sees what the memory system between GPUs does to the protocol. Ranks drift
+apart, and replays follow each other without a wait of the host. Eager calls of other sizes
 and NCCL come between. All ranks draw the same numbers, hold other parts of them and
 compare with a float64 merge on the GPU. The file is its own worker.
 """

@@ -1,6 +1,6 @@
 """SGLang's own unit tests on a pristine and on a patched SGLang, outcome by outcome.
 
-python test/srt/compare_sglang_tests.py FOLDER
+    PYTHONPATH=test/srt .venv/bin/python -m helpers.compare_sglang_tests FOLDER
 
 FOLDER holds test files of SGLang's repository, which its wheel does not ship; they must
 fit the installed release. Each file runs in a process of its own on links into the

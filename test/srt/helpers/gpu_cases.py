@@ -1,8 +1,8 @@
 """DCP servers as cases, each measured against plain tensor parallelism.
 
-In 16 bits two tensor-parallel widths already differ, so that is the measure: over the
-same forced tokens a DCP server may be no further from plain tp 1 than plain tp 2 is,
-times a margin. A wrong head, slot or length moves log-probabilities by whole units.
+In 16 bit, tp 1 and tp 2 already differ. That difference, times a margin, is the tolerance
+for a DCP server over the same forced tokens. A wrong head, slot or length moves
+log-probabilities by whole units.
 """
 
 from __future__ import annotations

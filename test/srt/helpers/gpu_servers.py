@@ -1,7 +1,7 @@
 """Live servers on GPUs: many cases, a few at a time, each gone once it has answered.
 
-A start is mostly one core's work in each process, so several servers start side by side;
-more than the machine has cores for would only time out together. A server that fails
+A start is mostly one core's work in each process, so several servers start side by side.
+With more servers than the machine has cores for, all of them would time out. A server that fails
 fails the tests that ask for it, the others go on.
 """
 

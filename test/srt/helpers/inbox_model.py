@@ -1,8 +1,8 @@
 """The inbox protocol of `symm_a2a.cu` as a state machine, a word at a time.
 
 Each rank runs its calls one after the other. A call takes the first `chunks` chunks of an
-inbox; a block per chunk stores one word to each peer, in any order, then polls one word
-from each peer, in any order, and empties it once it has them all. Stores arrive in any
+inbox. A block per chunk stores one word to each peer, in any order. Then it polls one word
+from each peer, in any order, and empties all of them once it has them. Stores arrive in any
 order, also those of later calls, except that a rank's stores to its own inbox are done
 before its next call. Whoever steps next is drawn at random.
 """

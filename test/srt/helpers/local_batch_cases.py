@@ -119,7 +119,7 @@ def make_table(case: Case, gen: torch.Generator, device: str) -> Tensor:
 
 
 def make_batch(case: Case, step: Step, device: str) -> SimpleNamespace:
-    """The fields of a `ForwardBatch` that localisation reads."""
+    """The fields of a `ForwardBatch` that the local batch is built from."""
 
     def tensor(values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=case.dtype, device=device)

@@ -1,8 +1,8 @@
 """Mixed greedy requests, their execution on a live server, and two oracles for them.
 
-The requests cover what context parallelism can get wrong: lengths around multiples of
-2, 4 and 8, fewer tokens than ranks, a whole and a partial radix hit, decode across
-many page borders, chunked prefill with a prefix, and a ragged batch.
+The requests cover what context parallelism can get wrong. Lengths lie around multiples of
+2, 4 and 8, and there are fewer tokens than ranks. Radix hits are whole and partial. Decode
+crosses many page borders, prefill is chunked over a prefix, and batches are ragged.
 """
 
 import random

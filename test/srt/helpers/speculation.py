@@ -1,7 +1,7 @@
-"""Plugins of servers that speculate: a door in the refusal, and drafts that a test knows.
+"""Plugins of servers that speculate, with drafts that a test knows.
 
-DCP refuses speculation at start until GPU servers have shown it right. The plugin opens
-that door in the processes of one test. It can also take the place of NGRAM's corpus, so
+DCP refuses speculation at start until GPU servers have shown it right. The plugin allows
+it in the processes of one test. It can also take the place of NGRAM's corpus, so
 that a test knows which drafts are right: all, none, or some of them.
 """
 

@@ -59,7 +59,7 @@ def loopback(world_size: int, rank: int, chunks: int) -> Workspace:
 
 
 def exchange_over(workspace: Workspace) -> symm_a2a.SymmA2AExchange:
-    """The exchange itself over a given workspace; a fall-back to NCCL would raise."""
+    """The exchange itself over a given workspace; a fallback to NCCL would raise."""
     group: Any = SimpleNamespace(
         world_size=workspace.world_size, rank_in_group=workspace.rank
     )

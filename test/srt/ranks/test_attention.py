@@ -1,7 +1,7 @@
 """DCP attention on real gloo ranks over sharded pools, against attention over all keys.
 
-Only this file runs table, pool, backend, exchange and merge together: it finds a key
-that no rank reads, that two ranks read, or that meets the wrong head, and a rank that
+Only this file runs table, pool, backend, exchange and merge together. It finds a key that
+no rank reads, that two ranks read, or that meets the wrong head. It also finds a rank that
 skips a collective. Pools hold NaN where nothing may be read; each rank compares its own
 heads and looks at every slot of its pool.
 """

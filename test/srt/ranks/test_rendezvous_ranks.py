@@ -169,7 +169,7 @@ def check_line(rank: int, name: str, lines: list[str]) -> None:
 
 
 def check_reduce(rank: int, group: Any, exchange: Any) -> None:
-    """The fall-back exchanges: each rank holds the same keys' worth of its own value."""
+    """The fallback exchanges: each rank holds the same keys' worth of its own value."""
     import torch
 
     n = group.world_size

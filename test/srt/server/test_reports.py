@@ -1,9 +1,9 @@
 """Scenarios from public reports of sequence-sharded KV caches, on live CPU servers in fp32.
 
 The numbers are those of the table in docs/correctness.md, which names the reports. Only
-here do these meet: a GGUF checkpoint, replicas, prefix hits at the edge of a logical page,
-a pool that is no whole number of pages, retraction and preemption for certain, sampling
-by 64 users, and embeddings. The oracle is Hugging Face transformers.
+here are seen a GGUF checkpoint, prefix hits at the edge of a logical page, and a pool that
+is no whole number of pages. Retraction and preemption are certain here. Further cases are
+replicas, sampling by 64 users, and embeddings. The oracle is Hugging Face transformers.
 """
 
 from __future__ import annotations

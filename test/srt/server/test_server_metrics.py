@@ -82,7 +82,9 @@ class Subscriber:
         from sglang.srt.disaggregation.kv_events import BlockStored, KVEventBatch
 
         # Its events are arrays on one release, and maps on another.
-        decoder: msgspec.msgpack.Decoder[KVEventBatch] = msgspec.msgpack.Decoder(KVEventBatch)
+        decoder: msgspec.msgpack.Decoder[KVEventBatch] = msgspec.msgpack.Decoder(
+            KVEventBatch
+        )
         events: list[BlockStored] = []
         while self._socket.poll(int(seconds * 1000)):
             batch = decoder.decode(self._socket.recv_multipart()[-1])
@@ -215,6 +217,7 @@ def test_server_info_tells_the_layout(both: Any) -> None:
     assert shown["dcp_size"] == DCP and shown["attn_tp_size"] == 1
     assert shown["dcp_comm_backend"] == shown["dcp_exchange_in_use"] == "ag_rs"
     assert shown["dcp_exchange_fallbacks"] == {}
+    assert shown["dcp_attention_memory_bytes"] > 0
     assert 'sglang:dcp_info{attn_tp_size="1"' in dcp.metrics
     assert 'exchange_in_use="ag_rs"' in dcp.metrics
     assert "dcp_info" not in plain.metrics and "fallbacks" not in plain.metrics

@@ -1,8 +1,8 @@
 """Live CPU servers that speculate on a sharded KV cache: DCP = tp 1 without speculation.
 
-Only here do SGLang's speculative workers meet a sharded pool: slots of drafts beyond the
-committed tokens, accepted and rejected ones, what the radix tree gets of them, and pages
-that are freed and used again. NGRAM has no draft model, and a known corpus takes the place
+Only here do SGLang's speculative workers meet a sharded pool. Drafts take slots beyond the
+committed tokens, and are accepted or rejected. The radix tree gets some of these slots, and
+pages are freed and used again. NGRAM has no draft model, and a known corpus takes the place
 of its own: all, none or some of its drafts are right. STANDALONE drafts with a model, and
 as many drafts must be accepted as by transformers. The heads of EAGLE and MTP are random,
 so that most of their drafts are wrong.

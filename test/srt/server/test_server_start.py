@@ -1,7 +1,7 @@
 """Live processes that must not serve: drifted SGLang, refused flags, a dead rank.
 
-Only here is it seen that a refusal reaches the exit status, as one line, before any
-weight is loaded, and that no process is left.
+Only here is it seen that a server which is refused ends with one line and its exit status
+before any weight is loaded, and that no process is left.
 """
 
 from __future__ import annotations

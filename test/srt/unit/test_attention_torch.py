@@ -12,7 +12,13 @@ import sys
 import pytest
 import torch
 
-from sglang_dcp.ops.attention_torch import _QUERY_BLOCK, attention_with_lse_torch
+from helpers.live_bytes import LiveBytes
+from sglang_dcp.ops import attention_torch
+from sglang_dcp.ops.attention_torch import (
+    _QUERY_BLOCK,
+    attention_with_lse_torch,
+    query_block,
+)
 
 INF = float("inf")
 
@@ -114,6 +120,20 @@ def test_blocks_do_not_show(queries: int, more_keys: int, causal: bool) -> None:
     torch.testing.assert_close(out, wanted, rtol=1e-12, atol=1e-12)
     wanted_lse = scores.logsumexp(-1).T
     torch.testing.assert_close(lse, wanted_lse, rtol=1e-12, atol=1e-12)
+
+
+def test_scores_of_a_block_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = draw(40, 70, 4, 2, 8, 6)
+    wanted = attention_with_lse_torch(q, k, v, scaling=0.5, causal=True)
+    monkeypatch.setattr(attention_torch, "_BLOCK_SCORES", 3 * 4 * 70)
+    with LiveBytes() as live:
+        found = attention_with_lse_torch(q, k, v, scaling=0.5, causal=True)
+    for got, own in zip(found, wanted):
+        torch.testing.assert_close(got, own, rtol=1e-12, atol=1e-12)
+    # Four copies of a block's scores in float64, copies of K and V, outputs and lists.
+    numbers = 4 * 3 * 4 * 70 + 70 * 2 * (8 + 6) + 2 * 40 * 4 * 7
+    assert live.peak <= 8 * numbers + 4096
+    assert query_block(8, 1 << 23) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """What the GPU backends do around their kernels: order of plans, scales, dtypes.
 
 Only this file sees, without a race to wait for, that a FlashInfer plan is not made before
-the last one has left its buffer, that scales go with a quantized cache alone, and that
-Triton's splits are counted for one key at least. Nor does another see, without a GPU, that
+the last one has left its buffer. It alone sees that scales go with a quantized cache only,
+and that Triton's splits are counted for one key at least. Nor does another see, without a GPU, that
 the installed FlashInfer takes our calls for heads.
 """
 

@@ -1,9 +1,9 @@
 """The MLA backends on a CPU, their kernels in torch, all ranks of a DCP group.
 
 Only this file sees, without a GPU, pages, lengths, scales, log bases and head slices that
-the backends hand to FlashInfer's and FA3's MLA kernels, and that these take such
-arguments at all: those of FlashInfer 0.6 and 0.7 from stand-ins, and of the installed one
-below its own wrapper. The kernels themselves: `test_backends_mla_gpu.py`.
+the backends hand to FlashInfer's and FA3's MLA kernels. It also sees that the kernels take
+such arguments: stand-ins for FlashInfer 0.6 and 0.7, and the installed FlashInfer below its
+own wrapper. The kernels themselves: `test_backends_mla_gpu.py`.
 """
 
 from __future__ import annotations

@@ -174,11 +174,22 @@ def test_large_tables_are_said(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def worker_of(config: DcpConfig | None) -> Any:
-    return SimpleNamespace(server_args=SimpleNamespace(dcp=config))
+    return SimpleNamespace(
+        server_args=SimpleNamespace(dcp=config), model_runner="runner"
+    )
 
 
 @each_config
-def test_no_prompt_reaches_into_the_last_two_pages(config: DcpConfig) -> None:
+def test_no_prompt_reaches_into_the_last_two_pages(
+    config: DcpConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def admit_prompts(*of: Any) -> int:
+        asked.append(of)
+        return int(of[-1])
+
+    monkeypatch.setattr(kv_pool, "admit_prompts", admit_prompts)
     page = config.page_size * config.dcp_size
     worker = worker_of(config)
     info = 9 * page + page - 1, "prefill", "running", "queued", 77, 9 * page - 6, "seed"
@@ -186,6 +197,9 @@ def test_no_prompt_reaches_into_the_last_two_pages(config: DcpConfig) -> None:
     # The context may be shorter than the pool.
     short = (*info[:5], 3, "seed")
     assert bound_input(short, worker) == short
+    assert asked == [("runner", config, 7 * page), ("runner", config, 3)]
+    monkeypatch.setattr(kv_pool, "admit_prompts", lambda *of: 2)
+    assert bound_input(info, worker) == (*info[:5], 2, "seed")
     with pytest.raises(DcpConfigError, match="2 pages of .* too few for any request"):
         bound_input((2 * page, *info[1:]), worker)
 
@@ -282,6 +296,7 @@ def test_a_prompt_as_long_as_the_bound_is_told_so() -> None:
     said = explain_input_bound(theirs, req, 512, False)
     assert said is not None and "must be below 512 tokens" in said
     assert "two pages of 16 tokens" in said and "exceeds" not in said
+    assert "with --chunked-prefill-size -1 from the GPU memory left" in said
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Localised batches against a walk over every position, on CPU.
+"""Local batches against a walk over every position, on CPU.
 
 The torch reference runs here; the kernel, in Triton's interpreter, in a worker
 (`--worker`) where it stands in for the reference. Only this file sees what a rank does

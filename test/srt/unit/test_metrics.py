@@ -246,7 +246,7 @@ class FakeExchange:
 
 def scheduler_with(exchange: Any) -> Any:
     backend = SimpleNamespace(exchange=exchange)
-    runner = SimpleNamespace(attn_backend=backend)
+    runner = SimpleNamespace(attn_backend=backend, dcp_forward_memory=7)
     return SimpleNamespace(tp_worker=SimpleNamespace(model_runner=runner))
 
 
@@ -267,6 +267,7 @@ def test_internal_state_shows_layout_and_exchange() -> None:
         "dcp_replicate_q_proj": True,
         "dcp_exchange_in_use": "a2a",
         "dcp_exchange_fallbacks": {"rendezvous": 1},
+        "dcp_attention_memory_bytes": 7,
     }
 
 

@@ -15,6 +15,7 @@ import pytest
 from sglang_dcp.layers.mla import cost
 from sglang_dcp.layers.mla.cost import MlaSizes, Requests
 from sglang_dcp.layers.mla.form import (
+    MOST_PREFIX_CHUNKS,
     PrefillBatch,
     PrefillForm,
     choose_prefill_form,
@@ -59,6 +60,18 @@ def test_long_chunks_expand_whatever_the_prefix() -> None:
 @pytest.mark.parametrize("prefix", [131072, 262144, 524288])
 def test_short_turns_on_long_prefixes_stay_in_place(prefix: int) -> None:
     assert chosen(64, prefix) is PrefillForm.ABSORBED
+
+
+def test_more_prefix_than_so_many_chunks_stays_in_place() -> None:
+    """Each chunk holds memory. Requests that share a prefix each gather it."""
+    most = MOST_PREFIX_CHUNKS * CAPACITY
+    forms = {
+        prefix: choose_prefill_form(
+            batch_of([CHUNK, 1], [most, prefix]), LITE, expand_prefix=True
+        )
+        for prefix in (0, 1)
+    }
+    assert forms == {0: PrefillForm.PREFIX_CHUNKS, 1: PrefillForm.ABSORBED}
 
 
 def test_short_turns_on_short_prefixes_expand() -> None:

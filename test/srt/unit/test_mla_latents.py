@@ -1,8 +1,8 @@
 """Which rows of which rank make up a chunk of the requests' latents, by brute force.
 
-Only this file sees each row of the plan: a chunk that a rank does not hold at all, ranks
-that hold fewer rows than others, chunks that begin amid a turn of the owners, requests
-that have no position in it.
+Only this file sees each row of the plan. In its cases a rank holds nothing of a chunk, or
+fewer rows than others. A chunk begins amid a turn of the owners, or a request has no
+position in it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """DeepSeek's prefill by MHA on a CPU, kernels in torch, all ranks of a DCP group.
 
-Only this file sees, without a GPU, SGLang's own code of it over our pools: latents written
-to local slots and gathered, all in one shot or in prefix chunks, and the merge of these by
-what backends return.
+Only this file sees, without a GPU, SGLang's own code of such a prefill over our pools.
+Latents are written to local slots and gathered, in one shot or in prefix chunks. Prefix
+chunks are merged by the LSE that backends return.
 """
 
 from __future__ import annotations

@@ -166,6 +166,17 @@ def test_unreachable_peers_are_said_once_and_go_by_a2a(
     assert all("a and b are two" in line and "a2a" in line for line in said)
 
 
+def test_an_exchange_says_what_its_inbox_takes() -> None:
+    """Two slots for each sender and chunk, and how often each chunk was used."""
+    workspace = SimpleNamespace(
+        chunks=CHUNKS, uses=torch.zeros(CHUNKS, dtype=torch.int32)
+    )
+    held = kernels.inbox_bytes(WORLD_SIZE, CHUNKS)
+    assert held == 2 * WORLD_SIZE * CHUNKS * kernels.CHUNK_BYTES
+    assert make_exchange(workspace).standing_bytes == held + 4 * CHUNKS
+    assert make_exchange(None).standing_bytes == 0
+
+
 def views() -> Iterator[tuple[str, Tensor, bool]]:
     flat = torch.arange(8192, dtype=BF16)
     rows = flat[: 4 * 6 * 64].view(4, 6, 64)

@@ -1,7 +1,7 @@
 """Every combination that does not work with DCP is refused, by name, before it starts.
 
 Only this file catches a table entry that never fires: each entry must be the first to
-speak for one case here, so an entry without a case fails. Entries and cases are those of
+reject one case here, so an entry without a case fails. Entries and cases are those of
 the installed release of SGLang, by the range of the entry.
 """
 
@@ -599,7 +599,7 @@ EXPERT_CASES: dict[str, dict[str, Any]] = {
         "device": "cuda",
     },
     f"{A2A} mori does not .*AMD": {"moe_a2a_backend": "mori", "device": "cuda"},
-    f"{A2A} customized does not .*another plug-in": {
+    f"{A2A} customized does not .*another plugin": {
         "moe_a2a_backend": "customized",
         "device": "cuda",
     },

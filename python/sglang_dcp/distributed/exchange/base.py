@@ -77,8 +77,13 @@ class Exchange(ABC):
 
     @property
     def in_use(self) -> str:
-        """Return the name of the exchange that serves decode: `name`, or its fall-back."""
+        """Return the name of the exchange that serves decode: `name`, or its fallback."""
         return self.name
+
+    @property
+    def standing_bytes(self) -> int:
+        """Return the bytes of GPU memory that the exchange holds between its calls."""
+        return 0
 
     def gather_heads(self, q: Tensor) -> Tensor:
         """All-gather local heads [tokens, h, D] to all heads [tokens, h * N, D].

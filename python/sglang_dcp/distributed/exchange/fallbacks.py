@@ -1,4 +1,4 @@
-"""Counts of the calls that went another way than the user asked for."""
+"""Counts of the calls that did not use the comm backend asked for."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Observer = Callable[[str, int], None]
 
 
 class Fallbacks:
-    """Counts fall-backs by reason, and tells one observer of each.
+    """Counts fallbacks by reason, and tells one observer of each.
 
     A call is one exchange of one layer. The calls of a captured graph count once, when
     they are captured, because a replay runs no Python.
@@ -26,13 +26,13 @@ class Fallbacks:
         return dict(self._counts)
 
     def add(self, reason: str) -> None:
-        """Count one fall-back."""
+        """Count one fallback."""
         self._counts[reason] += 1
         if self._observer is not None:
             self._observer(reason, 1)
 
     def observe(self, observer: Observer) -> None:
-        """Tell `observer` all counts until now, and from now on each fall-back."""
+        """Tell `observer` all counts until now, and from now on each fallback."""
         self._observer = observer
         for reason, count in self._counts.items():
             observer(reason, count)

@@ -79,7 +79,7 @@ def _local_heads(
     if not need.local_heads or can.local_heads_divide % need.local_heads == 0:
         return None
     reason = (
-        f"its kernel needs query heads a rank (heads / tp) that divide "
+        f"its kernel needs query heads per rank (heads / tp) that divide "
         f"{can.local_heads_divide}, not {need.local_heads}"
     )
     return Mismatch("--attention-backend", name, reason)

@@ -15,6 +15,7 @@ from sglang_dcp.layers.backends.base import (
     local_pages,
 )
 from sglang_dcp.layers.backends.capabilities import BackendCapabilities
+from sglang_dcp.layers.backends.fa3_splits import Fa3Heads, prefix_splits
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -92,7 +93,17 @@ class Fa3Backend(PlannedBackend):
             cu_seqlens_q=plan.cu_seqlens_q,
             max_seqlen_q=plan.max_seqlen_q,
             causal=False,
+            num_splits=self._prefix_splits(q, layer, plan),
         )
+
+    def _prefix_splits(
+        self, q: torch.Tensor, layer: RadixAttention, plan: ExtendPlan
+    ) -> int:
+        if self._inner.num_splits:
+            return int(self._inner.num_splits)
+        tokens, heads, qk_dim = q.shape
+        sizes = Fa3Heads(heads, layer.tp_k_head_num, qk_dim, layer.v_head_dim)
+        return prefix_splits(sizes, tokens, plan.max_seqlen_q)
 
     def _varlen(
         self,
@@ -136,7 +147,6 @@ class Fa3Backend(PlannedBackend):
                 k_cache=keys.view(-1, page, *keys.shape[1:]),
                 v_cache=values.view(-1, page, *values.shape[1:]),
                 softmax_scale=layer.scaling,
-                num_splits=self._inner.num_splits,
                 return_softmax_lse=True,
                 **_descales(
                     layer, keys.dtype, len(plan["cache_seqlens"]), keys.shape[1]
@@ -164,6 +174,7 @@ class Fa3Backend(PlannedBackend):
             cu_seqlens_q=plan.cu_seqlens_q,
             max_seqlen_q=1,
             scheduler_metadata=plan.scheduler_metadata,
+            num_splits=self._inner.num_splits,
             # One query sees every key either way, but the plan was made for causal.
             causal=True,
         )

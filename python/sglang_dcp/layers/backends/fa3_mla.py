@@ -88,7 +88,6 @@ class Fa3MlaBackend(Fa3Backend):
                 v_cache=latents,
                 qv=q_latent,
                 softmax_scale=layer.scaling,
-                num_splits=inner.num_splits,
                 return_softmax_lse=True,
                 **plan,
             ),

@@ -14,6 +14,9 @@ from sglang_dcp.layers.mla import cost
 from sglang_dcp.layers.mla.cost import MlaSizes, Requests
 from sglang_dcp.layers.mla.rates import HOPPER, Rates
 
+# Each prefix chunk keeps a plan for the whole forward, and FlashInfer a wrapper for ever.
+# Requests that share a prefix each gather it, so the size of the pool is no bound.
+MOST_PREFIX_CHUNKS = 64
 # Head dims of Q and K, and of V. The kernels of both backends were checked with them.
 MHA_HEAD_DIMS = (192, 128)
 
@@ -65,7 +68,7 @@ def choose_prefill_form(
     form = expanded_form(batch)
     if form is PrefillForm.NO_PREFIX:
         return form
-    if not expand_prefix:
+    if not expand_prefix or batch.prefix > MOST_PREFIX_CHUNKS * batch.capacity:
         return PrefillForm.ABSORBED
     in_place = cost.in_place_seconds(batch.requests, sizes, rates)
     gathered = expanded_seconds(batch, form, sizes, rates)

@@ -61,6 +61,15 @@ class SymmA2AExchange(A2AExchange):
         """Return `symm_a2a`, or `a2a` if there is no workspace."""
         return self.name if self._workspace is not None else A2AExchange.name
 
+    @property
+    def standing_bytes(self) -> int:
+        """Return the bytes of this rank's inbox and of its counters; 0 without them."""
+        if self._workspace is None:
+            return 0
+        chunks = self._workspace.chunks
+        inbox = kernels.inbox_bytes(self.group.world_size, chunks)
+        return inbox + self._workspace.uses.nbytes
+
     def gather_heads(self, q: Tensor) -> Tensor:
         """All-gather local heads [tokens, h, D] to all heads [tokens, h * N, D].
 

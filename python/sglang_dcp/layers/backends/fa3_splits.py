@@ -1,0 +1,101 @@
+"""How often FlashAttention-3 splits keys, and the memory that its splits take.
+
+With more than one split FA3 allocates an output in float32 for each of them: [splits,
+heads, tokens, v_dim]. By reading its source: if it may choose, it takes up to 128 splits
+where few tiles of queries leave SMs idle. Where queries are many and not causal, it takes
+one more for each 50 MB of a K/V head, however many tokens there are. Queries over a cached
+prefix are not causal here, so there the memory would grow with the length of the prompt.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+# Of an H100 or H200. GPUs with fewer split less.
+_SMS = 132
+_MOST_SPLITS = 128
+# Keys of so few tiles are never split.
+_FEW_KEY_TILES = 4
+# Longer batches of decode rows count all their tiles, which fill the GPU.
+_MOST_SPLIT_REQUESTS = 992
+# What the splits of a prefill over a prefix may take.
+PREFIX_SPLIT_BYTES = 256 << 20
+
+
+class Fa3Heads(NamedTuple):
+    """The heads of one call: query heads, K/V heads, and the dims of Q and K and of V."""
+
+    heads: int
+    kv_heads: int
+    qk_dim: int
+    v_dim: int
+
+    @property
+    def tile(self) -> int:
+        """Rows (query tokens x heads of one K/V head) of a tile."""
+        if self.v_dim > 256:
+            return 64
+        return 192 if self.qk_dim <= 64 else 128
+
+    def tiles(self, queries: int) -> int:
+        """Count the tiles of one request."""
+        rows = queries * self.heads // self.kv_heads
+        return self.kv_heads * -(-rows // self.tile)
+
+    def split_bytes(self, tokens: int) -> int:
+        """Return the bytes of one split: outputs and LSE in float32."""
+        return tokens * self.heads * (self.v_dim + 1) * 4
+
+
+def prefix_splits(heads: Fa3Heads, tokens: int, longest: int) -> int:
+    """Return the `num_splits` of attention with new tokens to a cached prefix.
+
+    Their memory is at most `PREFIX_SPLIT_BYTES`. 0 leaves the number to FA3.
+
+    Parameters
+    ----------
+    tokens, longest : int
+        New tokens of the batch, and of the request with most.
+    """
+    tiles = heads.tiles(longest)
+    if tiles >= 0.8 * _SMS:
+        # Splits would gain no SM, and FA3 would still allocate those for its L2 cache.
+        return 1
+    fitting = PREFIX_SPLIT_BYTES // heads.split_bytes(tokens)
+    if most_splits(tiles) <= fitting:
+        return 0
+    return max(1, min(fitting, -(-_SMS // tiles)))
+
+
+def prefix_split_bytes(heads: Fa3Heads, tokens: int) -> int:
+    """Return the most bytes of splits over all batches of at most `tokens` new tokens."""
+    return min(PREFIX_SPLIT_BYTES, _MOST_SPLITS * heads.split_bytes(tokens))
+
+
+def decode_split_bytes(heads: Fa3Heads, rows: int) -> int:
+    """Return the most bytes of the splits of a decode step, whose number FA3 chooses."""
+    splits = most_splits(heads.tiles(1))
+    if splits == 1:
+        return 0
+    return splits * heads.split_bytes(min(rows, _MOST_SPLIT_REQUESTS))
+
+
+@functools.cache
+def most_splits(tiles: int) -> int:
+    """Return the most splits that FA3 chooses for so many tiles, over all numbers of keys.
+
+    It takes the fewest splits whose last wave over the SMs is nearly as full as can be.
+    """
+    if tiles >= 0.8 * _SMS:
+        return 1
+    filled = []
+    for splits in range(1, _MOST_SPLITS + 1):
+        waves = tiles * splits / _SMS
+        filled.append(waves / math.ceil(waves))
+    chosen = []
+    for most in range(_FEW_KEY_TILES + 1, _MOST_SPLITS + 1):
+        enough = 0.85 * max(filled[:most])
+        chosen.append(next(n for n, full in enumerate(filled, 1) if full >= enough))
+    return max(chosen)

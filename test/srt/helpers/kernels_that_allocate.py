@@ -1,0 +1,140 @@
+"""GPU kernels that only allocate what they would return and need, on a CPU.
+
+The merge kernels of this package, the communication, and FlashAttention-3 with the splits
+that it chooses by its source. So a test can count what a forward allocates on a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
+from typing import Any, Optional
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from sglang_dcp.distributed.exchange import a2a, ag_rs
+from sglang_dcp.ops import lse_merge, partials
+
+SMS = 132
+
+
+class SilentGroup:
+    """A DCP group that sends nothing. Its all-gather allocates as SGLang's does."""
+
+    pynccl_comm = None
+
+    def __init__(self, world_size: int, rank: int = 0) -> None:
+        self.world_size, self.rank_in_group = world_size, rank
+
+    def all_gather(self, rows: Tensor, dim: int = -1) -> Tensor:
+        assert dim == 0
+        return rows.new_zeros(self.world_size * len(rows), *rows.shape[1:])
+
+
+@contextmanager
+def allocating_kernels() -> Iterator[None]:
+    """Take the paths of a GPU, without its kernels."""
+    names = ("combine", "cut", "interleave", "merge_two")
+    kernels = SimpleNamespace(**{name: lambda *args: None for name in names})
+    with ExitStack() as stack:
+        for module in (partials, lse_merge):
+            stack.enter_context(
+                mock.patch.object(module, "_kernels_for", lambda *tensors: kernels)
+            )
+        for module in (a2a, ag_rs):
+            stack.enter_context(
+                mock.patch.object(module, "exchange_with_peers", lambda *tensors: None)
+            )
+        yield
+
+
+class AllocatingFa3:
+    """SGLang's FlashAttention backend, as far as our backends use it.
+
+    Attributes
+    ----------
+    splits : list of int
+        Splits of each call over pages.
+    """
+
+    num_splits = 0
+
+    def __init__(self, runner: Any) -> None:
+        self.page_size = runner.page_size
+        self.req_to_token = runner.req_to_token_pool.req_to_token
+        self.token_to_kv_pool = runner.token_to_kv_pool
+        self.forward_metadata: Any = None
+        self.splits: list[int] = []
+
+    def init_forward_metadata(self, local: Any) -> None:
+        rows = self.req_to_token[local.req_pool_indices, :: self.page_size]
+        self.forward_metadata = SimpleNamespace(
+            page_table=rows // self.page_size,
+            cache_seqlens_int32=local.seq_lens.int(),
+            cu_seqlens_q=None,
+            scheduler_metadata=None,
+        )
+
+    def flash_attn_varlen_func(
+        self, *, q: Tensor, v: Tensor, qv: Optional[Tensor] = None, **more: Any
+    ) -> tuple[Tensor, Tensor]:
+        # By default it does not split.
+        assert "num_splits" not in more
+        return _result(q, v.shape[-1])
+
+    def flash_attn_with_kvcache(
+        self,
+        *,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        page_table: Tensor,
+        max_seqlen_q: int,
+        causal: bool,
+        num_splits: int,
+        qv: Optional[Tensor] = None,
+        **more: Any,
+    ) -> tuple[Tensor, Tensor]:
+        tokens, heads, _ = q.shape
+        v_dim = v_cache.shape[-1]
+        splits = num_splits or fa3_splits(
+            rows=max_seqlen_q * heads // k_cache.shape[2],
+            kv_heads=k_cache.shape[2],
+            keys=page_table.shape[1] * self.page_size,
+            dims=k_cache.shape[-1] + v_dim,
+            tile=64 if v_dim > 256 else 128,
+            causal=causal,
+        )
+        self.splits.append(splits)
+        out, lse = _result(q, v_dim)
+        if splits > 1:
+            q.new_zeros(splits, heads, tokens, v_dim + 1, dtype=torch.float32)
+        return out, lse
+
+
+def _result(q: Tensor, v_dim: int) -> tuple[Tensor, Tensor]:
+    dtype = torch.bfloat16 if q.itemsize == 1 else q.dtype
+    out = q.new_zeros(*q.shape[:2], v_dim, dtype=dtype)
+    return out, q.new_zeros(q.shape[1], q.shape[0], dtype=torch.float32)
+
+
+def fa3_splits(
+    rows: int, kv_heads: int, keys: int, dims: int, tile: int, causal: bool
+) -> int:
+    """Return how many splits FlashAttention-3 chooses on 132 SMs, by its source."""
+    tiles = -(-rows // tile)
+    if kv_heads * tiles >= 0.8 * SMS:
+        head_bytes, l2_bytes = keys * dims * 2, 50 << 20
+        if causal or head_bytes <= l2_bytes or tiles < 2 * SMS:
+            return 1
+        return min(-(-head_bytes // l2_bytes), 128)
+    key_tiles = -(-keys // (64 if dims > 512 else 128))
+    if key_tiles <= 4:
+        return 1
+    waves = [kv_heads * tiles * n / SMS for n in range(1, min(128, key_tiles) + 1)]
+    filled = [wave / math.ceil(wave) for wave in waves]
+    return next(n for n, f in enumerate(filled, 1) if f >= 0.85 * max(filled))

@@ -1,0 +1,550 @@
+"""What attention with DCP allocates, against tensors counted while the real code runs.
+
+Only this file compares the number in the log with what the code allocates. The kernels
+only allocate; everything between them is the package's own code.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from sglang.srt.configs.model_config import ModelConfig
+
+from helpers import backend_groups, mla_expanded
+from helpers.attention_oracle import Shape, Step, decode, extend
+from helpers.backend_ranks import FP8, Case, Rank, sglang_context
+from helpers.kernels_that_allocate import (
+    AllocatingFa3,
+    SilentGroup,
+    allocating_kernels,
+    fa3_splits,
+)
+from helpers.live_bytes import LiveBytes
+from helpers.mla_expanded import DEEPSEEK, Prefill
+from helpers.parallel import attention_width
+from sglang_dcp import context
+from sglang_dcp.config import DcpConfig
+from sglang_dcp.context import DcpContext, set_context
+from sglang_dcp.demo.tiny_model import make_tiny_model
+from sglang_dcp.distributed.exchange import create_exchange
+from sglang_dcp.distributed.topology import Layout
+from sglang_dcp.layers import memory_report
+from sglang_dcp.layers.backends.fa3 import Fa3Backend
+from sglang_dcp.layers.backends.fa3_mla import Fa3MlaBackend
+from sglang_dcp.layers.backends.fa3_splits import (
+    PREFIX_SPLIT_BYTES,
+    Fa3Heads,
+    decode_split_bytes,
+    most_splits,
+    prefix_splits,
+)
+from sglang_dcp.layers.forward_memory import (
+    Expansion,
+    ForwardSizes,
+    decode_parts,
+    expanded_parts,
+    gather_bytes,
+    plan_bytes,
+    prefill_parts,
+)
+from sglang_dcp.layers.memory_report import (
+    admit_prompts,
+    forward_sizes,
+    fraction_that_fits,
+    longest_that_fits,
+    most_kept_kv_heads,
+)
+from sglang_dcp.layers.mla.cost import MlaSizes, Requests
+from sglang_dcp.layers.mla.form import (
+    MOST_PREFIX_CHUNKS,
+    PrefillBatch,
+    PrefillForm,
+    choose_prefill_form,
+)
+from sglang_dcp.layers.mla.latents import (
+    gather_latents,
+    plan_latents,
+    split_into_chunks,
+)
+from sglang_dcp.releases.api import sglang_api
+from sglang_dcp.releases.installed import in_range, sglang_version
+
+GQA = Shape(8, 2, 64, 64)
+UNEVEN = Shape(24, 3, 64, 64)
+MLA = Shape(8, 1, 576, 512, latent=True)
+NEW = dict(a=70, b=150)
+TOKENS = sum(NEW.values())
+
+CASES = {
+    "gqa": (Case("fa3", GQA, device="cpu"), "a2a"),
+    "gqa-dcp4": (Case("fa3", GQA, dcp_size=4, device="cpu"), "a2a"),
+    "gqa-fp8": (
+        # FA3 returns bfloat16 here, so outputs are copied too.
+        Case("fa3", GQA, torch.float16, FP8, scale=2.0, device="cpu"),
+        "a2a",
+    ),
+    "gqa-uneven": (Case("fa3", UNEVEN, device="cpu"), "a2a"),
+    "gqa-ag_rs": (Case("fa3", GQA, device="cpu"), "ag_rs"),
+    "mla": (Case("fa3", MLA, device="cpu"), "a2a"),
+    "mla-dcp4": (Case("fa3", MLA, dcp_size=4, device="cpu"), "ag_rs"),
+}
+EXPANDED = Expansion(512, 64, 128, 128, 1 << 17)
+LITE = ForwardSizes("fa3", 8, 2, 1, 1, 576, 512, 2, 2, latent=True, expansion=EXPANDED)
+QWEN = ForwardSizes("fa3", 8, 2, 1, 1, 128, 128, 2, 2)
+
+
+def total(parts: dict[str, int]) -> int:
+    return sum(parts.values())
+
+
+def sizes_of(case: Case, comm_backend: str) -> ForwardSizes:
+    shape = case.shape
+    heads = shape.q_heads // case.dcp_size
+    return ForwardSizes(
+        case.backend,
+        heads,
+        case.dcp_size,
+        shape.kv_heads,
+        most_kept_kv_heads(heads, shape.kv_heads, case.dcp_size),
+        shape.qk_dim,
+        shape.v_dim,
+        case.dtype.itemsize,
+        (case.kv_dtype or case.dtype).itemsize,
+        latent=shape.latent,
+        gathers_lse=comm_backend == "ag_rs",
+    )
+
+
+def allocating_backend(case: Case, runner: Any) -> Any:
+    kind = Fa3MlaBackend if case.shape.latent else Fa3Backend
+    return kind(AllocatingFa3(runner))
+
+
+def without_splits(served: Served, sizes: ForwardSizes) -> ForwardSizes:
+    """As in deterministic inference, so that splits hide nothing else."""
+    served.rank.backend.backend._inner.num_splits = 1  # type: ignore[attr-defined]
+    return sizes._replace(splits=False)
+
+
+class Served:
+    """One rank that serves two requests, with kernels that only allocate."""
+
+    def __init__(self, case: Case, comm_backend: str) -> None:
+        self.group = backend_groups.Group(case, allocating_backend)
+        self.rank: Rank = self.group.ranks[0]
+        silent: Any = SilentGroup(case.dcp_size)
+        exchange = create_exchange(comm_backend, silent)
+        self.rank.backend.exchange = exchange
+
+    def peak(self, step: Step) -> int:
+        """Serve a forward; returns the most bytes that its attention allocated."""
+        new, batch = self.group.batch(step)
+        q, k, v = self.group.inputs(new)
+        rows, more = self._as_a_model(q[:, self.rank.own], k, v)
+        backend, layer = self.rank.backend, self.rank.layer
+        backend.init_forward_metadata(batch)
+        with LiveBytes() as live:
+            backend.forward(*rows, layer, batch, **more)
+        return live.peak
+
+    def _as_a_model(self, *rows: torch.Tensor) -> tuple[Any, dict[str, Any]]:
+        """Queries, keys and values are cut from one product, or MLA's come in two parts."""
+        q, k, v = rows
+        if self.group.case.shape.latent:
+            at = self.group.case.shape.v_dim
+            latent, keys = q[..., :at].clone(), k[..., :at].clone()
+            more = dict(q_rope=q[..., at:].clone(), k_rope=k[..., at:].clone())
+            return (latent, keys, keys), more
+        product = torch.cat([part.flatten(1) for part in rows], 1)
+        parts = product.split([part.flatten(1).shape[1] for part in rows], 1)
+        return [part.unflatten(1, row.shape[1:]) for part, row in zip(parts, rows)], {}
+
+
+@contextmanager
+def served(name: str) -> Iterator[tuple[Served, ForwardSizes]]:
+    case, comm_backend = CASES[name]
+    with (
+        sglang_context("cpu", **case.arguments),
+        attention_width(case.dcp_size),
+        allocating_kernels(),
+    ):
+        yield Served(case, comm_backend), sizes_of(case, comm_backend)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_forward_allocates_what_is_told(name: str) -> None:
+    with served(name) as (at_work, sizes):
+        sizes = without_splits(at_work, sizes)
+        at_work.peak(extend(**NEW))
+        prefill = at_work.peak(extend(**NEW))
+        step = at_work.peak(decode("ab"))
+    told = total(prefill_parts(sizes, TOKENS))
+    assert prefill <= told <= 1.05 * prefill
+    told = total(decode_parts(sizes, 2))
+    assert step <= told <= 1.15 * step
+
+
+@pytest.mark.parametrize("name", ["gqa", "mla"])
+def test_gathered_queries_are_freed_before_the_exchange(name: str) -> None:
+    """They are as large as the partial outputs. The peak had both."""
+    with served(name) as (at_work, sizes):
+        sizes = without_splits(at_work, sizes)
+        at_work.peak(extend(**NEW))
+        prefill = at_work.peak(extend(**NEW))
+    queries = TOKENS * sizes.group_heads * sizes.qk_dim * sizes.itemsize
+    assert prefill < total(prefill_parts(sizes, TOKENS)) + queries
+
+
+FA3_HEADS = [
+    Fa3Heads(heads, kv, *dims)
+    for heads, kv, dims in itertools.product(
+        (8, 16, 32, 128), (1, 2, 4), ((64, 64), (128, 128), (256, 256))
+    )
+] + [Fa3Heads(heads, 1, 576, 512) for heads in (8, 16, 64, 128)]
+
+
+def own_choice(heads: Fa3Heads, longest: int, keys: int) -> int:
+    """What FA3 takes if it may choose, for queries that are not causal."""
+    rows = longest * heads.heads // heads.kv_heads
+    # Of MLA, K is the rotary part.
+    dims = heads.qk_dim + (0 if heads.v_dim > 256 else heads.v_dim)
+    return fa3_splits(rows, heads.kv_heads, keys, dims, heads.tile, causal=False)
+
+
+@pytest.mark.parametrize("heads", FA3_HEADS, ids=lambda h: "-".join(map(str, h)))
+def test_splits_of_a_prefix_are_bounded_at_every_length(heads: Fa3Heads) -> None:
+    for tokens, longest in itertools.product((1, 64, 1000, 8192, 65536), repeat=2):
+        if longest > tokens:
+            continue
+        for keys in (1, 5000, 1 << 17, 1 << 22):
+            asked = prefix_splits(heads, tokens, longest)
+            splits = asked or own_choice(heads, longest, keys)
+            taken = splits * heads.split_bytes(tokens)
+            assert splits == 1 or taken <= PREFIX_SPLIT_BYTES, (tokens, longest, keys)
+
+
+def test_fa3_alone_would_split_a_long_prefix_without_a_bound() -> None:
+    """8192 tokens of 32 heads: one split more for each 50 MB of latents."""
+    heads = Fa3Heads(32, 1, 576, 512)
+    alone = [own_choice(heads, 8192, keys) for keys in (1 << 16, 1 << 18, 1 << 20)]
+    assert alone == [2, 6, 24]
+    assert alone[-1] * heads.split_bytes(8192) > 12e9
+    assert prefix_splits(heads, 8192, 8192) == 1
+
+
+def test_a_short_turn_leaves_the_splits_to_fa3() -> None:
+    assert prefix_splits(Fa3Heads(16, 1, 576, 512), 64, 64) == 0
+    assert prefix_splits(Fa3Heads(16, 1, 128, 128), 64, 64) == 0
+
+
+def test_the_most_splits_are_those_of_some_number_of_keys() -> None:
+    for tiles in range(1, 140):
+        keys = [64 * n for n in range(1, 200)]
+        chosen = [fa3_splits(64 * tiles, 1, n, 1024, 64, causal=False) for n in keys]
+        assert most_splits(tiles) == max(chosen), tiles
+
+
+@pytest.mark.parametrize("tokens", [64, 1024, 8192])
+def test_the_backend_asks_for_these_splits(tokens: int) -> None:
+    with served("mla") as (at_work, _):
+        at_work.peak(extend(a=700))
+        at_work.peak(extend(a=700))
+        fa3: Any = at_work.rank.backend.backend
+        layer, inner = at_work.rank.layer, fa3._inner
+        plan = fa3.extend_plan()
+        fa3._extend = replace(plan, max_seqlen_q=tokens)
+        q = torch.zeros(tokens, 8, 576, dtype=torch.bfloat16)
+        fa3.extend_paged_prefix(q, layer, None)
+    heads = Fa3Heads(8, 1, 576, 512)
+    asked = prefix_splits(heads, tokens, tokens)
+    assert inner.splits[-1] == (asked or own_choice(heads, tokens, 350))
+
+
+def test_splits_of_decode_end_at_992_rows() -> None:
+    heads = Fa3Heads(16, 1, 576, 512)
+    most = decode_split_bytes(heads, 992)
+    assert most == decode_split_bytes(heads, 4096) == 109 * heads.split_bytes(992)
+
+
+def test_splits_of_triton_live_for_the_whole_step() -> None:
+    """SGLang plans them for all layers: outputs and LSEs in float32."""
+    triton, planned = QWEN._replace(backend="triton"), 64 * 16 * 8 * (128 + 1) * 4
+    alone = decode_parts(QWEN._replace(splits=False), 64)
+    assert total(decode_parts(triton, 64)) == planned + total(alone)
+
+
+def test_replicated_queries_are_counted_beside_their_copy() -> None:
+    """A model hands in the queries of all heads, cut from a wider product."""
+    queries = 64 * 16 * 128 * 2
+    replicated = decode_parts(QWEN._replace(replicated_q=True, splits=False), 64)
+    outputs = 64 * 16 * (128 * 2 + 4)
+    assert total(replicated) >= 2 * queries + outputs
+
+
+SHARDS = [(2, torch.bfloat16), (4, torch.bfloat16), (2, FP8)]
+
+
+@pytest.mark.parametrize("dcp_size, stored", SHARDS, ids=str)
+def test_gathered_latents_take_what_is_told(dcp_size: int, stored: Any) -> None:
+    """One request of 4096 positions and one of 1000."""
+    from sglang_dcp.layers.local_batch import Shard
+
+    lens = torch.tensor([4096, 1000])
+    positions = int(lens.sum())
+    table = torch.arange(2 * 4096).view(2, 4096)
+    shard = Shard(table, table[:, :0], dcp_size, 0, 1)
+    pool = torch.zeros(2 * 4096, 1, 576).to(stored)
+    silent: Any = SilentGroup(dcp_size)
+    exchange = create_exchange("a2a", silent)
+    form = EXPANDED._replace(positions=positions)
+    sizes = LITE._replace(dcp_size=dcp_size, stored_itemsize=stored.itemsize)
+    rows = torch.arange(2)
+    with LiveBytes() as planning:
+        plan = plan_latents(shard, rows, torch.zeros_like(lens), lens)
+    with LiveBytes() as gathering:
+        parts = gather_latents(plan, pool, 512, exchange)
+        cast = [part.to(torch.bfloat16) for part in parts]
+    assert len(cast) == 2
+    assert planning.peak <= plan_bytes(sizes, form)
+    told = gather_bytes(sizes, form)
+    assert 0.8 * told <= gathering.peak <= told
+
+
+@pytest.fixture
+def silent_merge(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang's merge of prefix chunks allocates nothing."""
+    from sglang.srt.models.deepseek_common.attention_forward_methods import forward_mha
+
+    def merge(*args: Any) -> None:
+        return None
+
+    if in_range(sglang_version(), None, "0.5.23"):
+        monkeypatch.setattr(forward_mha, "merge_state_v2", merge, raising=False)
+    else:
+        from sglang.srt.layers.attention import merge_state
+
+        monkeypatch.setattr(merge_state, "merge_state_triton", merge)
+
+
+@pytest.mark.parametrize("capacity", [1 << 17, 700])
+def test_an_expanded_prefill_takes_what_is_told(
+    capacity: int, silent_merge: None
+) -> None:
+    """SGLang's own code expands and merges, in one shot or in prefix chunks."""
+    prefill = Prefill("fa3", DEEPSEEK, device="cpu", capacity=capacity)
+    new, prefix = 500, 900
+    with mla_expanded.surroundings(prefill), allocating_kernels():
+        group = mla_expanded.Group(prefill, allocating_backend)
+        rank, module = group.ranks[0], group.modules[0]
+        silent: Any = SilentGroup(2)
+        rank.backend.prefill._exchange = create_exchange("a2a", silent)
+        group.served.grow("a", prefix)
+        grown = {"a": group.served.grow("a", new)}
+        group.table.copy_(group.served.table)
+        batch = group._batch(group.served.batch("EXTEND", grown))
+        q, latent, rope = (
+            part[list(grown["a"])].to(prefill.dtype) for part in group.truth.of("a")
+        )
+        with LiveBytes() as live:
+            group._forward(rank, module, q, latent, rope, batch)
+    # Local queries, and the copies by which the test feeds the module.
+    fed = new * (8 * 192 + 512 + 576) * 2
+    positions = min(capacity, prefix + new)
+    form = EXPANDED._replace(positions=positions)
+    sizes = LITE._replace(expansion=form)
+    told = total(expanded_parts(sizes, new))
+    assert live.peak - fed <= told
+    assert told <= 1.6 * live.peak
+
+
+def test_the_longest_prompt_takes_what_any_chunk_takes() -> None:
+    """Every chunk of 8192 tokens of a prompt, up to 8 million tokens."""
+    chunk, told = 8192, total(prefill_parts(LITE, 8192))
+    own = MlaSizes(8, 2, 512, 64, 128, 128)
+    for prefix in range(chunk, 1 << 23, 1 << 19):
+        batch = PrefillBatch(Requests([chunk], [prefix]), EXPANDED.positions)
+        form = choose_prefill_form(batch, own, expand_prefix=True)
+        if form is PrefillForm.PREFIX_CHUNKS:
+            lens = split_into_chunks([prefix], batch.capacity)[1]
+            assert len(lens) <= MOST_PREFIX_CHUNKS
+            # Latents, the product that expands them, and K, in bfloat16.
+            numbers = int(lens.sum(1).max()) * (576 + 8 * (256 + 192))
+            assert 2 * numbers <= told, prefix
+        else:
+            assert form is not PrefillForm.ABSORBED
+
+
+@pytest.mark.parametrize("sizes", [LITE, QWEN], ids=["mla", "gqa"])
+def test_splits_of_the_longest_prompt_are_told(sizes: ForwardSizes) -> None:
+    heads = Fa3Heads(sizes.group_heads, sizes.kv_heads, sizes.qk_dim, sizes.v_dim)
+    for tokens in (1, 64, 500, 1000, 8192):
+        told = total(prefill_parts(sizes._replace(expansion=None), tokens))
+        for prefix in range(1, 2_000_000, 99_999):
+            splits = prefix_splits(heads, tokens, tokens)
+            splits = splits or own_choice(heads, tokens, prefix)
+            # Beside gathered queries and partial outputs.
+            rows = tokens * sizes.group_heads
+            held = rows * (sizes.qk_dim * 2 + sizes.v_dim * 2 + 4)
+            split = splits * heads.split_bytes(tokens) if splits > 1 else 0
+            assert held + split <= told, (tokens, prefix)
+
+
+class Runner:
+    """What is read of a `ModelRunner` of Qwen2.5-3B's sizes, on 2 GPUs with `fa3`."""
+
+    def __init__(self, **changes: Any) -> None:
+        from sglang.srt.configs.model_config import AttentionArch
+
+        graph = SimpleNamespace(max_bs=changes.pop("captured", 0), backend="full")
+        arguments: dict[str, Any] = dict(
+            attention_backend="fa3",
+            chunked_prefill_size=8192,
+            cuda_graph_config=SimpleNamespace(decode=graph),
+            device="cuda",
+            enable_deterministic_inference=False,
+            max_prefill_tokens=16384,
+            mem_fraction_static=0.9,
+            speculative_num_draft_tokens=None,
+            triton_attention_num_kv_splits=8,
+        )
+        self.server_args = SimpleNamespace(**{**arguments, **changes})
+        self.model_config = SimpleNamespace(
+            attention_arch=AttentionArch.MHA,
+            get_total_num_kv_heads=lambda: 2,
+            head_dim=128,
+            hf_text_config=SimpleNamespace(dcp_kv_head_scale=2),
+            num_attention_heads=16,
+            v_head_dim=128,
+        )
+        self.attn_backend = SimpleNamespace(exchange=SimpleNamespace(standing_bytes=5))
+        self.device, self.dtype = "cuda", torch.bfloat16
+        self.pre_model_load_memory = 100.0
+        self.req_to_token_pool = SimpleNamespace(size=64)
+        self.token_to_kv_pool = SimpleNamespace(dtype=torch.bfloat16)
+
+
+CONFIG = DcpConfig(Layout(2, 1), "a2a")
+
+
+@contextmanager
+def started(free: int | None, rank: int = 0) -> Iterator[None]:
+    """A rank of a server with so many free bytes on its GPU."""
+    set_context(DcpContext(CONFIG, rank))
+
+    def resolved(args: Any) -> Any:
+        return args
+
+    with (
+        mock.patch.object(type(sglang_api()), "resolved", staticmethod(resolved)),
+        mock.patch.object(memory_report, "free_bytes", lambda runner: free),
+        mock.patch.object(memory_report, "least_free_bytes", lambda runner: free),
+    ):
+        yield
+
+
+def admitted(runner: Any, longest: int = 1 << 20) -> int:
+    return admit_prompts(runner, CONFIG, longest)
+
+
+def test_sizes_are_those_of_the_runner() -> None:
+    with started(None):
+        sizes = forward_sizes(Runner(), CONFIG)
+        assert sizes == QWEN
+        runner = Runner(enable_deterministic_inference=True)
+        runner.token_to_kv_pool.dtype = FP8
+        changed = forward_sizes(runner, replace(CONFIG, replicate_q_proj=True))
+    wanted = QWEN._replace(stored_itemsize=1, splits=False, replicated_q=True)
+    assert changed == wanted
+
+
+def test_the_number_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "sglang_dcp")
+    runners = [Runner(captured=32), Runner(captured=32)]
+    for rank, runner in enumerate(runners):
+        with started(10**11, rank):
+            assert admitted(runner) == 1 << 20
+        context.clear_context()
+    [line] = caplog.messages
+    prefill, decode_step = prefill_parts(QWEN, 8192), decode_parts(QWEN, 32)
+    number = total(prefill) + total(decode_step) + 5
+    assert [r.dcp_forward_memory for r in runners] == [number, number]  # type: ignore
+    assert f"{number / 1e9:.2f} GB" in line and "prefill of 8192 tokens" in line
+    assert f"captured decode steps {total(decode_step) / 1e9:.2f}" in line
+
+
+def test_too_little_memory_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    needed = total(prefill_parts(QWEN, 8192))
+    with started(needed):
+        admitted(Runner())
+    assert not caplog.messages
+    with started(needed - 100 * 2**20):
+        assert admitted(Runner()) == 1 << 20
+    [line] = caplog.messages
+    # Nearly a thousandth of 100 GB.
+    assert "--mem-fraction-static 0.899 at most (it is 0.900)" in line
+
+
+def test_without_chunks_a_prompt_must_fit_into_what_is_left() -> None:
+    free = total(prefill_parts(QWEN, 200_000))
+    runner = Runner(chunked_prefill_size=-1)
+    with started(free):
+        assert admitted(runner) == 200_000
+        assert admitted(runner, 1000) == 1000
+    with started(None):
+        assert admitted(runner) == 1 << 20
+    with started(free):
+        assert admitted(Runner()) == 1 << 20
+
+
+def test_the_longest_that_fits_is_the_longest() -> None:
+    for sizes in (QWEN, LITE, LITE._replace(expansion=None)):
+        for tokens in (1, 77, 5000):
+            free = total(prefill_parts(sizes, tokens))
+            found = longest_that_fits(sizes, 9000, free)
+            assert found >= tokens
+            assert total(prefill_parts(sizes, found)) <= free
+            assert total(prefill_parts(sizes, found + 1)) > free
+        assert longest_that_fits(sizes, 9000, 0) == 0
+
+
+def test_a_lower_fraction_has_three_digits() -> None:
+    assert fraction_that_fits(0.9, 0.1) == 0.8
+    assert fraction_that_fits(0.9, 0.1001) == 0.799
+    assert fraction_that_fits(0.1, 0.2) == 0.0
+
+
+@pytest.mark.parametrize("kind", ["llama-2kv", "mla-dense"])
+def test_sglangs_own_config_and_arguments_have_what_is_read(
+    kind: str, tmp_path: Any, server_args: Any
+) -> None:
+    path = str(make_tiny_model(tmp_path / kind, kind))
+    args = server_args(model_path=path, tp_size=2, dcp_size=2)
+    runner = Runner()
+    runner.server_args = args
+    runner.model_config = ModelConfig.from_server_args(args)
+    sizes = forward_sizes(runner, args.dcp)
+    set_context(DcpContext(args.dcp, 0))
+    runner.device = "cpu"
+    assert admit_prompts(runner, args.dcp, 300) == 300
+    model = runner.model_config
+    assert sizes.group_heads == model.num_attention_heads
+    if kind == "mla-dense":
+        assert (sizes.qk_dim, sizes.kv_heads) == (sizes.v_dim + 64, 1) or sizes.latent
+    else:
+        assert (sizes.qk_dim, sizes.kv_heads) == (model.head_dim, 2)
+    for flag in ("flashinfer_mla_disable_ragged", "disable_chunked_prefix_cache"):
+        assert hasattr(sglang_api().resolved(args), flag)
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__]))
