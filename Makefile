@@ -14,6 +14,8 @@ BIN := $(VENV)/bin
 OUT ?= .cache/bench
 # Which live servers `test` starts.
 SERVERS ?= server
+# Which other tests `test-fast` runs.
+FAST ?= not server
 STAMP := $(VENV)/.installed
 TRAINED := $(VENV)/.trained-model
 SOURCES := python test benchmark setup.py
@@ -36,7 +38,7 @@ test: test-fast $(TRAINED)
 	$(BIN)/python -m pytest -m "$(SERVERS)"
 
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest -n 2 -m "not server"
+	$(BIN)/python -m pytest -n 2 -m "$(FAST)"
 
 # What meets SGLang most closely.
 test-hooks: $(STAMP)
@@ -61,6 +63,7 @@ soak: $(STAMP)
 # Builds wheel and sdist, and runs the command line from the wheel in an environment of its own.
 # Then the older release, as far as the time of CI goes. Tests marked `long` do not fit into it.
 ci: SERVERS := server and not long
+ci: FAST := not server and not long
 ci: lint test
 	bash .ci/wheel.sh $(BIN)
 	$(MAKE) test-hooks SGLANG=0.5.16 VENV=.venv-0.5.16

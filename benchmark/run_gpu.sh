@@ -19,7 +19,7 @@
 #   OUT    folder for logs.tgz (required)
 #   PARTS  which of
 #            kernels exchange symm backends latents    tests of kernels, beside each other
-#            shared server bf16 mla dtypes fused weights limits   live servers, one group after
+#            shared server bf16 mla dtypes fused weights quant limits   live servers, one group after
 #                                                      the other; `shared` takes one GPU
 #            reports sleep long                        the same: public reports, memory saver,
 #                                                      prompts of 131,071 to 200,000 tokens
@@ -177,6 +177,7 @@ run_servers mla 530 server_gpu_mla
 run_servers dtypes 200 server_gpu_dtypes
 run_servers fused 200 server_gpu_fused_write
 run_servers weights 530 server_gpu_weights
+run_servers quant 530 server_gpu_quant
 run_servers reports 530 server_gpu_reports
 run_servers sleep 530 server_gpu_memory_saver
 run_servers long 530 server_gpu_long

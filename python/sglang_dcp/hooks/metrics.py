@@ -94,7 +94,7 @@ def _correct_estimates(reporter: Any, scheduler: Any, dcp_size: int) -> None:
     reporter._decode_q_read_bytes_per_token *= dcp_size
     replicas = getattr(_runner(scheduler), "dcp_q_replicas", None)
     if replicas is not None:
-        added = replicated_per_token(replicas.own_weights(), dcp_size)
+        added = replicated_per_token(replicas.own_products(), dcp_size)
         setattr(reporter, _ADDED, added)
 
 

@@ -19,11 +19,14 @@ def model_config_from_server_args(
     """
     from sglang_dcp.layers.heads import is_scaled, scale_kv_heads
     from sglang_dcp.support.models import check_model
+    from sglang_dcp.support.quantization import check_replicated_q
 
     model = original(server_args, *args, **kwargs)
     config = dcp_of(server_args)
     if config is not None and not is_scaled(model):
         check_model(model, config)
+        if config.replicate_q_proj:
+            check_replicated_q(model, server_args.device)
         scale_kv_heads(model, config)
     return model
 
@@ -38,10 +41,13 @@ def initialize_model(result: Any, model_config: Any, *args: Any, **kwargs: Any) 
     """
     from sglang_dcp.context import find_context
     from sglang_dcp.layers.loading import prepare_loading
+    from sglang_dcp.layers.q_replication import widen_q_projections
     from sglang_dcp.support.attention_layers import check_attention_layers
 
     context = find_context()
     if context is not None:
         check_attention_layers(result, model_config, context.config)
         prepare_loading(result, model_config, context.config.layout)
+        if context.config.replicate_q_proj:
+            widen_q_projections(result, context)
     return result

@@ -278,7 +278,7 @@ HOOKS: tuple[Hook, ...] = (
             f"{_SRT}.model_executor.model_runner.ModelRunner.load_model",
             Kind.AFTER,
             "sglang_dcp.layers.q_replication:after_load_model",
-            "--dcp-replicate-q-proj would have no effect",
+            "a wide Q projection would return the heads of all ranks in prefill too",
         ),
     )
     + tuple(
@@ -338,7 +338,7 @@ HOOKS: tuple[Hook, ...] = (
             f"{_UPDATER}.update_weights_from_{source}",
             Kind.AROUND,
             "sglang_dcp.layers.q_replication:around_weight_update",
-            "a weight update would not reach the replicated Q weights",
+            "a weight update would not reach the K weights that other ranks gathered",
             until=until,
         )
         for source, until in (
@@ -354,7 +354,7 @@ HOOKS: tuple[Hook, ...] = (
             f"{_UPDATER}.end_weight_update",
             Kind.AROUND,
             "sglang_dcp.layers.q_replication:around_weight_update",
-            "tensors and broadcasts of an update would not reach the replicated Q weights",
+            "tensors and broadcasts of an update would not reach gathered K weights",
             since="0.5.23",
         ),
     )
@@ -512,6 +512,9 @@ RELIES_ON: tuple[ReliedFile, ...] = (
     ReliedFile("srt/layers/attention/flashinfer_backend.py"),
     ReliedFile("srt/layers/attention/triton_backend.py"),
     ReliedFile("srt/layers/dcp/comm.py"),
+    ReliedFile("srt/layers/parameter.py"),
+    ReliedFile("srt/layers/quantization/fp8.py"),
+    ReliedFile("srt/layers/quantization/unquant.py"),
     ReliedFile("srt/layers/radix_attention.py"),
     ReliedFile("srt/mem_cache/memory_pool.py"),
     ReliedFile("srt/model_executor/forward_batch_deepseek_mha_mixin.py"),
@@ -522,6 +525,7 @@ RELIES_ON: tuple[ReliedFile, ...] = (
     ReliedFile("srt/models/arcee.py"),
     ReliedFile("srt/models/commandr.py"),
     ReliedFile("srt/models/deepseek_common/attention_forward_methods/forward_mla.py"),
+    ReliedFile("srt/models/deepseek_common/deepseek_weight_loader.py"),
     ReliedFile("srt/models/deepseek_common/utils.py"),
     ReliedFile("srt/models/deepseek_v2.py"),
     ReliedFile("srt/models/ernie4.py"),

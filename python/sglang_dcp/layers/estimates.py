@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from torch import Tensor
+import torch
 
 
 class PerToken(NamedTuple):
@@ -40,22 +40,39 @@ def kv_bytes_per_token(pool: Any, dcp_size: int) -> float:
     return float(pool.layer_num * values * pool.store_dtype.itemsize / dcp_size)
 
 
-def replicated_per_token(own: Iterable[Tensor], dcp_size: int) -> PerToken:
+class Product(NamedTuple):
+    """A matrix product of one token.
+
+    Attributes
+    ----------
+    inputs, outputs : int
+    weight_bytes : float
+        Bytes of the matrix, with its scales.
+    dtype : torch.dtype
+        Dtype of the outputs.
+    """
+
+    inputs: int
+    outputs: int
+    weight_bytes: float
+    dtype: torch.dtype
+
+
+def replicated_per_token(own: Iterable[Product], dcp_size: int) -> PerToken:
     """Return what replicated weights add to a decode token.
 
     A rank reads the weights of its peers too, and writes what they compute.
 
     Parameters
     ----------
-    own : iterable of Tensor
-        The rank's own share of each replicated weight. Dimension 1 is what a product
-        sums over.
+    own : iterable of Product
+        The rank's own share of each replicated product.
     dcp_size : int
     """
     peers = dcp_size - 1
     flops = read_bytes = write_bytes = 0.0
-    for weight in own:
-        flops += 2.0 * weight.numel() * peers
-        read_bytes += weight.nbytes * peers
-        write_bytes += weight.nbytes / weight.shape[1] * peers
+    for product in own:
+        flops += 2.0 * product.inputs * product.outputs * peers
+        read_bytes += product.weight_bytes * peers
+        write_bytes += product.outputs * product.dtype.itemsize * peers
     return PerToken(flops, read_bytes, write_bytes)

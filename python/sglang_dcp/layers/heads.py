@@ -7,12 +7,14 @@ tensor-parallel size. They see `kv_heads * dcp_size` heads, so each of them gets
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, Callable, Optional
 
 import torch
 
 from sglang_dcp.config import DcpConfig
-from sglang_dcp.context import find_context
+from sglang_dcp.context import DcpContext, find_context
+from sglang_dcp.releases.api import sglang_api
 
 _MARK = "dcp_kv_head_scale"
 
@@ -68,7 +70,9 @@ def qkv_parallel_linear_init(
 ) -> None:
     """Hook: `QKVParallelLinear.__init__`; ranks of a DCP group load the same K/V heads.
 
-    The loaders slice a checkpoint by `tp_rank // num_kv_head_replicas`.
+    The loaders slice a checkpoint by `tp_rank // num_kv_head_replicas`. With
+    `--dcp-replicate-q-proj` the layer has attn_tp width instead: there the ranks of a DCP
+    group load the same Q heads too, and nothing else differs between them.
 
     Raises
     ------
@@ -76,29 +80,61 @@ def qkv_parallel_linear_init(
         The layer did not take its K/V-head count from the scaled config. It would load
         wrong heads.
     """
-    original(self, *args, **kwargs)
     context = find_context()
     if context is None:
+        original(self, *args, **kwargs)
         return
-    scale = context.config.dcp_size
-    if self.total_num_kv_heads % scale:
-        raise RuntimeError(
-            f"a QKV layer with {self.total_num_kv_heads} K/V heads did not take them "
-            f"from the model config that DCP scaled by {scale}"
-        )
-    self.total_num_kv_heads //= scale
-    self.num_kv_head_replicas *= scale
-    shards = context.config.layout.tp_size // self.num_kv_head_replicas
+    config = context.config
+    if config.replicate_q_proj:
+        call = inspect.signature(original).bind(self, *args, **kwargs).arguments
+        seen = call.get("total_num_kv_heads") or call["total_num_heads"]
+        call["total_num_kv_heads"] = _true_kv_heads(seen, config.dcp_size)
+        call.update(attn_tp_partition(context))
+        original(**call)
+    else:
+        original(self, *args, **kwargs)
+        seen = self.total_num_kv_heads
+        self.total_num_kv_heads = _true_kv_heads(seen, config.dcp_size)
+        self.num_kv_head_replicas *= config.dcp_size
+    width = config.attn_tp_size if config.replicate_q_proj else config.tp_size
     for parameter in self.parameters():
         if getattr(parameter, "is_gguf_weight", False):
-            repeat_gguf_heads(parameter, shards, self.num_kv_head_replicas)
+            replicas = self.num_kv_head_replicas
+            _repeat_gguf_heads(parameter, width // replicas, replicas)
 
 
-def repeat_gguf_heads(parameter: Any, shards: int, replicas: int) -> None:
+def attn_tp_partition(context: DcpContext) -> dict[str, Any]:
+    """Return what gives an attention layer the width attn_tp, for its constructor."""
+    config = context.config
+    return sglang_api().attn_tp_partition(
+        context.attn_tp_rank, config.attn_tp_size, config.dcp_size
+    )
+
+
+def _true_kv_heads(seen: int, scale: int) -> int:
+    if seen % scale:
+        raise RuntimeError(
+            f"a QKV layer with {seen} K/V heads did not take them "
+            f"from the model config that DCP scaled by {scale}"
+        )
+    return seen // scale
+
+
+def repeat_heads(rows: torch.Tensor, shards: int, replicas: int) -> torch.Tensor:
+    """Repeat each of `shards` equal blocks of `rows` `replicas` times, one after another.
+
+    `rows` is [rows, ...], with the heads of the checkpoint in their order. A cut of the
+    result into `shards * replicas` parts then gives consecutive ranks the same heads.
+    """
+    blocks = rows.unflatten(0, (shards, -1))
+    return blocks.repeat_interleave(replicas, dim=0).flatten(0, 1)
+
+
+def _repeat_gguf_heads(parameter: Any, shards: int, replicas: int) -> None:
     """Let the loader of a GGUF weight give `replicas` consecutive ranks the same K/V heads.
 
     SGLang cuts the rows of K and V, [rows, bytes], into one part for each rank, whether
-    ranks share heads or not. So the rows of each of `shards` parts are repeated before.
+    ranks share heads or not.
     """
     load = parameter.weight_loader
 
@@ -106,8 +142,7 @@ def repeat_gguf_heads(parameter: Any, shards: int, replicas: int) -> None:
         target: Any, rows: torch.Tensor, shard_id: Optional[str] = None
     ) -> None:
         if shard_id in ("k", "v"):
-            parts = rows.unflatten(0, (shards, -1))
-            rows = parts.repeat_interleave(replicas, dim=0).flatten(0, 1)
+            rows = repeat_heads(rows, shards, replicas)
         load(target, rows, shard_id)
 
     parameter.weight_loader = load_repeated

@@ -18,7 +18,12 @@ import torch
 from torch import nn
 
 from sglang_dcp.distributed.topology import Layout
-from sglang_dcp.layers.heads import is_mla, kv_head_counts, qkv_layer_of
+from sglang_dcp.layers.heads import (
+    is_mla,
+    kv_head_counts,
+    qkv_layer_of,
+    repeat_heads,
+)
 
 _COUNT = "num_key_value_heads"
 
@@ -61,12 +66,8 @@ class KvHeads(NamedTuple):
         The same with `seen` heads. SGLang's cut for a rank, at `seen` heads and `tp_size`
         ranks, then gives the heads that the rank holds.
         """
-        blocks = full.reshape(-1, self.local, *self._rest(full))
-        repeated = blocks.repeat_interleave(self.layout.dcp_size, dim=0)
-        return repeated.reshape(-1, *full.shape[1:])
-
-    def _rest(self, full: torch.Tensor) -> tuple[int, ...]:
-        return (self.dim,) if full.dim() == 1 else tuple(full.shape[1:])
+        shards = self.total // self.local
+        return repeat_heads(full, shards, self.layout.dcp_size)
 
 
 def norms_over_heads(module: nn.Module, dim: int) -> list[nn.Parameter]:

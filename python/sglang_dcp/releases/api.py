@@ -93,10 +93,20 @@ class SglangApi(ABC):
         """Return the Triton kernel `create_flashinfer_kv_indices_triton`."""
 
     @abstractmethod
+    def attn_tp_partition(
+        self, attn_tp_rank: int, attn_tp_size: int, dcp_size: int
+    ) -> dict[str, Any]:
+        """Return what gives a column-parallel attention layer the width attn_tp.
+
+        They are arguments of the layer's constructor. The ranks of a DCP group then hold
+        the same outputs. SGLang's own attention width is `attn_tp_size * dcp_size`.
+        """
+
+    @abstractmethod
     def keep_quant_method_of_q_b(self, attention: Any) -> None:
         """Turn off a kernel of DeepSeek's attention that reads `q_b_proj.weight` itself.
 
-        It would bypass the layer's `quant_method`, and so its replicated weight.
+        It would bypass the layer's `quant_method`, which chooses the rank's own outputs.
         """
 
 

@@ -54,6 +54,11 @@ class _Api(SglangApi):
 
         return create_flashinfer_kv_indices_triton
 
+    def attn_tp_partition(
+        self, attn_tp_rank: int, attn_tp_size: int, dcp_size: int
+    ) -> dict[str, Any]:
+        return {"tp_rank": attn_tp_rank, "tp_size": attn_tp_size}
+
     def keep_quant_method_of_q_b(self, attention: Any) -> None:
         attention.use_min_latency_q_b_gemm = False
 

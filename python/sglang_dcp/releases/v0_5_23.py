@@ -72,6 +72,14 @@ class _Api(SglangApi):
 
         return create_flashinfer_kv_indices_triton
 
+    def attn_tp_partition(
+        self, attn_tp_rank: int, attn_tp_size: int, dcp_size: int
+    ) -> dict[str, Any]:
+        from sglang.srt.layers.linear import ReplicatedParallelGroup
+
+        # SGLang's group is that of all ranks that run attention for one batch.
+        return {"parallel_group": ReplicatedParallelGroup("attn_tp", dcp_size)}
+
     def keep_quant_method_of_q_b(self, attention: Any) -> None:
         # None until the first forward, which decides by the weight that it finds.
         attention._use_min_latency_q_b_gemm = False

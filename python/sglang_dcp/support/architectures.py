@@ -72,6 +72,16 @@ NORMS_OVER_HEADS: tuple[str, ...] = (
     "Olmo2ForCausalLM",
 )
 
+# SGLang loads them by the code of its Llama.
+LOADED_AS_LLAMA: tuple[str, ...] = (
+    "LlamaForCausalLM",
+    "InternLM3ForCausalLM",
+    "IQuestCoderForCausalLM",
+    "Ministral3ForCausalLM",
+    "MistralForCausalLM",
+    "Phi3ForCausalLM",
+)
+
 # OLMoE norms Q and K of one rank with the weights of all heads. Starcoder2 takes a rank
 # for the number of its pipeline stage.
 ONE_RANK_IN_SGLANG: tuple[str, ...] = ("OlmoeForCausalLM", "Starcoder2ForCausalLM")

@@ -13,6 +13,7 @@ from torch import nn
 from sglang_dcp.config import DcpConfig
 from sglang_dcp.layers.heads import is_mla, kv_head_counts, qkv_layer_of
 from sglang_dcp.layers.loading import attentions_of, norms_over_heads
+from sglang_dcp.support.quantization import check_replicated_layers
 from sglang_dcp.support.rules import raise_unsupported
 
 _SERVE_WITHOUT = "serve this model without DCP"
@@ -39,6 +40,8 @@ def check_attention_layers(
         if (special := _special(layer)) is not None:
             reason = "a rank's part of the sequence does not hold what it needs"
             _raise(model, f"{name} with {special}", reason)
+    if config.replicate_q_proj:
+        check_replicated_layers(model, model_config)
     if is_mla(model_config):
         return
     heads = model_config.hf_text_config.num_attention_heads

@@ -9,9 +9,15 @@ from sglang_dcp.layers.heads import is_mla
 from sglang_dcp.support.architectures import (
     DP_ATTENTION,
     DRAFT_ARCHITECTURES,
+    LOADED_AS_LLAMA,
     NORMS_OVER_HEADS,
     ONE_RANK_IN_SGLANG,
     SERVED,
+)
+from sglang_dcp.support.quantization import (
+    CUTS_BY_RANK,
+    is_unknown,
+    quantization_config,
 )
 from sglang_dcp.support.rules import Unsupported, check_rules, raise_unsupported
 
@@ -74,9 +80,22 @@ def _mlp_bias(model: Any) -> Optional[str]:
     return _named(model, "mlp_bias") if biased else None
 
 
-def _bitsandbytes(model: Any) -> Optional[str]:
+def _block_scales(model: Any) -> Optional[str]:
+    """The loader of Llama renames scales of fp8 blocks, and then finds no place for them."""
+    if _name(model) not in LOADED_AS_LLAMA or model.quantization != "fp8":
+        return None
+    size = quantization_config(model).get("weight_block_size")
+    return _named(model, f"weight_block_size {size}") if size else None
+
+
+def _cuts_by_rank(model: Any) -> Optional[str]:
     name = model.quantization
-    return _named(model, name) if name == "bitsandbytes" else None
+    return _named(model, name) if name in CUTS_BY_RANK else None
+
+
+def _unknown_format(model: Any) -> Optional[str]:
+    name = model.quantization
+    return _named(model, name) if is_unknown(name) else None
 
 
 def _architecture(model: Any) -> Optional[str]:
@@ -129,8 +148,20 @@ UNSUPPORTED_MODELS: tuple[Unsupported, ...] = (
     ),
     Unsupported(
         "--model-path",
-        _bitsandbytes,
+        _block_scales,
+        "SGLang itself leaves the scales of its fp8 blocks out",
+        "serve this model with another quantization",
+    ),
+    Unsupported(
+        "--model-path",
+        _cuts_by_rank,
         "its loader cuts K/V rows by tensor-parallel rank",
+        "serve this model with another quantization",
+    ),
+    Unsupported(
+        "--model-path",
+        _unknown_format,
+        "its loader was made for other devices, or by another SGLang than is known",
         "serve this model with another quantization",
     ),
     Unsupported(
@@ -181,10 +212,6 @@ def check_model(model: Any, config: DcpConfig) -> None:
 
 def _check_replicated_q(model: Any) -> None:
     flag, hint = "--dcp-replicate-q-proj", "drop the flag"
-    if model.quantization is not None:
-        value = f"with quantization {model.quantization}"
-        reason = "only unquantized Q projections can be held at attn_tp width"
-        raise_unsupported(flag, value, reason, hint)
     normed = getattr(model.hf_text_config, "use_qk_norm", True)
     if normed and _name(model) in NORMS_OVER_HEADS:
         reason = "its Q norm has weights for the heads of one rank or of all"

@@ -73,6 +73,15 @@ def switched_on(variable: str) -> Value:
     return value
 
 
+def runs_on_gpu(device: Optional[str]) -> bool:
+    """Whether a server of `--device` runs on GPUs; None if it is not chosen yet."""
+    import torch
+
+    if device is None:
+        return bool(torch.accelerator.is_available())
+    return device != "cpu"
+
+
 def flag_of(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 

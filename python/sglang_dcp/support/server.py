@@ -14,6 +14,11 @@ from sglang_dcp.layers.backends.capabilities import Requirement
 from sglang_dcp.support.backends import check_backend
 from sglang_dcp.support.experts import check_experts
 from sglang_dcp.support.lora import UNSUPPORTED_LORA, check_adapters_of_latents
+from sglang_dcp.support.quantization import (
+    DROP_REPLICATION,
+    UNPROVEN,
+    torchao_beside_replicated_q,
+)
 from sglang_dcp.support.rules import (
     DROP,
     Unsupported,
@@ -44,6 +49,11 @@ def _shards(args: Any) -> Optional[str]:
     # SGLang turns the string into an enumeration of strings.
     name = getattr(args.load_format, "value", args.load_format)
     return name if name in _LOADS_OF_SHARDS else None
+
+
+def _scales_by_rank(args: Any) -> Optional[str]:
+    name = getattr(args.load_format, "value", args.load_format)
+    return "flash_rl" if name == "flash_rl" else None
 
 
 def _device(args: Any) -> Optional[str]:
@@ -156,6 +166,13 @@ UNSUPPORTED_SERVER_ARGS: tuple[Unsupported, ...] = (
         "its weights may be cut for tensor parallelism without DCP",
         "use --load-format auto and the whole checkpoint",
     ),
+    Unsupported(
+        "--load-format",
+        _scales_by_rank,
+        "a weight update cuts scales of K/V rows by tensor-parallel rank",
+        "use --load-format auto",
+        until="0.5.23",
+    ),
     _flag(
         "weight_cache_mode",
         "its daemon cuts K/V heads for tensor parallelism without DCP",
@@ -166,7 +183,7 @@ UNSUPPORTED_SERVER_ARGS: tuple[Unsupported, ...] = (
     Unsupported(
         "--startup-weight-load-mode",
         _late_weights,
-        "--dcp-replicate-q-proj copies Q weights before they arrive",
+        "--dcp-replicate-q-proj gathers weights before they arrive",
         "use --startup-weight-load-mode serial, or drop --dcp-replicate-q-proj",
         since="0.5.23",
     ),
@@ -240,17 +257,24 @@ UNSUPPORTED_SERVER_ARGS: tuple[Unsupported, ...] = (
     ),
     Unsupported(
         "--torchao-config",
-        _beside_replicated_q("torchao_config"),
-        "--dcp-replicate-q-proj copies Q weights before they are quantized",
-        "drop --dcp-replicate-q-proj",
+        torchao_beside_replicated_q,
+        UNPROVEN,
+        DROP_REPLICATION,
         until="0.5.23",
     ),
     Unsupported(
         "--cpu-offload-gb",
         _beside_replicated_q("cpu_offload_gb"),
-        "--dcp-replicate-q-proj gathers Q weights between GPUs, and they may lie in host "
+        "--dcp-replicate-q-proj gathers weights between GPUs, and they may lie in host "
         "memory",
         "drop --dcp-replicate-q-proj",
+    ),
+    Unsupported(
+        "--enable-layernorm-sp",
+        _beside_replicated_q("enable_layernorm_sp"),
+        "a Q projection of attn_tp width does not gather the tokens of all ranks",
+        "drop --dcp-replicate-q-proj",
+        since="0.5.23",
     ),
     _flag(
         "enable_mis",

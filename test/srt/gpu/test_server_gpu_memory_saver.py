@@ -36,7 +36,7 @@ LAYOUTS = {
 }
 # Two runs of one server may differ by the order of sums, in the last bits of bf16.
 SAME = 0.005
-# Inboxes of `symm_a2a`, communicators of the DCP groups, replicated Q weights.
+# Inboxes of `symm_a2a`, communicators of the DCP groups, gathered K weights of MLA.
 MORE_ASLEEP = 1 << 30
 
 

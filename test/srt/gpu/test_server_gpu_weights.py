@@ -7,69 +7,23 @@ after its capture: a server whose weights were updated must answer as one that l
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from urllib.error import HTTPError
 
 import pytest
 
-from helpers import teacher_forcing
 from helpers.gpu_cases import TP2_DCP2, exchange_case
-from helpers.gpu_servers import make_server
 from helpers.nccl_ranks import needs_gpus
-from helpers.servers import READY_SECONDS
-from sglang_dcp.demo.client import http_json
-from sglang_dcp.releases.installed import in_range, sglang_version
+from helpers.weight_updates import (
+    Update,
+    assert_answers_as_loaded,
+    from_disk,
+    from_tensors,
+)
 
 pytestmark = [pytest.mark.server, needs_gpus(2)]
 
 KINDS = ("llama-8kv-d64", "qwen3-moe-d128", "mla-moe-d512")
-BUCKETS = 3
-
-Update = Callable[[str, Path], None]
-
-
-def from_disk(base_url: str, checkpoint: Path) -> None:
-    _post(base_url, "update_weights_from_disk", {"model_path": str(checkpoint)})
-
-
-def from_tensors(base_url: str, checkpoint: Path) -> None:
-    """In several requests, as a trainer sends them. All ranks read this process's GPU 0."""
-    from safetensors.torch import load_file
-    from sglang.srt.utils import MultiprocessingSerializer
-    from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
-
-    monkey_patch_torch_reductions()
-    named = sorted(load_file(checkpoint / "model.safetensors", device="cuda:0").items())
-    size = -(-len(named) // BUCKETS)
-    # SGLang refuses tensors outside such a session as of 0.5.23, and has none before.
-    in_session = in_range(sglang_version(), "0.5.23", None)
-    if in_session:
-        _post(base_url, "begin_weight_update", {})
-    for start in range(0, len(named), size):
-        bucket = named[start : start + size]
-        parts = [
-            MultiprocessingSerializer.serialize(bucket, output_str=True)
-            for _ in range(TP2_DCP2.tp_size)
-        ]
-        last = start + size >= len(named)
-        _post(
-            base_url,
-            "update_weights_from_tensor",
-            {"serialized_named_tensors": parts, "flush_cache": last},
-        )
-    if in_session:
-        _post(base_url, "end_weight_update", {})
-
-
-def _post(base_url: str, endpoint: str, body: dict[str, object]) -> None:
-    """Raise AssertionError with SGLang's message if it refuses the request."""
-    try:
-        answer = http_json(f"{base_url}/{endpoint}", body)
-    except HTTPError as error:
-        raise AssertionError(f"/{endpoint}: {error.read().decode()}") from error
-    assert answer["success"], answer
 
 
 @pytest.mark.parametrize("update", [from_disk, from_tensors])
@@ -77,21 +31,9 @@ def _post(base_url: str, endpoint: str, body: dict[str, object]) -> None:
 def test_updated_weights_answer_as_loaded_ones(
     kind: str, update: Update, tmp_path: Path
 ) -> None:
-    waves = teacher_forcing.build_waves()[:-1]
     exchange = "symm_a2a", True
     old = exchange_case(kind, TP2_DCP2, "fa3", exchange, ("updated", "")).spec
-    new = replace(old, name="loaded", seed=1)
-    with make_server(old, tmp_path) as updated, make_server(new, tmp_path) as loaded:
-        for server in (updated, loaded):
-            server.wait_ready(READY_SECONDS)
-        before = teacher_forcing.ask(updated.base_url, waves)
-        update(updated.base_url, new.checkpoint(tmp_path))
-        after = teacher_forcing.ask(updated.base_url, waves)
-        wanted = teacher_forcing.ask(loaded.base_url, waves)
-    far, near = (teacher_forcing.distance(found, wanted) for found in (before, after))
-    print(f"{kind}, {update.__name__}: |d logprob| before {far}; after {near}")
-    assert near.mean < far.mean / 100
-    assert near.worst_request < far.worst_request / 20
+    assert_answers_as_loaded(old, replace(old, name="loaded", seed=1), update, tmp_path)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import torch
 
 from helpers import teacher_forcing
 from helpers.gpu_nodes import make_nodes
+from helpers.quantized_checkpoint import make_quantized
 from helpers.servers import READY_SECONDS, plugin_folder
 from sglang_dcp.demo.client import Reply, http_json
 from sglang_dcp.demo.server import ServerFailed, ServerProcess
@@ -62,6 +63,7 @@ def servers_at_once() -> int:
 class Spec:
     """One server: model kind, flags beside `COMMON`, a plugin's source, pool size.
 
+    A kind `qwen3-2kv+awq` is the first one of `helpers.quantized_checkpoint` in a format.
     `env` is more of its environment, by name and value; `seed` is of its weights. With
     `one_gpu` its ranks share GPU 0 (`helpers.one_gpu`). With several `nodes` it is as many
     launches, each of which sees GPUs of its own (`helpers.gpu_nodes`). In `flags`, `@seed1`
@@ -93,7 +95,10 @@ class Spec:
         """Its model, or that of another seed, written into `folder` if not there."""
         seed = self.seed if seed is None else seed
         path = folder / "models" / f"{self.kind}-{seed}"
-        return make_tiny_model(path, self.kind, seed=seed)
+        kind, _, form = self.kind.partition("+")
+        if form:
+            return make_quantized(path, kind, form, seed)
+        return make_tiny_model(path, kind, seed=seed)
 
     def flags_in(self, folder: Path) -> str:
         """Its flags with the paths of other checkpoints."""

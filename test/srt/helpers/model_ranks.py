@@ -29,14 +29,24 @@ _TIMEOUT_S = 240
 
 @dataclass(frozen=True)
 class Run:
-    """One way to run a model: its name and the server arguments of all its ranks."""
+    """One way to run a model: its name and the server arguments of all its ranks.
+
+    With `updated` the ranks start on the weights of `other_weights(model)`, and then take
+    those of the model, from disk.
+    """
 
     name: str
     arguments: tuple[tuple[str, Any], ...]
+    updated: bool = False
 
     @property
     def ranks(self) -> int:
         return int(dict(self.arguments)["tp_size"])
+
+
+def other_weights(model: Path) -> Path:
+    """Where a checkpoint of the same model with other weights lies."""
+    return model.with_name(f"{model.name}-other")
 
 
 def forced_ids(seed: int = 0) -> list[list[int]]:
@@ -71,7 +81,7 @@ def run_model(model: Path, run: Run, folder: Path) -> list[str]:
 
     Returns the fault of each rank, or "".
     """
-    port = _free_port()
+    port = free_port()
     return run_forked(
         [
             lambda rank=rank: torch.save(  # type: ignore[misc]
@@ -138,30 +148,46 @@ def _run(work: Callable[[], None], log: Path) -> None:
     os._exit(code)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-def _rank_logprobs(model: Path, run: Run, rank: int, port: int) -> torch.Tensor:
+def load_runner(
+    model: Path, arguments: tuple[tuple[str, Any], ...], rank: int, port: int
+) -> Any:
+    """Make SGLang's `ModelRunner` of one rank on a CPU, with its weights and pools.
+
+    Returns the runner of SGLang's own benchmark, which wraps it.
+    """
     from sglang.benchmark import one_batch
     from sglang.srt import server_args as module
 
-    args = resolve_server_args(
-        module.ServerArgs(
-            model_path=str(model),
-            device="cpu",
-            dtype="float32",
-            attention_backend="torch_native",
-            max_total_tokens=200,
-            random_seed=0,
-            **dict(run.arguments),
-        )
-    )
+    given = {
+        "device": "cpu",
+        "dtype": "float32",
+        "attention_backend": "torch_native",
+        "max_total_tokens": 200,
+        "random_seed": 0,
+        **dict(arguments),
+    }
+    args = resolve_server_args(module.ServerArgs(model_path=str(model), **given))
     _enter(args, rank)
     _replace_kernels()
-    runner, _ = one_batch.load_model(args, SimpleNamespace(nccl_port=port), rank, rank)
+    ports = SimpleNamespace(nccl_port=port)
+    return one_batch.load_model(args, ports, rank, rank)[0]
+
+
+def _rank_logprobs(model: Path, run: Run, rank: int, port: int) -> torch.Tensor:
+    from sglang.benchmark import one_batch
+
+    start = other_weights(model) if run.updated else model
+    runner = load_runner(start, run.arguments, rank, port)
+    if run.updated:
+        updater = runner.torch_runner.weight_updater
+        done, message = updater.update_weights_from_disk(str(model), "auto")
+        assert done, message
     return _forced_logprobs(one_batch, runner)
 
 
@@ -173,7 +199,8 @@ def _enter(args: Any, rank: int) -> None:
 
     if args.dcp is not None:
         sglang_api().hide_dcp_size(args)
-        set_context(DcpContext(args.dcp, rank))
+        # With DP attention, a rank counts inside its replica.
+        set_context(DcpContext(args.dcp, rank % args.dcp.tp_size))
     if in_range(sglang_version(), None, "0.5.21"):
         return
     from sglang.benchmark import one_batch
@@ -221,6 +248,9 @@ def _forced_logprobs(one_batch: Any, runner: Any) -> torch.Tensor:
     ids = forced_ids()
     prompts = [row[:length] for row, length in zip(ids, PROMPTS)]
     requests = one_batch.prepare_synthetic_inputs_for_latency_test(0, 0, prompts)
+    for request in requests:
+        # DP attention reads it as a string.
+        request.rid = str(request.rid)
     _, logits, batch = runner.extend(requests)
     rows = [logits.clone()]
     for step in range(STEPS):

@@ -17,16 +17,21 @@ _NOT_SPLIT = dict(
 )
 
 
-def attention_width(ranks: int, rank: int = 0) -> ContextManager[Any]:
-    """SGLang's readers see rank `rank` of `ranks`, all of them for attention."""
+def attention_width(
+    ranks: int, rank: int = 0, replicas: int = 1
+) -> ContextManager[Any]:
+    """SGLang's readers see rank `rank` of `ranks` for attention.
+
+    They are all ranks, or those of the last of `replicas` of DP attention.
+    """
     from sglang.srt.runtime_context import get_parallel
 
     return get_parallel().override(
-        tp_size=ranks,
-        tp_rank=rank,
+        tp_size=ranks * replicas,
+        tp_rank=ranks * (replicas - 1) + rank,
         attn_tp_size=ranks,
         attn_tp_rank=rank,
-        moe_tp_size=ranks,
+        moe_tp_size=ranks * replicas,
     )
 
 

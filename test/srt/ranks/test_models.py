@@ -19,20 +19,41 @@ import torch
 
 from helpers.gloo_ranks import run_python
 from helpers.model_kinds import MODEL_KINDS
-from helpers.model_ranks import Run, hf_logprobs, run_forked, run_model
+from helpers.model_ranks import (
+    Run,
+    hf_logprobs,
+    other_weights,
+    run_forked,
+    run_model,
+)
 from sglang_dcp.demo.tiny_kinds import KINDS
 from sglang_dcp.demo.tiny_model import make_model
+from sglang_dcp.releases.installed import in_range, sglang_version
 from sglang_dcp.support.architectures import NORMS_OVER_HEADS, SERVED
 
 TP1 = Run("tp1", (("tp_size", 1),))
 DCP2 = Run("dcp2", (("tp_size", 2), ("dcp_size", 2), ("dcp_comm_backend", "a2a")))
 REPLICATED = Run("dcp2-q", (*DCP2.arguments, ("dcp_replicate_q_proj", True)))
+UPDATED = Run("dcp2-q-updated", REPLICATED.arguments, updated=True)
+# Two replicas of DP attention, which prefill and decode the same tokens together.
+IN_REPLICAS = Run(
+    "tp4-dp2-q",
+    (
+        *(("tp_size", 4), ("dp_size", 2), ("enable_dp_attention", True)),
+        *REPLICATED.arguments[1:],
+    ),
+)
 ATTN2 = Run("tp4-attn2", (("tp_size", 4), ("attn_tp_size", 2)))
 
 # Their K weights are cut or repeated for each rank, and replicated Q is refused.
 OVER_HEADS = [
     name for name, kind in MODEL_KINDS.items() if kind.architecture in NORMS_OVER_HEADS
 ]
+# GQA and MLA: new weights reach a wide Q projection, and K weights that were gathered.
+UPDATES = ("mimo", "deepseek-v3")
+# GQA and MLA: each replica has a Q projection as wide as its own DCP group.
+SERVES_REPLICAS = in_range(sglang_version(), "0.5.23", None)
+REPLICAS = ("glm4-moe", "deepseek-v3") if SERVES_REPLICAS else ()
 # Set it to run each model in every way, which takes twice as long.
 ALL_RUNS = bool(os.environ.get("SGLANG_DCP_TEST_ALL_RUNS"))
 
@@ -41,7 +62,11 @@ def _runs(name: str) -> tuple[Run, ...]:
     """With replicated Q, a prefill projects as without. So one run covers both."""
     if name in OVER_HEADS:
         return TP1, DCP2, ATTN2
-    return (TP1, DCP2, REPLICATED, ATTN2) if ALL_RUNS else (TP1, REPLICATED)
+    updated = (UPDATED,) * (name in UPDATES)
+    if not ALL_RUNS:
+        return (TP1, REPLICATED, *updated)
+    replicas = (IN_REPLICAS,) * (name in REPLICAS)
+    return (TP1, DCP2, REPLICATED, ATTN2, *updated, *replicas)
 
 
 CASES = {name: _runs(name) for name in MODEL_KINDS}
@@ -101,6 +126,7 @@ def _verdicts(name: str, folder: Path) -> dict[str, Any]:
 
     def make() -> None:
         make_model(model, name, MODEL_KINDS[name])
+        make_model(other_weights(model), name, MODEL_KINDS[name], seed=1)
         torch.save(hf_logprobs(model), folder / "hf.pt")
 
     [fault] = run_forked([make], folder, "hf")

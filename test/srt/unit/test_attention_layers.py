@@ -67,6 +67,7 @@ def check(
         attention_arch=AttentionArch.MHA,
         hf_config=text,
         hf_text_config=text,
+        quantization=None,
         is_draft_model=False,
         get_total_num_kv_heads=lambda: KV_HEADS * dcp,
     )
@@ -117,6 +118,29 @@ def test_replicated_q_with_norms_over_heads(size: int, cut: bool) -> None:
     check(with_norm(size, cut=cut))
     with pytest.raises(DcpConfigError, match="^--dcp-replicate-q-proj with Sequential"):
         check(with_norm(size, cut=cut), replicate=True)
+
+
+class Kernel:
+    """A linear method that SGLang may give to a single layer."""
+
+
+def test_replicated_q_of_one_quantized_layer() -> None:
+    """The model config names no format, so only the layer tells."""
+    from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+
+    plain: Any = attention()
+    quantized: Any = attention()
+    for module, kind in ((plain, UnquantizedLinearMethod), (quantized, Kernel)):
+        layer = module.qkv_proj
+        layer.quant_method = kind()
+        layer.weight = nn.Parameter(torch.empty(3, 3, device="meta"))
+    check(quantized)
+    check(plain, replicate=True)
+    with pytest.raises(DcpConfigError, match="q-proj with 1.qkv_proj by Kernel does"):
+        check(plain, quantized, replicate=True, count=2)
+    # Kernels of CPUs are not waited for.
+    quantized.qkv_proj.weight = nn.Parameter(torch.empty(3, 3))
+    check(quantized, replicate=True)
 
 
 def test_a_norm_over_all_heads_needs_each_head_once() -> None:

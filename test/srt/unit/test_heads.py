@@ -38,6 +38,10 @@ LAYOUTS = {
     "tp8-attn2-many-kv": (Layout(8, 2), 16, 16),
 }
 
+Q_WIDTHS = pytest.mark.parametrize(
+    "replicated", [False, True], ids=["sharded-q", "wide-q"]
+)
+
 
 def checkpoint(heads: int, kv_heads: int, v_dim: int, *more: int) -> dict[str, Any]:
     """Full q, k, v; every row tells its part, head and place."""
@@ -46,12 +50,24 @@ def checkpoint(heads: int, kv_heads: int, v_dim: int, *more: int) -> dict[str, A
     return {part: torch.randn(n, *more, generator=gen) for part, n in rows.items()}
 
 
-def by_hand(full: dict[str, Any], layout: Layout, kv_heads: int, rank: int) -> Any:
-    """Rows of `rank`: own q heads, then the k and v heads of its attn_tp shard."""
+def by_hand(
+    full: dict[str, Any],
+    layout: Layout,
+    kv_heads: int,
+    rank: int,
+    replicated: bool = False,
+) -> Any:
+    """Rows of `rank`: own q heads, then the k and v heads of its attn_tp shard.
+
+    Replicated, the q heads are those of its DCP group.
+    """
     shard = rank // (layout.tp_size // layout.attn_tp_size)
     width = max(1, kv_heads // layout.attn_tp_size)
     first = shard * kv_heads // layout.attn_tp_size
-    own_q = full["q"].chunk(layout.tp_size)[rank]
+    if replicated:
+        own_q = full["q"].chunk(layout.attn_tp_size)[shard]
+    else:
+        own_q = full["q"].chunk(layout.tp_size)[rank]
     k, v = (
         full[part].unflatten(0, (kv_heads, -1))[first : first + width].flatten(0, 1)
         for part in "kv"
@@ -83,57 +99,70 @@ def qkv_layer(
 
 
 def dcp_layer(
-    layout: Layout, heads: int, kv_heads: int, rank: int, v_dim: int, **more: Any
+    layout: Layout,
+    heads: int,
+    kv_heads: int,
+    rank: int,
+    v_dim: int,
+    replicated: bool = False,
+    **more: Any,
 ) -> Any:
     """As a model builds it: with the KV heads of the scaled model config."""
     clear_context()
-    set_context(DcpContext(DcpConfig(layout), rank))
+    set_context(DcpContext(DcpConfig(layout, replicate_q_proj=replicated), rank))
     seen = kv_heads * layout.dcp_size
     return qkv_layer(heads, seen, rank, layout.tp_size, v_dim, **more)
 
 
 @pytest.mark.parametrize("v_dim", [HEAD_DIM, 6], ids=["same-v", "wide-v"])
+@Q_WIDTHS
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_each_rank_loads_its_heads(name: str, v_dim: int, plugins: None) -> None:
+def test_each_rank_loads_its_heads(
+    name: str, v_dim: int, replicated: bool, plugins: None
+) -> None:
     layout, heads, kv_heads = LAYOUTS[name]
     weights = checkpoint(heads, kv_heads, v_dim, HIDDEN)
     biases = checkpoint(heads, kv_heads, v_dim)
     for rank in range(layout.tp_size):
-        layer = dcp_layer(layout, heads, kv_heads, rank, v_dim)
+        layer = dcp_layer(layout, heads, kv_heads, rank, v_dim, replicated)
         for part in "qkv":
             layer.weight.weight_loader(layer.weight, weights[part], part)
             layer.bias.weight_loader(layer.bias, biases[part], part)
-        assert torch.equal(layer.weight, by_hand(weights, layout, kv_heads, rank))
-        assert torch.equal(layer.bias, by_hand(biases, layout, kv_heads, rank))
+        place = (layout, kv_heads, rank, replicated)
+        assert torch.equal(layer.weight, by_hand(weights, *place))
+        assert torch.equal(layer.bias, by_hand(biases, *place))
 
 
+@Q_WIDTHS
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_fused_checkpoint(name: str, plugins: None) -> None:
+def test_fused_checkpoint(name: str, replicated: bool, plugins: None) -> None:
     """q, k and v in one tensor, which the loader cuts by its local head counts."""
     layout, heads, kv_heads = LAYOUTS[name]
     weights = checkpoint(heads, kv_heads, HEAD_DIM, HIDDEN)
     for rank in range(layout.tp_size):
-        layer = dcp_layer(layout, heads, kv_heads, rank, HEAD_DIM)
+        layer = dcp_layer(layout, heads, kv_heads, rank, HEAD_DIM, replicated)
         fused = torch.cat([weights[part] for part in "qkv"])
         layer.weight.weight_loader(layer.weight, fused)
-        assert torch.equal(layer.weight, by_hand(weights, layout, kv_heads, rank))
+        want = by_hand(weights, layout, kv_heads, rank, replicated)
+        assert torch.equal(layer.weight, want)
 
 
+@Q_WIDTHS
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_gguf_rows(name: str, plugins: None) -> None:
+def test_gguf_rows(name: str, replicated: bool, plugins: None) -> None:
     """Blocks of bytes, which SGLang cuts by rank whether ranks share K/V heads or not."""
     from sglang.srt.layers.quantization.gguf import GGUFConfig
 
     layout, heads, kv_heads = LAYOUTS[name]
     weights = checkpoint(heads, kv_heads, HEAD_DIM, HIDDEN)
     for rank in range(layout.tp_size):
-        layer = dcp_layer(
-            layout, heads, kv_heads, rank, HEAD_DIM, quant_config=GGUFConfig()
-        )
+        quant = {"quant_config": GGUFConfig()}
+        layer = dcp_layer(layout, heads, kv_heads, rank, HEAD_DIM, replicated, **quant)
         for part in "qkv":
             layer.qweight.weight_loader(layer.qweight, weights[part], part)
         taken = layer.qweight.data_container
-        assert torch.equal(torch.cat(taken), by_hand(weights, layout, kv_heads, rank))
+        want = by_hand(weights, layout, kv_heads, rank, replicated)
+        assert torch.equal(torch.cat(taken), want)
 
 
 def cut_for_rank(layer: Any, full: torch.Tensor, rank: int, ranks: int) -> torch.Tensor:

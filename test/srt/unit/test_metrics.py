@@ -26,7 +26,11 @@ from sglang_dcp.context import DcpContext, clear_context, set_context
 from sglang_dcp.distributed.exchange.fallbacks import Fallbacks
 from sglang_dcp.distributed.topology import Layout
 from sglang_dcp.hooks import metrics
-from sglang_dcp.layers.estimates import kv_bytes_per_token, replicated_per_token
+from sglang_dcp.layers.estimates import (
+    Product,
+    kv_bytes_per_token,
+    replicated_per_token,
+)
 from sglang_dcp.layers.kv_pool import write_kv
 from sglang_dcp.releases.api import sglang_api
 
@@ -214,7 +218,11 @@ def test_replicated_weights_are_read_and_computed_with(dcp: int) -> None:
         return counter.get_total_flops(), q.nbytes + absorbed.nbytes
 
     sharded, replicated = flops_and_outputs(1), flops_and_outputs(dcp)
-    added = replicated_per_token([own, w_kc], dcp)
+    products = [
+        Product(5, 6, own.nbytes, own.dtype),
+        Product(3, 2 * 4, w_kc.nbytes, w_kc.dtype),
+    ]
+    added = replicated_per_token(products, dcp)
     assert added.flops == replicated[0] - sharded[0]
     assert added.write_bytes == replicated[1] - sharded[1]
     assert added.read_bytes == (own.nbytes + w_kc.nbytes) * (dcp - 1)

@@ -7,11 +7,14 @@ the installed release of SGLang, by the range of the entry.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import logging
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,10 +32,11 @@ from sglang_dcp.layers.backends.capabilities import FP8, Requirement
 from sglang_dcp.layers.backends.registry import backend_names, backends
 from sglang_dcp.releases.api import sglang_api
 from sglang_dcp.releases.installed import in_range, sglang_version
-from sglang_dcp.support import speculation
+from sglang_dcp.support import quantization, speculation
 from sglang_dcp.support.architectures import (
     DP_ATTENTION,
     DRAFT_ARCHITECTURES,
+    LOADED_AS_LLAMA,
     NORMS_OVER_HEADS,
     ONE_RANK_IN_SGLANG,
     SERVED,
@@ -40,6 +44,12 @@ from sglang_dcp.support.architectures import (
 from sglang_dcp.support.backends import check_backend, default_backend
 from sglang_dcp.support.experts import UNSUPPORTED_EXPERTS, check_experts_of
 from sglang_dcp.support.models import UNSUPPORTED_MODELS, check_model
+from sglang_dcp.support.quantization import (
+    CUTS_BY_RANK,
+    LOADS_RIGHT,
+    OTHER_DEVICES,
+    check_replicated_q,
+)
 from sglang_dcp.support.rules import Unsupported, rules_in_force
 from sglang_dcp.support.server import UNSUPPORTED_SERVER_ARGS, check_server_args
 
@@ -73,6 +83,7 @@ FINE_SERVER = dict(
     torchao_config="",
     cpu_offload_gb=0,
     offload_group_size=-1,
+    enable_layernorm_sp=False,
     enable_mis=False,
     speculative_algorithm=None,
     speculative_eagle_topk=None,
@@ -162,10 +173,14 @@ SERVER_CASES: dict[str, tuple[dict[str, Any], str]] = {
     "--enable-deterministic-inference": ({"enable_deterministic_inference": True}, ""),
     "--model-impl": ({"model_impl": "transformers"}, " transformers"),
     "--torchao-config": (
-        {"torchao_config": "int4wo-128", "dcp": REPLICATED},
+        {"torchao_config": "int4wo-128", "dcp": REPLICATED, "device": "cuda"},
         " int4wo-128",
     ),
     "--cpu-offload-gb": ({"cpu_offload_gb": 4, "dcp": REPLICATED}, " 4"),
+    "--enable-layernorm-sp": (
+        {"enable_layernorm_sp": True, "dcp": REPLICATED},
+        "",
+    ),
     "--enable-mis": ({"enable_mis": True}, ""),
     "--speculative-algorithm": ({"speculative_algorithm": "EAGLE"}, " EAGLE"),
     "--speculative-eagle-topk": (speculating(speculative_eagle_topk=4), " 4"),
@@ -291,7 +306,10 @@ def fine_model(**changes: Any) -> SimpleNamespace:
         quantization=None,
         context_len=8192,
         hf_text_config=SimpleNamespace(**text),
-        hf_config=SimpleNamespace(architectures=[architecture]),
+        hf_config=SimpleNamespace(
+            architectures=[architecture],
+            quantization_config=changes.pop("quantization_config", None),
+        ),
         get_total_num_kv_heads=lambda: kv_heads,
     )
     return SimpleNamespace(**{**fields, **changes})
@@ -331,10 +349,18 @@ MODEL_CASES: dict[str, tuple[dict[str, Any], str]] = {
         {"architecture": "Qwen3MoeForCausalLM", "text": {"decoder_sparse_step": 2}},
         "Qwen3MoeForCausalLM (decoder_sparse_step 2)",
     ),
+    "fp8-blocks-of-llama": (
+        {
+            "quantization": "fp8",
+            "quantization_config": {"weight_block_size": [128, 64]},
+        },
+        "LlamaForCausalLM (weight_block_size [128, 64])",
+    ),
     "bitsandbytes": (
         {"quantization": "bitsandbytes"},
         "LlamaForCausalLM (bitsandbytes)",
     ),
+    "other-devices": ({"quantization": "modelslim"}, "LlamaForCausalLM (modelslim)"),
     "mlp-bias": ({"text": {"mlp_bias": True}}, "LlamaForCausalLM (mlp_bias)"),
     "architecture": ({"architecture": "GptOssForCausalLM"}, "GptOssForCausalLM"),
     "layer-kinds": (
@@ -360,7 +386,11 @@ def server_subject(flag: str, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespac
 
 def test_each_server_entry_has_a_case() -> None:
     assert {entry.flag for entry in UNSUPPORTED_SERVER_ARGS} == set(SERVER_CASES)
-    assert sorted(entry.flag for entry in IN_FORCE) == sorted(CASES)
+    flags = [entry.flag for entry in IN_FORCE]
+    assert {*flags} == {*CASES}
+    # 0.5.16 has two of them, and the second has a test of its own.
+    twice = {flag for flag in flags if flags.count(flag) > 1}
+    assert twice <= {"--load-format"}
 
 
 def fields_of(rule: Unsupported) -> set[str]:
@@ -499,8 +529,19 @@ def test_a_decode_graph_that_the_json_names(resolved: bool) -> None:
 
 
 @since("torchao_config")
-def test_torchao_without_replicated_q() -> None:
-    check_server_args(fine_server(torchao_config="int8wo"))
+@pytest.mark.parametrize("changes", [{"dcp": REPLICATED}, {"device": "cuda"}], ids=str)
+def test_torchao_is_refused_beside_replicated_q_on_gpus(
+    changes: dict[str, Any],
+) -> None:
+    args = fine_server(torchao_config="int8wo", attention_backend=None, **changes)
+    check_server_args(args)
+
+
+@since("torchao_config")
+def test_updates_whose_scales_are_cut_by_rank() -> None:
+    """0.5.16 alone: later releases take new weights through the layers' own loaders."""
+    with pytest.raises(DcpConfigError, match="--load-format flash_rl .* scales of K/V"):
+        check_server_args(fine_server(load_format="flash_rl"))
 
 
 @since("startup_weight_load_mode")
@@ -919,7 +960,7 @@ def test_every_mla_backend_has_a_hook_that_chooses_the_forward_method() -> None:
             {"text": {"layer_types": ["full_attention"] * 2}}, id="full-layers"
         ),
         pytest.param({"kv_heads": 1}, id="kv-head-replicated"),
-        pytest.param({"quantization": "fp8"}, id="quantized"),
+        *(pytest.param({"quantization": name}, id=name) for name in LOADS_RIGHT),
     ],
 )
 def test_fine_models_are_not_refused(changes: dict[str, Any]) -> None:
@@ -969,11 +1010,88 @@ def test_mla_has_one_head_whatever_its_config_says() -> None:
     check_model(model, CONFIG)
 
 
-def test_replicated_q_of_a_quantized_model() -> None:
-    config = DcpConfig(Layout(4, 2), replicate_q_proj=True)
-    check_model(fine_model(), config)
-    with pytest.raises(DcpConfigError, match="--dcp-replicate-q-proj .* fp8.*drop"):
-        check_model(fine_model(quantization="fp8"), config)
+# What SGLang calls the weights, what the checkpoint says of them, and our name of both.
+QUANTIZED: tuple[tuple[str, dict[str, Any] | None, str], ...] = (
+    ("fp8", {"weight_block_size": [128, 128]}, "fp8-block"),
+    ("fp8", {"activation_scheme": "static"}, "fp8-tensor"),
+    ("fp8", None, "fp8-online"),
+    (
+        "compressed-tensors",
+        {"format": "int-quantized"},
+        "compressed-tensors-int-quantized",
+    ),
+    *((name, {}, name) for name in LOADS_RIGHT - {"fp8", "compressed-tensors"}),
+)
+
+
+@pytest.mark.parametrize(("name", "config", "shown"), QUANTIZED)
+def test_replicated_q_of_quantized_weights(
+    name: str, config: Any, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU serves them once their servers were compared there."""
+    model = fine_model(
+        architecture="Qwen3ForCausalLM", quantization=name, quantization_config=config
+    )
+    check_model(model, REPLICATED)
+    check_replicated_q(model, "cpu")
+    message = f"^--dcp-replicate-q-proj with {shown} weights does .*; drop --dcp-repl"
+    with pytest.raises(DcpConfigError, match=message):
+        check_replicated_q(model, "cuda")
+    monkeypatch.setattr(quantization, "REPLICATED_ON_GPU", {shown})
+    check_replicated_q(model, "cuda")
+
+
+def test_replicated_q_of_weights_that_are_not_quantized() -> None:
+    for device in ("cuda", "cpu", None):
+        check_replicated_q(fine_model(), device)
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_a_device_that_is_not_chosen_yet(
+    on_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: on_gpu)
+    model = fine_model(quantization="awq_marlin")
+    with pytest.raises(DcpConfigError) if on_gpu else nullcontext():
+        check_replicated_q(model, None)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"architecture": "Qwen3ForCausalLM"},
+        {"quantization_config": {"weight_block_size": None}},
+        {"quantization_config": {}},
+        {"quantization": "compressed-tensors"},
+    ],
+    ids=str,
+)
+def test_fp8_whose_scales_are_loaded(changes: dict[str, Any]) -> None:
+    blocks = {"weight_block_size": [128, 128]}
+    fp8 = {"quantization": "fp8", "quantization_config": blocks}
+    check_model(fine_model(**{**fp8, **changes}), CONFIG)
+
+
+def test_architectures_that_load_as_llama() -> None:
+    for name in ("llama", "ministral3", "mistral", "phi3_small", "teleflm"):
+        importlib.import_module(f"sglang.srt.models.{name}")
+    from sglang.srt.models.llama import LlamaForCausalLM
+
+    def of(kind: type) -> Iterator[type]:
+        yield kind
+        for below in kind.__subclasses__():
+            yield from of(below)
+
+    loaded = {kind.__name__ for kind in of(LlamaForCausalLM)}
+    assert loaded & {*SERVED} == {*LOADED_AS_LLAMA}
+
+
+def test_each_format_of_this_sglang_is_judged() -> None:
+    """A new release may bring a loader that cuts K/V heads in a way of its own."""
+    from sglang.srt.layers.quantization import QUANTIZATION_METHODS
+
+    assert {*QUANTIZATION_METHODS} <= LOADS_RIGHT | OTHER_DEVICES | CUTS_BY_RANK
+    assert not LOADS_RIGHT & (OTHER_DEVICES | CUTS_BY_RANK)
 
 
 @pytest.mark.parametrize("name", NORMS_OVER_HEADS)

@@ -1,0 +1,139 @@
+"""Formats of quantized weights, by SGLang's names: which load right with DCP.
+
+Ranks of a DCP group hold the same K/V heads, and with `--dcp-replicate-q-proj` the same Q
+heads. A format loads right if all of its tensors come through the loader of SGLang's QKV
+layer, which knows which ranks share heads. Each loader was read.
+
+On GPUs a replicated Q projection is refused for weights in any format whose servers were
+not compared with tp 1 there.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn, Optional
+
+from torch import nn
+
+from sglang_dcp.layers.q_replication import q_projections
+from sglang_dcp.support.rules import raise_unsupported, runs_on_gpu
+
+# Formats, as `format_of` names them, whose servers with a replicated Q projection were
+# compared with tp 1 on GPUs, for GQA and for MLA. None was yet.
+REPLICATED_ON_GPU: frozenset[str] = frozenset()
+
+# "sglang/srt/layers/quantization/__init__.py" of both releases.
+LOADS_RIGHT = frozenset(
+    {
+        "auto-round",
+        "auto-round-int8",
+        "awq",
+        "awq_marlin",
+        "blockwise_int8",
+        "compressed-tensors",
+        "fp8",
+        "gguf",
+        "gptq",
+        "gptq_marlin",
+        "humming",
+        "minimax_m3_nvfp4",
+        "modelopt",
+        "modelopt_fp4",
+        "modelopt_fp8",
+        "modelopt_mixed",
+        "moe_wna16",
+        "mxfp4",
+        "mxfp8",
+        "nvfp4_online",
+        "quark",
+        "w4afp8",
+        "w8a8_fp8",
+        "w8a8_int8",
+    }
+)
+# They have kernels for ROCm, NPUs or Apple's GPUs alone.
+OTHER_DEVICES = frozenset(
+    {
+        "mlx_q4",
+        "mlx_q8",
+        "modelslim",
+        "mxfp_w4a8",
+        "petit_nvfp4",
+        "quark_int4fp8_moe",
+        "quark_mxfp4",
+    }
+)
+# Its own loader quantizes rows of K and V that it cuts by tensor-parallel rank.
+CUTS_BY_RANK = frozenset({"bitsandbytes"})
+
+
+def is_unknown(name: Optional[str]) -> bool:
+    """Whether a format has no kernel for the served devices, or is not known here."""
+    return name is not None and name not in LOADS_RIGHT | CUTS_BY_RANK
+
+
+def quantization_config(model: Any) -> dict[str, Any]:
+    """Return what the checkpoint says of its quantization; empty if it says nothing.
+
+    `model` is SGLang's `ModelConfig`.
+    """
+    found = getattr(model.hf_config, "quantization_config", None) or {}
+    return dict(found if isinstance(found, dict) else found.to_dict())
+
+
+def format_of(model: Any) -> Optional[str]:
+    """Name the format of a model's weights, or return None if they are not quantized.
+
+    It is SGLang's name for it, longer where that stands for several formats.
+    """
+    name: Optional[str] = model.quantization
+    config = quantization_config(model)
+    if name == "compressed-tensors":
+        return f"{name}-{config.get('format')}"
+    if name != "fp8":
+        return name
+    if not config:
+        return "fp8-online"
+    return "fp8-block" if config.get("weight_block_size") else "fp8-tensor"
+
+
+def check_replicated_q(model: Any, device: Optional[str]) -> None:
+    """Raise `DcpConfigError` for weights that a GPU never ran with a replicated Q.
+
+    It runs before a weight is loaded. `device` is that of the server, None if it is not
+    chosen yet.
+    """
+    name = format_of(model)
+    if name not in (None, *REPLICATED_ON_GPU) and runs_on_gpu(device):
+        _raise_unproven(f"with {name} weights")
+
+
+def check_replicated_layers(built: nn.Module, model: Any) -> None:
+    """Raise `DcpConfigError` for a quantized layer of a model that names no format.
+
+    A checkpoint or an environment variable may quantize single layers. `built` is not
+    loaded yet.
+    """
+    from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+
+    if format_of(model) in REPLICATED_ON_GPU:
+        return
+    for name, layer in q_projections(built):
+        on_gpu = any(parameter.device.type != "cpu" for parameter in layer.parameters())
+        if on_gpu and not isinstance(layer.quant_method, UnquantizedLinearMethod):
+            _raise_unproven(f"with {name} by {type(layer.quant_method).__name__}")
+
+
+def torchao_beside_replicated_q(args: Any) -> Optional[str]:
+    """Return the value of `--torchao-config` where it is refused, else None."""
+    name: Optional[str] = args.torchao_config
+    if not name or not args.dcp.replicate_q_proj or "torchao" in REPLICATED_ON_GPU:
+        return None
+    return name if runs_on_gpu(args.device) else None
+
+
+UNPROVEN = "such weights with a replicated Q projection were never compared on a GPU"
+DROP_REPLICATION = "drop --dcp-replicate-q-proj"
+
+
+def _raise_unproven(value: str) -> NoReturn:
+    raise_unsupported("--dcp-replicate-q-proj", value, UNPROVEN, DROP_REPLICATION)

@@ -1,0 +1,143 @@
+"""Live servers on GPUs with quantized weights: formats x models x exchanges x Q widths.
+
+Only here do the kernels of quantized layers run with K/V heads and Q projections that DCP
+cut: weights that were repacked for a kernel, and decode in CUDA graphs on them. Each server
+is measured against plain servers of the same checkpoint. `-k` chooses cases by the words in
+their names (`-k "fp8-block and replicated"`). A machine with one GPU runs `one-gpu` alone.
+
+The plugin opens servers with replicated Q, which DCP refuses otherwise.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from helpers import teacher_forcing
+from helpers.gpu_cases import (
+    BF16,
+    ONE_GPU,
+    TP2_DCP2,
+    Case,
+    Numbers,
+    assert_within_spread,
+    exchange_case,
+    exchange_flags,
+    fleet_fixture,
+    params,
+)
+from helpers.gpu_servers import Fleet
+from helpers.nccl_ranks import needs_gpus
+from helpers.quantized import FORMATS, ONLINE_FP8
+from helpers.quantized_checkpoint import QUANTIZED_KINDS
+from helpers.replication_door import opened
+from helpers.teacher_forcing import Prompt, Wave
+from helpers.weight_updates import (
+    Update,
+    assert_answers_as_loaded,
+    from_disk,
+    from_tensors,
+)
+
+pytestmark = [pytest.mark.server, pytest.mark.long, needs_gpus(1)]
+
+BATCHES = (1, 3, 5, 8, 64)
+ONLINE = Numbers("fp8-online", f"--dtype bfloat16 {ONLINE_FP8.flags}")
+ONLINE_KINDS = ("llama-2kv-d128", "qwen3-moe-d128", "mla-v3-d512")
+# Each Q width with a comm backend, and the other way round for the next case.
+TURNS = (
+    (("a2a", False), ("symm_a2a", True)),
+    (("symm_a2a", False), ("a2a", True)),
+)
+
+
+def build_waves(seed: int = 0) -> list[Wave]:
+    """One batch of each size. Prompts differ, so rows leave at different steps."""
+    draw = random.Random(seed)
+
+    def prompt(size: int, index: int) -> Prompt:
+        length = 1 + (37 * index * size) % 700
+        ids = tuple(draw.randrange(256) for _ in range(length))
+        return Prompt(f"{index}-of-{size}", ids, 32 + index % 5)
+
+    waves: list[Wave] = [[prompt(n, i) for i in range(n)] for n in BATCHES]
+    return [*waves, *teacher_forcing.build_waves()[6:11]]
+
+
+def cases() -> Iterator[Case]:
+    named = [(f"{kind}+{form}", BF16) for form in FORMATS for kind in QUANTIZED_KINDS]
+    named += [(kind, ONLINE) for kind in ONLINE_KINDS]
+    for turn, (kind, numbers) in enumerate(named):
+        for exchange in TURNS[turn % 2]:
+            case = exchange_case(
+                kind, TP2_DCP2, "fa3", exchange, ("", "--page-size 16")
+            )
+            label = f"{case.label}{numbers.name}"
+            yield replace(case, label=label, numbers=numbers)
+
+
+def on_one_gpu() -> Iterator[Case]:
+    """Both ranks on one GPU, eagerly: the kernels of each format, with each Q width."""
+    kinds = [f"{kind}+{form}" for form in FORMATS for kind in QUANTIZED_KINDS]
+    for turn, kind in enumerate(kinds):
+        exchange = "a2a", turn % 2 == 0
+        shape = "one-gpu", "--page-size 16"
+        case = exchange_case(kind, TP2_DCP2, "fa3", exchange, shape)
+        yield replace(case, numbers=ONE_GPU)
+
+
+def kv_scales() -> Iterator[Case]:
+    """An fp8 KV cache under quantized weights, on the backends that read one."""
+    for backend in ("fa3", "flashinfer", "triton"):
+        flags = "--dtype bfloat16 --kv-cache-dtype fp8_e4m3"
+        yield Case(
+            "qwen3-2kv+fp8-block",
+            TP2_DCP2,
+            f"{backend}-fp8kv",
+            f"--attention-backend {backend} " + exchange_flags("a2a", replicated=True),
+            Numbers(f"fp8kv-{backend}", flags, backend),
+        )
+
+
+def behind_the_door() -> Iterator[Case]:
+    for case in (*cases(), *kv_scales(), *on_one_gpu()):
+        yield replace(case, plugin=opened(case.numbers.plugin))
+
+
+fleet = fleet_fixture(build_waves)
+
+
+@pytest.mark.parametrize("case", params(behind_the_door()))
+def test_within_the_spread_of_tp(case: Case, fleet: Fleet) -> None:
+    assert_within_spread(case, fleet)
+    ran = fleet.run(case.spec).decode_batches(graph=not case.eager)
+    assert {*BATCHES} <= ran, ran
+
+
+def _updated(kinds: Sequence[str]) -> Iterator[object]:
+    for kind in kinds:
+        for update in (from_disk, from_tensors):
+            yield pytest.param(kind, update, id=f"{kind}-{update.__name__}")
+
+
+@needs_gpus(2)
+@pytest.mark.parametrize(
+    ("kind", "update"), _updated([f"{kind}+fp8-block" for kind in QUANTIZED_KINDS])
+)
+def test_updated_weights_answer_as_loaded_ones(
+    kind: str, update: Update, tmp_path: Path
+) -> None:
+    """Of the other formats, SGLang itself takes no weights once it has repacked them."""
+    exchange = "symm_a2a", True
+    case = exchange_case(kind, TP2_DCP2, "fa3", exchange, ("updated", ""))
+    old = replace(case, plugin=opened(case.numbers.plugin)).spec
+    assert_answers_as_loaded(old, replace(old, name="loaded", seed=1), update, tmp_path)
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__, "-s"]))

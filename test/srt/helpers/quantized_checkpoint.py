@@ -1,0 +1,101 @@
+"""Tiny checkpoints of each format, quantized from tiny models with sizes that kernels take."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from helpers.quantized import FORMATS, Format
+from sglang_dcp.demo.tiny_kinds import KINDS, TinyModel
+from sglang_dcp.demo.tiny_model import make_model
+
+_WEIGHTS = "model.safetensors"
+_MARK = "quantized.json"
+# Raise it when the same kind, format and seed start to give other files.
+_VERSION = 1
+# SGLang derives the K weights of MLA from `kv_b_proj`, and cannot from these formats.
+NOT_FOR_LATENTS = ("gptq", "w4a16")
+
+
+def _sized(kind: str, **sizes: Any) -> TinyModel:
+    found = KINDS[kind]
+    return replace(found, sizes={**found.sizes, **sizes})
+
+
+# Cut over 2 ranks, every matrix is a multiple of 128 in what it sums over.
+QUANTIZED_KINDS: Mapping[str, TinyModel] = {
+    # Not Llama: SGLang itself leaves out its scales of fp8 blocks.
+    "qwen3-2kv": _sized("qwen3", head_dim=128),
+    "qwen3-moe": _sized("qwen3-moe-d128", moe_intermediate_size=256),
+    "mla-v3": _sized("mla-v3-d512", q_lora_rank=256, moe_intermediate_size=256),
+}
+
+
+def tiny_model(path: Path, kind: str, seed: int = 0) -> Path:
+    """Write the model of `kind` in float32 at `path`, and return the path."""
+    return make_model(path, f"quantized-{kind}", QUANTIZED_KINDS[kind], seed=seed)
+
+
+def make_quantized(path: Path, kind: str, name: str, seed: int = 0) -> Path:
+    """Write the model of `kind` in format `name` at `path`, and return the path.
+
+    A folder that this function made with the same arguments is kept, another is replaced.
+    """
+    mark = {"version": _VERSION, "kind": kind, "format": name, "seed": seed}
+    if path.exists() and json.loads((path / _MARK).read_text()) == mark:
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".quantized-") as scratch:
+        fresh = tiny_model(Path(scratch) / "model", kind, seed)
+        _quantize(fresh, FORMATS[name], _left(kind, name))
+        (fresh / _MARK).write_text(json.dumps(mark))
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(fresh, path)
+    return path
+
+
+def _left(kind: str, name: str) -> tuple[str, ...]:
+    """Return parts of names of modules that stay in 16 bit."""
+    latents = "kv_lora_rank" in QUANTIZED_KINDS[kind].sizes
+    attention = latents and name in NOT_FOR_LATENTS
+    return ("lm_head", *(["self_attn"] if attention else []))
+
+
+def _quantize(folder: Path, form: Format, left: tuple[str, ...]) -> None:
+    weights = load_file(folder / _WEIGHTS)
+    stored: dict[str, torch.Tensor] = {}
+    for name, weight in weights.items():
+        module = name.removesuffix(".weight")
+        if "_proj" in module.rsplit(".", 1)[-1] and not any(p in name for p in left):
+            for suffix, tensor in form.quantize(weight).items():
+                stored[f"{module}.{suffix}"] = tensor.contiguous()
+        else:
+            keep = weight.dim() == 1 and "bias" in name
+            stored[name] = weight if keep else weight.bfloat16()
+    save_file(stored, folder / _WEIGHTS, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["dtype"] = "bfloat16"
+    config["quantization_config"] = _config(form, left)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _config(form: Format, left: tuple[str, ...]) -> dict[str, Any]:
+    config = dict(form.config or {})
+    if form.skip == "ignore":
+        names = ["lm_head", *(f"re:.*{part}.*" for part in left[1:])]
+        config[form.skip] = names
+    elif form.skip:
+        config[form.skip] = list(left)
+    elif left[1:]:
+        config["dynamic"] = {f"-:.*{part}.*": {} for part in left[1:]}
+    return config

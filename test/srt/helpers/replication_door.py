@@ -1,0 +1,46 @@
+"""A door in the refusal of replicated Q for quantized weights on GPUs.
+
+DCP refuses them at start until GPU servers have shown them right. The plugin of such a
+server opens that door in its processes only.
+"""
+
+from __future__ import annotations
+
+# The formats of `helpers.quantized`, as `support.quantization.format_of` names them.
+OPENED = frozenset(
+    {
+        "awq",
+        "awq_marlin",
+        "compressed-tensors-float-quantized",
+        "compressed-tensors-int-quantized",
+        "compressed-tensors-pack-quantized",
+        "fp8-block",
+        "fp8-online",
+        "fp8-tensor",
+        "gptq",
+        "gptq_marlin",
+        "modelopt",
+        "modelopt_fp8",
+    }
+)
+
+_DOOR = """
+
+def load():
+    load_behind_door()
+    from helpers.replication_door import open_door
+
+    open_door()
+"""
+
+
+def open_door() -> None:
+    """Let servers of this process replicate Q with quantized weights."""
+    from sglang_dcp.support import quantization
+
+    quantization.REPLICATED_ON_GPU = OPENED  # type: ignore[misc]
+
+
+def opened(plugin: str) -> str:
+    """Return the source of `plugin`, which also opens the door."""
+    return plugin.replace("def load():", "def load_behind_door():") + _DOOR

@@ -1,0 +1,78 @@
+"""New weights for live servers on GPUs, from disk and from tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from urllib.error import HTTPError
+
+from helpers import teacher_forcing
+from helpers.gpu_cases import TP2_DCP2
+from helpers.gpu_servers import Spec, make_server
+from helpers.servers import READY_SECONDS
+from sglang_dcp.demo.client import http_json
+from sglang_dcp.releases.installed import in_range, sglang_version
+
+BUCKETS = 3
+
+Update = Callable[[str, Path], None]
+
+
+def from_disk(base_url: str, checkpoint: Path) -> None:
+    _post(base_url, "update_weights_from_disk", {"model_path": str(checkpoint)})
+
+
+def from_tensors(base_url: str, checkpoint: Path) -> None:
+    """In several requests, as a trainer sends them. All ranks read this process's GPU 0."""
+    from safetensors.torch import load_file
+    from sglang.srt.utils import MultiprocessingSerializer
+    from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
+
+    monkey_patch_torch_reductions()
+    named = sorted(load_file(checkpoint / "model.safetensors", device="cuda:0").items())
+    size = -(-len(named) // BUCKETS)
+    # SGLang refuses tensors outside such a session as of 0.5.23, and has none before.
+    in_session = in_range(sglang_version(), "0.5.23", None)
+    if in_session:
+        _post(base_url, "begin_weight_update", {})
+    for start in range(0, len(named), size):
+        bucket = named[start : start + size]
+        parts = [
+            MultiprocessingSerializer.serialize(bucket, output_str=True)
+            for _ in range(TP2_DCP2.tp_size)
+        ]
+        last = start + size >= len(named)
+        _post(
+            base_url,
+            "update_weights_from_tensor",
+            {"serialized_named_tensors": parts, "flush_cache": last},
+        )
+    if in_session:
+        _post(base_url, "end_weight_update", {})
+
+
+def _post(base_url: str, endpoint: str, body: dict[str, object]) -> None:
+    """Raise AssertionError with SGLang's message if it refuses the request."""
+    try:
+        answer = http_json(f"{base_url}/{endpoint}", body)
+    except HTTPError as error:
+        raise AssertionError(f"/{endpoint}: {error.read().decode()}") from error
+    assert answer["success"], answer
+
+
+def assert_answers_as_loaded(
+    old: Spec, new: Spec, update: Update, folder: Path
+) -> None:
+    """A server of `old`, updated to the weights of `new`, answers as a server of `new`."""
+    waves = teacher_forcing.build_waves()[:-1]
+    with make_server(old, folder) as updated, make_server(new, folder) as loaded:
+        for server in (updated, loaded):
+            server.wait_ready(READY_SECONDS)
+        before = teacher_forcing.ask(updated.base_url, waves)
+        update(updated.base_url, new.checkpoint(folder))
+        after = teacher_forcing.ask(updated.base_url, waves)
+        wanted = teacher_forcing.ask(loaded.base_url, waves)
+    far, near = (teacher_forcing.distance(found, wanted) for found in (before, after))
+    print(f"{old.kind}, {update.__name__}: |d logprob| before {far}; after {near}")
+    assert near.mean < far.mean / 100
+    assert near.worst_request < far.worst_request / 20
