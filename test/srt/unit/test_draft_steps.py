@@ -38,6 +38,7 @@ class Inner:
 
     def __init__(self, runner: Any) -> None:
         self.table = runner.req_to_token_pool.req_to_token
+        self.size = runner.req_to_token_pool.size
         self.planned: list[Any] = []
         self.sizes: tuple[int, int] = (0, 0)
 
@@ -69,9 +70,12 @@ def runner(context: DcpContext, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(
         attention,
         "RunnerView",
-        lambda runner, table, config: SimpleNamespace(
-            req_to_token_pool=SimpleNamespace(req_to_token=table)
+        lambda runner, table, config, rows: SimpleNamespace(
+            req_to_token_pool=SimpleNamespace(req_to_token=table, size=rows)
         ),
+    )
+    monkeypatch.setattr(
+        attention, "most_decode_rows", lambda runner, config: REQUESTS * STEPS
     )
     logical = torch.arange(REQUESTS * 32, dtype=torch.int32).view(REQUESTS, 32)
     batches = LocalBatchBuilder(logical, DCP, RANK, 1)
@@ -79,7 +83,9 @@ def runner(context: DcpContext, monkeypatch: pytest.MonkeyPatch) -> Any:
         server_args=ON, req_to_token_pool=None, token_to_kv_pool=None
     )
     view = SimpleNamespace(
-        req_to_token_pool=SimpleNamespace(req_to_token=batches.local_table)
+        req_to_token_pool=SimpleNamespace(
+            req_to_token=batches.local_table, size=REQUESTS
+        )
     )
     runner.attn_backend = attention.DcpAttentionBackend(
         Inner(view),  # type: ignore[arg-type]
