@@ -41,7 +41,7 @@ def initialize_model(result: Any, model_config: Any, *args: Any, **kwargs: Any) 
     """
     from sglang_dcp.context import find_context
     from sglang_dcp.layers.loading import prepare_loading
-    from sglang_dcp.layers.q_replication import widen_q_projections
+    from sglang_dcp.layers.q_replication import replicate_q_projections
     from sglang_dcp.support.attention_layers import check_attention_layers
 
     context = find_context()
@@ -49,5 +49,5 @@ def initialize_model(result: Any, model_config: Any, *args: Any, **kwargs: Any) 
         check_attention_layers(result, model_config, context.config)
         prepare_loading(result, model_config, context.config.layout)
         if context.config.replicate_q_proj:
-            widen_q_projections(result, context)
+            replicate_q_projections(result, context)
     return result

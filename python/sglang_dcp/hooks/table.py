@@ -278,7 +278,7 @@ HOOKS: tuple[Hook, ...] = (
             f"{_SRT}.model_executor.model_runner.ModelRunner.load_model",
             Kind.AFTER,
             "sglang_dcp.layers.q_replication:after_load_model",
-            "a wide Q projection would return the heads of all ranks in prefill too",
+            "a replicated Q projection would return the heads of all ranks in prefill too",
         ),
     )
     + tuple(

@@ -29,7 +29,7 @@ from sglang_dcp.releases.api import sglang_api
 
 
 def after_load_model(result: Any, runner: Any, *args: Any, **kwargs: Any) -> Any:
-    """Hook: `ModelRunner.load_model`; finds the wide Q projections that were loaded."""
+    """Hook: `ModelRunner.load_model`; finds the replicated Q projections that were loaded."""
     from sglang_dcp.distributed.groups import get_dcp_group
 
     context = find_context()
@@ -62,7 +62,7 @@ def q_projections(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield f"{name}.{which}", layer
 
 
-def widen_q_projections(model: nn.Module, context: DcpContext) -> None:
+def replicate_q_projections(model: nn.Module, context: DcpContext) -> None:
     """Build the Q projections of MLA again, at attn_tp width. No weight is loaded yet.
 
     QKV layers have that width from the start (`heads.qkv_parallel_linear_init`).
@@ -70,10 +70,10 @@ def widen_q_projections(model: nn.Module, context: DcpContext) -> None:
     for name, module in model.named_modules():
         if _is_mla_attention(module):
             which, layer = _q_of_mla(module)
-            _widen(layer, f"{name}.{which}", context)
+            _rebuild(layer, f"{name}.{which}", context)
 
 
-def _widen(layer: Any, prefix: str, context: DcpContext) -> None:
+def _rebuild(layer: Any, prefix: str, context: DcpContext) -> None:
     before = _form(layer)
     type(layer).__init__(
         layer,
@@ -98,7 +98,7 @@ def _form(layer: Any) -> tuple[Any, ...]:
 
 
 class QReplicas:
-    """The wide Q projections of a model, and the switch to and from all their heads.
+    """The replicated Q projections of a model, and the switch to and from all their heads.
 
     Making it is a collective over the DCP group.
 
@@ -192,8 +192,8 @@ class _ReplicatedAttention(ABC):
     def select(self, replicated: bool) -> None: ...
 
 
-class _WideLinearMethod:
-    """Takes the place of a wide layer's `quant_method`, which computes.
+class _ReplicatedLinearMethod:
+    """Takes the place of a replicated layer's `quant_method`, which computes.
 
     Parameters
     ----------
@@ -248,7 +248,7 @@ class _WideLinearMethod:
 
 
 def _own_product(layer: Any, q_outputs: int) -> Product:
-    """Return the rank's own part of the Q product of a wide layer, scales included."""
+    """Return the rank's own part of the Q product of a replicated layer, scales included."""
     stored = sum(parameter.nbytes for parameter in layer.parameters())
     own = stored * q_outputs / layer.output_size_per_partition
     return Product(layer.input_size, q_outputs, own, layer.params_dtype)
@@ -261,7 +261,7 @@ class _ReplicatedGqa(_ReplicatedAttention):
         self._module = module
         self._times = group.world_size
         self._own = (module.q_size, module.num_heads)
-        self._method = _WideLinearMethod(module.qkv_proj, module.q_size, group)
+        self._method = _ReplicatedLinearMethod(module.qkv_proj, module.q_size, group)
         module.qkv_proj.quant_method = self._method
 
     def own_products(self) -> list[Product]:
@@ -296,7 +296,7 @@ class _ReplicatedMla(_ReplicatedAttention):
         self._q_outputs = self._layer.output_size_per_partition // group.world_size
         if self._q_outputs != self._local_heads * module.qk_head_dim:
             raise RuntimeError("a Q projection of DeepSeek has not attn_tp width")
-        self._method = _WideLinearMethod(self._layer, self._q_outputs, group)
+        self._method = _ReplicatedLinearMethod(self._layer, self._q_outputs, group)
         self._layer.quant_method = self._method
         self._absorbed = AbsorbedK(module, self._layer.params_dtype, group)
         self._prepare = module.forward_absorb_prepare

@@ -49,7 +49,7 @@ ATTN2 = Run("tp4-attn2", (("tp_size", 4), ("attn_tp_size", 2)))
 OVER_HEADS = [
     name for name, kind in MODEL_KINDS.items() if kind.architecture in NORMS_OVER_HEADS
 ]
-# GQA and MLA: new weights reach a wide Q projection, and K weights that were gathered.
+# GQA and MLA: new weights reach a replicated Q projection, and K weights that were gathered.
 UPDATES = ("mimo", "deepseek-v3")
 # GQA and MLA: each replica has a Q projection as wide as its own DCP group.
 SERVES_REPLICAS = in_range(sglang_version(), "0.5.23", None)

@@ -236,10 +236,10 @@ class Place:
 
     def build(self, *attentions: Any) -> Any:
         """Loaded with seed 1, at the widths that the hooks give."""
-        from sglang_dcp.layers.q_replication import widen_q_projections
+        from sglang_dcp.layers.q_replication import replicate_q_projections
 
         model: Any = nn.ModuleList(attentions)
-        widen_q_projections(model, get_context())
+        replicate_q_projections(model, get_context())
         for attention in model:
             attention.rank = self.rank
             attention.load(1)

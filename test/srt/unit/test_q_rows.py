@@ -1,4 +1,4 @@
-"""A rank's own outputs of a wide Q projection: which layouts are cut, and which computed whole.
+"""A rank's own outputs of a replicated Q projection: which layouts are cut, which not.
 
 Only this file looks at layouts that SGLang makes on GPUs alone: packed scales, blocks that
 a cut would split, scales that kernels could not load.

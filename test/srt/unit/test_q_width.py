@@ -25,7 +25,7 @@ from helpers.quantized_layers import (
 )
 from sglang_dcp.context import clear_context, get_context
 from sglang_dcp.distributed.topology import Layout
-from sglang_dcp.layers.q_replication import widen_q_projections
+from sglang_dcp.layers.q_replication import replicate_q_projections
 from sglang_dcp.releases.installed import in_range, sglang_version
 
 HIDDEN, HEAD_DIM = 256, 128
@@ -98,7 +98,7 @@ def test_qkv_layer_holds_its_heads(name: str, layout: str, replicated: bool) -> 
 
 
 class Attention(torch.nn.Module):
-    """What `widen_q_projections` knows of DeepSeek's attention."""
+    """What `replicate_q_projections` knows of DeepSeek's attention."""
 
     w_kc = None
 
@@ -120,9 +120,9 @@ def model_of(place: Place, form: Format, lora: bool = True) -> Any:
     return torch.nn.ModuleDict({"model": layers})
 
 
-def widened(place: Place, model: Any) -> Any:
+def rebuilt(place: Place, model: Any) -> Any:
     with place.width():
-        widen_q_projections(model, get_context())
+        replicate_q_projections(model, get_context())
     return model["model"]["layers"][0]["self_attn"]
 
 
@@ -134,7 +134,7 @@ def test_q_of_mla_holds_the_heads_of_its_group(name: str, lora: bool) -> None:
     wanted = form.dequantize(checkpoint)
     for rank in range(4):
         place = Place(layout, rank, True)
-        attention = widened(place, model_of(place, form, lora))
+        attention = rebuilt(place, model_of(place, form, lora))
         layer = getattr(attention, attention.name)
         load(layer, checkpoint)
         got = read_back(form, layer)
@@ -162,7 +162,7 @@ def test_layers_of_a_replica_of_dp_attention(replicated: bool) -> None:
         got = read_back(form, layer)
         torch.testing.assert_close(got, torch.cat([q, *kv]), rtol=1e-3, atol=0)
         if replicated:
-            q_b = widened(place, model_of(place, form)).q_b_proj
+            q_b = rebuilt(place, model_of(place, form)).q_b_proj
             load(q_b, checkpoint["q"])
             torch.testing.assert_close(read_back(form, q_b), q, rtol=1e-3, atol=0)
 
@@ -174,7 +174,7 @@ def test_a_layer_left_in_16_bit_stays_so() -> None:
     name = "model.layers.0.self_attn.q_b_proj"
     config = {**form.config, "ignored_layers": [name]}
     place = Place(Layout(2, 1), 0, True)
-    attention = widened(place, model_of(place, replace(form, config=config)))
+    attention = rebuilt(place, model_of(place, replace(form, config=config)))
     assert attention.q_b_proj.weight.dtype == torch.float16
     assert attention.q_b_proj.weight.shape == (8 * HEAD_DIM, HIDDEN)
     assert attention.kv_b_proj.weight.dtype == torch.float8_e4m3fn
@@ -187,7 +187,7 @@ def test_a_layer_that_changes_its_format_is_an_error() -> None:
     attention = model["model"]["layers"][0]["self_attn"]
     attention.q_b_proj.quant_config = quant_config(FORMATS["fp8-tensor"])
     with pytest.raises(RuntimeError, match="self_attn.q_b_proj became .*was"):
-        widened(place, model)
+        rebuilt(place, model)
 
 
 if __name__ == "__main__":
