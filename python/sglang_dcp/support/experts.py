@@ -43,6 +43,17 @@ def _lora_beside_replicas(args: Any) -> Optional[str]:
     return "with DP attention"
 
 
+def _speculation_beside_scatter(args: Any) -> Optional[str]:
+    scatters = (
+        args.moe_a2a_backend not in (None, "none")
+        or args.moe_dense_tp_size
+        or args.enable_attn_tp_input_scattered
+    )
+    if not args.speculative_algorithm or not scatters:
+        return None
+    return f"{args.speculative_algorithm} with scattered tokens"
+
+
 def _replicas(args: Any) -> Optional[bool]:
     return True if args.dcp.layout.replicas > 1 else None
 
@@ -79,6 +90,14 @@ UNSUPPORTED_EXPERTS: tuple[Unsupported, ...] = (
         _lora_beside_replicas,
         "SGLang's adapters work only in replicas of one rank",
         "drop the adapters, or use --dp-size replicas without DP attention",
+    ),
+    Unsupported(
+        "--speculative-algorithm",
+        _speculation_beside_scatter,
+        "SGLang pads the tokens of a draft, and no request has the padding",
+        "drop it, or use --moe-a2a-backend none without --moe-dense-tp-size and "
+        "--enable-attn-tp-input-scattered",
+        since="0.5.23",
     ),
     Unsupported(
         "--enable-dp-attention",

@@ -42,7 +42,11 @@ from sglang_dcp.support.architectures import (
     SERVED,
 )
 from sglang_dcp.support.backends import check_backend, default_backend
-from sglang_dcp.support.experts import UNSUPPORTED_EXPERTS, check_experts_of
+from sglang_dcp.support.experts import (
+    UNSUPPORTED_EXPERTS,
+    check_experts,
+    check_experts_of,
+)
 from sglang_dcp.support.models import UNSUPPORTED_MODELS, check_model
 from sglang_dcp.support.quantization import (
     CUTS_BY_RANK,
@@ -613,6 +617,10 @@ EXPERT_CASES: dict[str, dict[str, Any]] = {
         "lora_backend": "torch_native",
         "dcp": IN_REPLICAS,
     },
+    "--speculative-algorithm EAGLE with scattered tokens does not .*padding": {
+        "speculative_algorithm": "EAGLE",
+        "moe_dense_tp_size": 1,
+    },
     "--enable-dp-attention does not .*first request.*0.5.23": {"dcp": IN_REPLICAS},
 }
 
@@ -625,11 +633,11 @@ EXPERT_CASES: dict[str, dict[str, Any]] = {
 def test_experts_and_adapters_of_replicas(rule: Unsupported, message: str) -> None:
     args = fine_server(attention_backend=None, **EXPERT_CASES[message])
     if rule not in rules_in_force(UNSUPPORTED_EXPERTS):
-        check_server_args(args)
+        check_experts(args)
         return
     assert first_to_speak(rules_in_force(UNSUPPORTED_EXPERTS), args) is rule
     with pytest.raises(DcpConfigError, match=message):
-        check_server_args(args)
+        check_experts(args)
 
 
 def test_each_exchange_of_tokens_is_decided_upon() -> None:
