@@ -968,7 +968,10 @@ def test_every_mla_backend_has_a_hook_that_chooses_the_forward_method() -> None:
             {"text": {"layer_types": ["full_attention"] * 2}}, id="full-layers"
         ),
         pytest.param({"kv_heads": 1}, id="kv-head-replicated"),
-        *(pytest.param({"quantization": name}, id=name) for name in LOADS_RIGHT),
+        *(
+            pytest.param({"quantization": name}, id=name)
+            for name in sorted(LOADS_RIGHT)
+        ),
     ],
 )
 def test_fine_models_are_not_refused(changes: dict[str, Any]) -> None:
@@ -1028,7 +1031,7 @@ QUANTIZED: tuple[tuple[str, dict[str, Any] | None, str], ...] = (
         {"format": "int-quantized"},
         "compressed-tensors-int-quantized",
     ),
-    *((name, {}, name) for name in LOADS_RIGHT - {"fp8", "compressed-tensors"}),
+    *((name, {}, name) for name in sorted(LOADS_RIGHT - {"fp8", "compressed-tensors"})),
 )
 
 
