@@ -81,6 +81,7 @@ class ForwardSizes(NamedTuple):
     splits : whether FA3 may split keys, as it may not in deterministic inference
     triton_splits : most splits of keys in a decode step of `triton`
     expansion : the expanded form, if there is one
+    has_prefix : whether new tokens may see K/V that a request has in the pool
     """
 
     backend: str
@@ -98,6 +99,7 @@ class ForwardSizes(NamedTuple):
     splits: bool = True
     triton_splits: int = 8
     expansion: Optional[Expansion] = None
+    has_prefix: bool = True
 
     @property
     def group_heads(self) -> int:
@@ -109,7 +111,9 @@ class ForwardSizes(NamedTuple):
 
 
 def prefill_parts(sizes: ForwardSizes, tokens: int) -> Parts:
-    """Return what lives at the peak of a prefill of `tokens` new tokens over a prefix."""
+    """Return what lives at the peak of a prefill of `tokens` new tokens, over any prefix."""
+    if not sizes.has_prefix:
+        return _new_tokens(sizes, tokens)
     in_place = _peak(_prefix_in_place(sizes, tokens))
     expanded = expanded_parts(sizes, tokens)
     return _peak([_new_tokens(sizes, tokens), in_place, expanded])

@@ -107,7 +107,7 @@ def bound_input(info: tuple[Any, ...], worker: Any) -> tuple[Any, ...]:
     Raises
     ------
     DcpConfigError
-        The pool is too small for any request.
+        The pool, or the memory that is left for a prefill, is too small for any request.
     """
     config = dcp_of(worker.server_args)
     if config is None:
@@ -122,6 +122,11 @@ def bound_input(info: tuple[Any, ...], worker: Any) -> tuple[Any, ...]:
             "more memory, or use a smaller --page-size"
         )
     bound = admit_prompts(worker.model_runner, config, bound)
+    if bound <= 0:
+        raise DcpConfigError(
+            "--chunked-prefill-size -1: the GPU memory that is left is too small for the "
+            "prefill of any prompt; use chunked prefill or a smaller --mem-fraction-static"
+        )
     return (*info[:_INPUT_BOUND], bound, *info[_INPUT_BOUND + 1 :])
 
 

@@ -102,7 +102,11 @@ def admit_prompts(runner: Any, config: DcpConfig, longest: int) -> int:
 
 def is_chunked(runner: Any) -> bool:
     """Whether SGLang cuts prompts into prefill chunks."""
-    chunk = sglang_api().resolved(runner.server_args).chunked_prefill_size
+    return _is_chunked(sglang_api().resolved(runner.server_args))
+
+
+def _is_chunked(args: Any) -> bool:
+    chunk = args.chunked_prefill_size
     return chunk is not None and chunk > 0
 
 
@@ -180,7 +184,18 @@ def forward_sizes(runner: Any, config: DcpConfig) -> ForwardSizes:
         splits=not args.enable_deterministic_inference,
         triton_splits=args.triton_attention_num_kv_splits,
         expansion=_expansion(model, args) if latent else None,
+        has_prefix=may_have_prefix(args),
     )
+
+
+def may_have_prefix(args: Any) -> bool:
+    """Whether a prefill may find K/V of its request in the pool.
+
+    Chunks before it, the radix cache and streaming sessions put K/V there. `args` are
+    resolved.
+    """
+    keeps = not args.disable_radix_cache or args.enable_streaming_session
+    return bool(_is_chunked(args) or keeps)
 
 
 def most_kept_kv_heads(heads: int, kv_heads: int, dcp_size: int) -> int:

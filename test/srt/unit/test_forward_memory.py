@@ -411,7 +411,9 @@ class Runner:
             chunked_prefill_size=8192,
             cuda_graph_config=SimpleNamespace(decode=graph),
             device="cuda",
+            disable_radix_cache=False,
             enable_deterministic_inference=False,
+            enable_streaming_session=False,
             max_prefill_tokens=16384,
             mem_fraction_static=0.9,
             speculative_num_draft_tokens=None,
@@ -504,6 +506,32 @@ def test_without_chunks_a_prompt_must_fit_into_what_is_left() -> None:
         assert admitted(runner) == 1 << 20
     with started(free):
         assert admitted(Runner()) == 1 << 20
+
+
+@pytest.mark.parametrize(
+    "changes, has_prefix",
+    [
+        ({"chunked_prefill_size": 8192}, True),
+        ({"chunked_prefill_size": 0}, False),
+        ({"disable_radix_cache": False}, True),
+        ({"enable_streaming_session": True}, True),
+        ({}, False),
+    ],
+    ids=str,
+)
+def test_without_chunks_and_cache_no_prefix_is_counted(
+    changes: dict[str, Any], has_prefix: bool
+) -> None:
+    whole = {"chunked_prefill_size": -1, "disable_radix_cache": True}
+    runner = Runner(**{**whole, **changes})
+    with started(None):
+        sizes = forward_sizes(runner, CONFIG)
+    assert sizes == QWEN._replace(has_prefix=has_prefix)
+    new, over_prefix = (
+        total(prefill_parts(QWEN._replace(has_prefix=has), 5000))
+        for has in (False, True)
+    )
+    assert 0 < new < over_prefix
 
 
 def test_the_longest_that_fits_is_the_longest() -> None:

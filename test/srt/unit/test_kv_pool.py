@@ -200,6 +200,9 @@ def test_no_prompt_reaches_into_the_last_two_pages(
     assert asked == [("runner", config, 7 * page), ("runner", config, 3)]
     monkeypatch.setattr(kv_pool, "admit_prompts", lambda *of: 2)
     assert bound_input(info, worker) == (*info[:5], 2, "seed")
+    monkeypatch.setattr(kv_pool, "admit_prompts", lambda *of: 0)
+    with pytest.raises(DcpConfigError, match="prefill of any prompt; use chunked"):
+        bound_input(info, worker)
     with pytest.raises(DcpConfigError, match="2 pages of .* too few for any request"):
         bound_input((2 * page, *info[1:]), worker)
 
