@@ -16,6 +16,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from helpers.mla_kernels_torch import Fa3Plans
 from sglang_dcp.distributed.exchange import a2a, ag_rs
 from sglang_dcp.ops import lse_merge, partials
 
@@ -52,8 +53,8 @@ def allocating_kernels() -> Iterator[None]:
         yield
 
 
-class AllocatingFa3:
-    """SGLang's FlashAttention backend, as far as our backends use it.
+class AllocatingFa3(Fa3Plans):
+    """SGLang's FlashAttention backend with kernels that only allocate.
 
     Attributes
     ----------
@@ -61,23 +62,9 @@ class AllocatingFa3:
         Splits of each call over pages.
     """
 
-    num_splits = 0
-
     def __init__(self, runner: Any) -> None:
-        self.page_size = runner.page_size
-        self.req_to_token = runner.req_to_token_pool.req_to_token
-        self.token_to_kv_pool = runner.token_to_kv_pool
-        self.forward_metadata: Any = None
+        super().__init__(runner)
         self.splits: list[int] = []
-
-    def init_forward_metadata(self, local: Any) -> None:
-        rows = self.req_to_token[local.req_pool_indices, :: self.page_size]
-        self.forward_metadata = SimpleNamespace(
-            page_table=rows // self.page_size,
-            cache_seqlens_int32=local.seq_lens.int(),
-            cu_seqlens_q=None,
-            scheduler_metadata=None,
-        )
 
     def flash_attn_varlen_func(
         self, *, q: Tensor, v: Tensor, qv: Optional[Tensor] = None, **more: Any

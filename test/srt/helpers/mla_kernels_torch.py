@@ -296,8 +296,8 @@ class FlashInferMha:
         return torch.cat(outs), torch.cat(lses) / torch.log(torch.tensor(2.0))
 
 
-class Fa3Mla:
-    """SGLang's FlashAttention backend, as far as our backend uses it; natural log."""
+class Fa3Plans:
+    """How SGLang's FlashAttention backend plans, as far as our backends use it."""
 
     num_splits = 0
 
@@ -315,6 +315,10 @@ class Fa3Mla:
             cu_seqlens_q=torch.arange(len(rows) + 1, dtype=torch.int32),
             scheduler_metadata=None,
         )
+
+
+class Fa3Mla(Fa3Plans):
+    """SGLang's FlashAttention backend, as far as our backend uses it; natural log."""
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         pass

@@ -7,6 +7,7 @@ The tokens are given, not sampled, so every step can be compared.
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import socket
@@ -20,11 +21,33 @@ from typing import Any, Callable, Iterable
 
 import torch
 
+from helpers.gloo_ranks import run_python
 from helpers.server_args import resolve_server_args
 
 PROMPTS = (3, 21, 38)
 STEPS = 5
 _TIMEOUT_S = 240
+FOUND = "found.json"
+
+
+def found_by_worker(
+    file: str, folder: Path, *arguments: str, **environment: str
+) -> dict[str, Any]:
+    """Run `file` as a worker on CPUs, which writes what it finds to `FOUND` in `folder`."""
+    done = run_python(
+        file,
+        "--worker",
+        str(folder),
+        *arguments,
+        timeout_s=1800,
+        CUDA_VISIBLE_DEVICES="",
+        HF_HUB_OFFLINE="1",
+        **environment,
+    )
+    result = folder / FOUND
+    assert done.code == 0 and result.exists(), done.stderr[-4000:]
+    found: dict[str, Any] = json.loads(result.read_text())
+    return found
 
 
 @dataclass(frozen=True)

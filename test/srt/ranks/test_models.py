@@ -17,10 +17,11 @@ from typing import Any, Iterator
 import pytest
 import torch
 
-from helpers.gloo_ranks import run_python
 from helpers.model_kinds import MODEL_KINDS
 from helpers.model_ranks import (
+    FOUND,
     Run,
+    found_by_worker,
     hf_logprobs,
     other_weights,
     run_forked,
@@ -85,20 +86,8 @@ _IMPORTED = (
 def verdicts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the worker found: by model and run, the distances or the fault."""
     folder = tmp_path_factory.mktemp("models")
-    done = run_python(
-        __file__,
-        "--worker",
-        str(folder),
-        timeout_s=1800,
-        CUDA_VISIBLE_DEVICES="",
-        HF_HUB_OFFLINE="1",
-        # One model compiles its norms, which takes longer than all else here.
-        TORCHDYNAMO_DISABLE="1",
-    )
-    file = folder / "verdicts.json"
-    assert done.code == 0 and file.exists(), done.stderr[-4000:]
-    found: dict[str, Any] = json.loads(file.read_text())
-    return found
+    # One model compiles its norms, which takes longer than all else here.
+    return found_by_worker(__file__, folder, TORCHDYNAMO_DISABLE="1")
 
 
 @pytest.mark.parametrize(
@@ -157,7 +146,7 @@ def _work(folder: Path) -> None:
 
     load_plugins()
     found = {name: _verdicts(name, folder / name) for name in _chosen()}
-    (folder / "verdicts.json").write_text(json.dumps(found))
+    (folder / FOUND).write_text(json.dumps(found))
 
 
 def _chosen() -> Iterator[str]:

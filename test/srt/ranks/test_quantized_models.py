@@ -17,8 +17,13 @@ from typing import Any, Iterable, Iterator
 import pytest
 import torch
 
-from helpers.gloo_ranks import run_python
-from helpers.model_ranks import free_port, load_runner, run_forked
+from helpers.model_ranks import (
+    FOUND,
+    found_by_worker,
+    free_port,
+    load_runner,
+    run_forked,
+)
 from helpers.quantized import FORMATS
 from helpers.quantized_checkpoint import make_quantized
 from helpers.quantized_layers import (
@@ -51,19 +56,8 @@ def faults(
 ) -> dict[str, str]:
     """What the worker found, by kind and format: the faults of the ranks, or ""."""
     folder = tmp_path_factory.mktemp("quantized")
-    done = run_python(
-        __file__,
-        "--worker",
-        str(folder),
-        *(f"{kind} {name}" for kind, name in _chosen(request)),
-        timeout_s=1800,
-        CUDA_VISIBLE_DEVICES="",
-        HF_HUB_OFFLINE="1",
-    )
-    file = folder / "faults.json"
-    assert done.code == 0 and file.exists(), done.stderr[-4000:]
-    found: dict[str, str] = json.loads(file.read_text())
-    return found
+    chosen = (f"{kind} {name}" for kind, name in _chosen(request))
+    return found_by_worker(__file__, folder, *chosen)
 
 
 def _chosen(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
@@ -151,7 +145,7 @@ def _work(folder: Path, cases: Iterable[str]) -> None:
 
     load_plugins()
     found = dict(_faults(folder, cases))
-    (folder / "faults.json").write_text(json.dumps(found))
+    (folder / FOUND).write_text(json.dumps(found))
 
 
 def _faults(folder: Path, cases: Iterable[str]) -> Iterator[tuple[str, str]]:
