@@ -84,13 +84,13 @@ def admit_prompts(runner: Any, config: DcpConfig, longest: int) -> int:
     longest : int
         Tokens of the longest prompt that the KV pool can hold.
     """
-    sizes, free = forward_sizes(runner, config), None
-    if not is_chunked(runner):
+    sizes = forward_sizes(runner, config)
+    if is_chunked(sglang_api().resolved(runner.server_args)):
+        free = free_bytes(runner) if get_context().tp_rank == 0 else None
+    else:
         free = least_free_bytes(runner)
-    elif get_context().tp_rank == 0:
-        free = free_bytes(runner)
-    if not is_chunked(runner) and free is not None:
-        longest = longest_that_fits(sizes, longest, free)
+        if free is not None:
+            longest = longest_that_fits(sizes, longest, free)
     memory = forward_memory(runner, sizes, longest)
     runner.dcp_forward_memory = memory.total_bytes
     if get_context().tp_rank == 0:
@@ -100,12 +100,8 @@ def admit_prompts(runner: Any, config: DcpConfig, longest: int) -> int:
     return longest
 
 
-def is_chunked(runner: Any) -> bool:
-    """Whether SGLang cuts prompts into prefill chunks."""
-    return _is_chunked(sglang_api().resolved(runner.server_args))
-
-
-def _is_chunked(args: Any) -> bool:
+def is_chunked(args: Any) -> bool:
+    """Whether SGLang cuts prompts into prefill chunks. `args` are resolved."""
     chunk = args.chunked_prefill_size
     return chunk is not None and chunk > 0
 
@@ -133,7 +129,7 @@ def forward_memory(runner: Any, sizes: ForwardSizes, longest: int) -> ForwardMem
     args = sglang_api().resolved(runner.server_args)
     width = rows_per_request(runner.server_args)
     tokens = max(longest, args.max_prefill_tokens)
-    if is_chunked(runner):
+    if is_chunked(args):
         tokens = args.chunked_prefill_size
     rows = most_decode_rows(runner, get_context().config)
     prefill, decode = prefill_parts(sizes, tokens), decode_parts(sizes, rows)
@@ -195,7 +191,7 @@ def may_have_prefix(args: Any) -> bool:
     resolved.
     """
     keeps = not args.disable_radix_cache or args.enable_streaming_session
-    return bool(_is_chunked(args) or keeps)
+    return bool(is_chunked(args) or keeps)
 
 
 def most_kept_kv_heads(heads: int, kv_heads: int, dcp_size: int) -> int:
