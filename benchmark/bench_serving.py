@@ -8,6 +8,9 @@ that no network is needed. Against each, SGLang's own load generator for every c
 and input length; its JSON lines go into one file. A failed request, or fewer output tokens
 than asked for, makes the exit status 1.
 
+`--start-together` starts all servers at once, which saves most of their starting time. Only
+one of them has requests at a time. `--max-total-tokens` must leave room for all pools.
+
 `--profile STEPS` also shows where the GPU time of the first STEPS steps of each run goes.
 Tracing slows a run down, so do not report its other numbers.
 
@@ -25,7 +28,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -132,65 +136,103 @@ def load(
     return dict(json.loads(line.read_text().splitlines()[-1]))
 
 
-def serve(
-    options: argparse.Namespace,
-    layout: Layout,
-    model: Path,
-    profiles: list[Profile],
-) -> list[Result]:
-    """Results of one server, those before a failure included in the file.
-
-    With `--profile`, what was traced is appended to `profiles`.
-    """
+def make_server(
+    options: argparse.Namespace, layout: Layout, model: Path
+) -> ServerProcess:
+    """Not started yet; its log lies beside the results."""
     log = options.jsonl.with_name(f"{options.jsonl.stem}-{layout.name}.log")
-    log = log.with_name(log.name.replace(":", "-"))
-    say(f"{layout.name}: starting its server")
-    results = []
     tokenizer = ["--tokenizer-path", str(model.with_name(TOKENIZER))]
     # By default SGLang traces every Python function, which is most of the time then.
     env = {"SGLANG_PROFILE_WITH_STACK": "false"}
     if layout.is_upstream:
         env["SGLANG_PLUGINS"] = options.off_plugins
-    with ServerProcess(
+    return ServerProcess(
         model,
         server_flags(options, layout) + tokenizer,
-        log_path=log,
+        log_path=log.with_name(log.name.replace(":", "-")),
         env=env,
         device=options.device,
         grace=5.0,
-    ) as server:
-        say(f"{layout.name}: ready after {server.wait_ready(options.ready_s):.0f} s")
-        for tokens in options.input_lens:
-            for concurrency in options.concurrency:
-                size = (concurrency, tokens)
-                client = model.parent / "client.log"
-                traces = log.with_name("-".join(map(str, (log.stem, *size, "traces"))))
-                result = load(options, server.base_url, model, client, traces, size)
-                result = {"layout": layout.name, "model": options.model, **result}
-                # The same long list of arguments in every line.
-                del result["server_info"]
-                wanted = concurrency * options.rounds
-                result["failed"] = wanted - result["completed"]
-                result["short"] = (
-                    result["completed"] * options.output_len
-                    - result["total_output_tokens"]
-                )
-                with options.jsonl.open("a") as lines:
-                    lines.write(json.dumps(result) + "\n")
-                results.append(result)
-                say(
-                    f"{layout.name}: {concurrency} x {tokens} tokens: "
-                    f"{result['completed']} of {wanted} in {result['duration']:.1f} s"
-                )
-                if options.profile:
-                    profiles.append(
-                        read_profile(
-                            traces, options.profile, options.device, layout.name, size
-                        )
-                    )
-        if server.returncode is not None:
-            raise ServerFailed(f"the server ended:\n{server.log_tail()}")
+    )
+
+
+def serve(
+    options: argparse.Namespace,
+    layouts: Sequence[Layout],
+    model: Path,
+    profiles: list[Profile],
+    errors: list[str],
+) -> list[Result]:
+    """Results of servers that are up at the same time, each loaded alone.
+
+    A server that fails leaves a line in `errors`, and the results that it gave before in the
+    file. The others go on. With `--profile`, what was traced is appended to `profiles`.
+    """
+    results: list[Result] = []
+
+    def failed(layout: Layout, error: Exception) -> None:
+        errors.append(f"{layout.name}: {error}")
+        say(errors[-1])
+
+    with ExitStack() as stack:
+        starting = []
+        for layout in layouts:
+            say(f"{layout.name}: starting its server")
+            server = make_server(options, layout, model)
+            starting.append((layout, stack.enter_context(server)))
+        ready = []
+        for layout, server in starting:
+            try:
+                seconds = server.wait_ready(options.ready_s)
+                ready.append((layout, server))
+                say(f"{layout.name}: ready after {seconds:.0f} s")
+            except ServerFailed as error:
+                failed(layout, error)
+        for layout, server in ready:
+            try:
+                for result in ask(options, layout, server, model, profiles):
+                    results.append(result)
+            except (ServerFailed, RuntimeError) as error:
+                failed(layout, error)
     return results
+
+
+def ask(
+    options: argparse.Namespace,
+    layout: Layout,
+    server: ServerProcess,
+    model: Path,
+    profiles: list[Profile],
+) -> Iterator[Result]:
+    """Load one server with each size, and write each result into the file."""
+    for tokens in options.input_lens:
+        for concurrency in options.concurrency:
+            size = (concurrency, tokens)
+            client = model.parent / "client.log"
+            log = server.log_path
+            traces = log.with_name("-".join(map(str, (log.stem, *size, "traces"))))
+            result = load(options, server.base_url, model, client, traces, size)
+            result = {"layout": layout.name, "model": options.model, **result}
+            # The same long list of arguments in every line.
+            del result["server_info"]
+            wanted = concurrency * options.rounds
+            result["failed"] = wanted - result["completed"]
+            expected = result["completed"] * options.output_len
+            result["short"] = expected - result["total_output_tokens"]
+            with options.jsonl.open("a") as lines:
+                lines.write(json.dumps(result) + "\n")
+            say(
+                f"{layout.name}: {concurrency} x {tokens} tokens: "
+                f"{result['completed']} of {wanted} in {result['duration']:.1f} s"
+            )
+            yield result
+            if options.profile:
+                profile = read_profile(
+                    traces, options.profile, options.device, layout.name, size
+                )
+                profiles.append(profile)
+    if server.returncode is not None:
+        raise ServerFailed(f"the server ended:\n{server.log_tail()}")
 
 
 def table(results: Sequence[Result]) -> str:
@@ -219,6 +261,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--output-len", type=int, default=128)
     add("--rounds", type=int, default=2, help="requests for each of those at once")
     add("--without-plain", action="store_true", help="servers with DCP alone")
+    add(
+        "--start-together",
+        action="store_true",
+        help="start all servers, load one by one",
+    )
     add("--profile", type=int, metavar="STEPS", help="trace so many steps of each run")
     add("--profile-host", action="store_true", help="trace the host too, for a viewer")
     add("--ready-s", type=float, default=200.0, help="for a server to start")
@@ -251,14 +298,10 @@ def main() -> int:
         # Beside a config.json its model type would choose the tokenizer's class.
         (Path(folder) / TOKENIZER).mkdir()
         write_tokenizer(Path(folder) / TOKENIZER, vocab_size(options.model))
-        plain = [] if options.without_plain else [options.plain]
-        for layout in (*plain, *options.layouts):
-            try:
-                results += serve(options, layout, model, profiles)
-            except (ServerFailed, RuntimeError) as error:
-                # The other servers are worth their time all the same.
-                errors.append(f"{layout.name}: {error}")
-                say(errors[-1])
+        layouts = [options.plain] * (not options.without_plain) + options.layouts
+        together = [layouts] if options.start_together else [[one] for one in layouts]
+        for group in together:
+            results += serve(options, group, model, profiles, errors)
     for result in results:
         if result["failed"] or result["short"]:
             errors.append(
