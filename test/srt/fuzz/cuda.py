@@ -80,10 +80,15 @@ class Distance:
         return self.total / max(1, self.tokens)
 
     def add(self, got: Iterable[Answer], want: Iterable[Answer]) -> None:
-        """Count the tokens that both have. A NaN stays in the total."""
+        """Count the tokens that both have. A NaN stays in the total.
+
+        A forced token that sampling rules out has no number on either side.
+        """
         for a, b in zip(got, want):
             for left, right in zip(a.outputs, b.outputs):
                 for (x, _), (y, _) in zip(left.logprobs, right.logprobs):
+                    if x is None and y is None:
+                        continue
                     gap = math.nan if x is None or y is None else abs(x - y)
                     self.tokens += 1
                     self.total += gap

@@ -19,6 +19,7 @@ import pytest
 from helpers import teacher_forcing
 from helpers.gpu_cases import (
     BF16,
+    EXPAND_PREFIXES,
     TP2_DCP2,
     TP4_ATTN2,
     TP4_DCP4,
@@ -57,12 +58,7 @@ FP8_KV = Numbers(
     backend="flashinfer",
     plain_flags="--page-size 128",
 )
-# Plain servers expand any prefix, as ours may, not only those of 8192 positions and more.
-EXPANDED = Numbers(
-    "expanded",
-    "--dtype bfloat16",
-    plain_env=(("SGLANG_CHUNKED_PREFIX_CACHE_THRESHOLD", "0"),),
-)
+EXPANDED = Numbers("expanded", "--dtype bfloat16", plain_env=EXPAND_PREFIXES)
 # All but the eager one decode in CUDA graphs.
 SHAPES = (
     ("page64", "--page-size 64"),

@@ -21,6 +21,7 @@ import pytest
 from helpers import teacher_forcing
 from helpers.gpu_cases import (
     BF16,
+    EXPAND_PREFIXES,
     ONE_GPU,
     TP2_DCP2,
     Case,
@@ -78,7 +79,19 @@ def cases() -> Iterator[Case]:
                 kind, TP2_DCP2, "fa3", exchange, ("", "--page-size 16")
             )
             label = f"{case.label}{numbers.name}"
-            yield replace(case, label=label, numbers=numbers)
+            yield replace(case, label=label, numbers=of_one_form(kind, numbers))
+
+
+def of_one_form(kind: str, numbers: Numbers) -> Numbers:
+    """Plain MLA servers that expand each prefix, as DCP does.
+
+    The two forms round quantized products in different places. So servers of two forms are
+    further apart than two widths of one form.
+    """
+    if not kind.startswith("mla"):
+        return numbers
+    name = f"{numbers.name}-expanded"
+    return replace(numbers, name=name, plain_env=EXPAND_PREFIXES)
 
 
 def on_one_gpu() -> Iterator[Case]:
@@ -88,7 +101,7 @@ def on_one_gpu() -> Iterator[Case]:
         exchange = "a2a", turn % 2 == 0
         shape = "one-gpu", "--page-size 16"
         case = exchange_case(kind, TP2_DCP2, "fa3", exchange, shape)
-        yield replace(case, numbers=ONE_GPU)
+        yield replace(case, numbers=of_one_form(kind, ONE_GPU))
 
 
 def kv_scales() -> Iterator[Case]:

@@ -66,6 +66,8 @@ class Numbers:
 
 
 BF16 = Numbers("bf16", "--dtype bfloat16")
+# Plain MLA servers expand any prefix, as ours may, not only those of 8192 positions and more.
+EXPAND_PREFIXES = (("SGLANG_CHUNKED_PREFIX_CACHE_THRESHOLD", "0"),)
 # All ranks on one GPU, eagerly: what a machine with a single GPU can show.
 ONE_GPU = Numbers("one-gpu", f"--dtype bfloat16 {one_gpu.FLAGS}", one_gpu=True)
 

@@ -200,7 +200,8 @@ class Fleet:
             with server:
                 server.wait_ready(READY_SECONDS)
                 replies, info = self._ask(server)
-            log = server.log_path.read_text(errors="replace")
+                # Before it ends: Python then warns of shared memory that it leaked.
+                log = server.log_path.read_text(errors="replace")
         finally:
             self._live.discard(server)
         teacher_forcing.check_replies(self._waves, replies, info["page_size"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -287,6 +288,18 @@ def test_a_distance_is_measured_by_that_of_plain_tp_2() -> None:
     assert off_by(0.04).within(spread)
     assert not off_by(0.05).within(spread)
     assert not off_by(float("nan")).within(spread)
+
+
+def test_a_token_without_a_number_on_either_side_is_not_measured() -> None:
+    def distance_of(*values: float | None) -> cuda.Distance:
+        distance = cuda.Distance()
+        sides = [replace(OUTPUT, logprobs=[(value, 65)]) for value in values]
+        distance.add([Answer(200, sides[:1])], [Answer(200, sides[1:])])
+        return distance
+
+    assert distance_of(None, None) == cuda.Distance()
+    assert math.isnan(distance_of(None, -0.1).mean)
+    assert math.isnan(distance_of(-0.1, None).mean)
 
 
 @pytest.mark.parametrize("name", cuda.SETTINGS)
