@@ -40,14 +40,16 @@ def initialize_model(result: Any, model_config: Any, *args: Any, **kwargs: Any) 
         The model has an attention layer that DCP does not support.
     """
     from sglang_dcp.context import find_context
-    from sglang_dcp.layers.loading import prepare_loading
+    from sglang_dcp.layers.loading import prepare_loading, refuse_export
     from sglang_dcp.layers.q_replication import replicate_q_projections
     from sglang_dcp.support.attention_layers import check_attention_layers
 
     context = find_context()
     if context is not None:
+        replicated_q = context.config.replicate_q_proj
         check_attention_layers(result, model_config, context.config)
         prepare_loading(result, model_config, context.config.layout)
-        if context.config.replicate_q_proj:
+        refuse_export(result, model_config, replicated_q=replicated_q)
+        if replicated_q:
             replicate_q_projections(result, context)
     return result

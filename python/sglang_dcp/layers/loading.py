@@ -26,6 +26,10 @@ from sglang_dcp.layers.heads import (
 )
 
 _COUNT = "num_key_value_heads"
+EXPORT_ERROR = (
+    "with DCP a rank's attention weights are cut in another way than plain TP cuts them, "
+    "and no server loads them so; use the checkpoint"
+)
 
 
 class KvHeads(NamedTuple):
@@ -99,6 +103,16 @@ def prepare_loading(model: nn.Module, model_config: Any, layout: Layout) -> None
             for parameter in norms_over_heads(module, heads.dim):
                 _expand_for(parameter, heads)
     _load_with_true_count(model, model_config)
+
+
+def refuse_export(model: nn.Module, model_config: Any, *, replicated_q: bool) -> None:
+    """Let SGLang refuse to send or save the weights of `model` where DCP cut them.
+
+    MLA without a replicated Q projection holds the weights of plain TP. SGLang asks for the
+    attribute as of 0.5.23.
+    """
+    if replicated_q or not is_mla(model_config):
+        setattr(model, "_weight_export_error", EXPORT_ERROR)
 
 
 def attentions_of(module: nn.Module) -> list[Any]:

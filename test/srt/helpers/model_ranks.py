@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from multiprocessing.context import ForkProcess
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Callable, Iterable
+from typing import Any, Callable, Iterable, Mapping
 
 import torch
 
 from helpers.gloo_ranks import run_python
 from helpers.server_args import resolve_server_args
+from sglang_dcp.layers.heads import is_mla
 
 PROMPTS = (3, 21, 38)
 STEPS = 5
@@ -211,7 +212,16 @@ def _rank_logprobs(model: Path, run: Run, rank: int, port: int) -> torch.Tensor:
         updater = runner.torch_runner.weight_updater
         done, message = updater.update_weights_from_disk(str(model), "auto")
         assert done, message
+    _check_export(runner.torch_runner, dict(run.arguments))
     return _forced_logprobs(one_batch, runner)
+
+
+def _check_export(runner: Any, arguments: Mapping[str, Any]) -> None:
+    """SGLang may send weights to another server, but not those that DCP cut."""
+    replicated_q = arguments.get("dcp_replicate_q_proj")
+    cut = "attn_tp_size" in arguments or "dcp_size" in arguments
+    cut = cut and bool(replicated_q or not is_mla(runner.model_config))
+    assert hasattr(runner.model, "_weight_export_error") == cut
 
 
 def _enter(args: Any, rank: int) -> None:

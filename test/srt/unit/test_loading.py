@@ -14,7 +14,13 @@ import torch
 from torch import nn
 
 from sglang_dcp.distributed.topology import Layout
-from sglang_dcp.layers.loading import KvHeads, prepare_loading
+from sglang_dcp.layers.loading import (
+    EXPORT_ERROR,
+    KvHeads,
+    prepare_loading,
+    refuse_export,
+)
+from sglang_dcp.releases.installed import in_range, sglang_version
 
 DIM = 3
 LAYOUTS = [
@@ -159,6 +165,42 @@ def test_norms_of_a_model(q_heads: int, rank: int) -> None:
     # The checkpoint's count while it loads, and the scaled one before and after.
     assert model.seen_while_loading == heads
     assert config.hf_config.num_key_value_heads == seen
+
+
+@pytest.mark.skipif(
+    not in_range(sglang_version(), "0.5.23", None),
+    reason="SGLang refuses to export weights as of 0.5.23",
+)
+@pytest.mark.parametrize("replicated_q", [False, True])
+@pytest.mark.parametrize("arch", ["MHA", "MLA"])
+def test_weights_that_dcp_cut_are_not_sent(arch: str, replicated_q: bool) -> None:
+    from sglang.srt.configs.model_config import AttentionArch
+    from sglang.srt.model_executor.model_runner_components.weight_exporter import (
+        WeightExporter,
+    )
+
+    model = nn.Linear(2, 2)
+    config = SimpleNamespace(attention_arch=AttentionArch[arch])
+    refuse_export(model, config, replicated_q=replicated_q)
+    exporter = WeightExporter(
+        tp_rank=0,
+        tp_size=2,
+        gpu_id=0,
+        get_model_path=lambda: "",
+        get_model=lambda: model,
+    )
+    if arch == "MLA" and not replicated_q:
+        assert exporter._weight_export_unsupported_reason() is None
+        return
+    for send in (
+        exporter.init_weights_send_group_for_remote_instance,
+        exporter.send_weights_to_remote_instance,
+    ):
+        named = {"group_rank": 0, "world_size": 2} if "init" in send.__name__ else {}
+        sent = send(master_address="", ports="1,2", group_name="name", **named)
+        assert sent == (False, EXPORT_ERROR)
+    with pytest.raises(RuntimeError, match="cut in another way"):
+        exporter.save_sharded_model("folder")
 
 
 if __name__ == "__main__":
