@@ -458,6 +458,26 @@ def admitted(runner: Any, longest: int = 1 << 20) -> int:
     return admit_prompts(runner, CONFIG, longest)
 
 
+def test_free_memory_is_of_this_gpu_or_the_least_of_all() -> None:
+    runner = SimpleNamespace(device="cuda", gpu_id=3)
+    group = SimpleNamespace(cpu_group="of the world")
+    common, state = "sglang.srt.utils.common", "sglang.srt.distributed.parallel_state"
+    with (
+        mock.patch(
+            f"{common}.get_available_gpu_memory", autospec=True, return_value=1.5
+        ) as ask,
+        mock.patch(f"{state}.get_world_group", autospec=True, return_value=group),
+    ):
+        assert memory_report.free_bytes(runner) == 3 << 29
+        ask.assert_called_once_with("cuda", 3)
+        assert memory_report.least_free_bytes(runner) == 3 << 29
+        ask.assert_called_with("cuda", 3, distributed=True, cpu_group="of the world")
+        runner.device = "cpu"
+        assert memory_report.free_bytes(runner) is None
+        assert memory_report.least_free_bytes(runner) is None
+        assert ask.call_count == 2
+
+
 def test_sizes_are_those_of_the_runner() -> None:
     with started(None):
         sizes = forward_sizes(Runner(), CONFIG)
