@@ -41,18 +41,8 @@ cd "$(dirname "$0")/.."
 PARTS=${PARTS-kernels exchange symm backends}
 LIMIT=${LIMIT:-550}
 SERVING_ARGS=${SERVING_ARGS:---concurrency 8 --input-lens 4096}
-unset PYTHONDONTWRITEBYTECODE
-overlay=${RELEASE:+$SITE-$RELEASE}
-export PYTHONPATH=${overlay:+$overlay:}$SITE:$PWD/python:$PWD/test/srt:$PWD/benchmark
-export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=4
-if [[ -n $overlay ]]; then
-  # The stack's kernels are older than the release asks for, and its FlashInfer has no
-  # `autotune_v2`. The release's radix tree in Rust is built for another torch.
-  export SGLANG_SKIP_SGL_KERNEL_VERSION_CHECK=1 SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND=python
-  export SGLANG_DCP_TEST_SERVER_FLAGS=${SGLANG_DCP_TEST_SERVER_FLAGS---disable-flashinfer-autotune}
-fi
-# By default in /tmp, from where `caches` would not take it.
-export TORCHINDUCTOR_CACHE_DIR=$HOME/.cache/torchinductor
+# shellcheck source=benchmark/gpu_environment.sh
+source benchmark/gpu_environment.sh
 began=$SECONDS
 work=/tmp/gpu-run-$$
 logs=$work/logs
