@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Optional
 
 from sglang_dcp.releases.installed import in_range
-from sglang_dcp.support.rules import Value, above, given
+from sglang_dcp.support.rules import Value, above, below, given
 
 # Attention backends whose servers with prefill graphs were compared with tp 1 on GPUs.
 # None was yet.
@@ -63,6 +63,11 @@ EAGER_PREFILL: tuple[EagerPrefill, ...] = (
         "--attention-backend",
         _unserved_backend,
         "its prefill in graphs was never compared with tp 1 on a GPU",
+    ),
+    EagerPrefill(
+        "--chunked-prefill-size",
+        below("chunked_prefill_size", 1),
+        "whole prompts have no largest size to capture, and SGLang captures none",
     ),
     EagerPrefill(
         "--attn-dp-size",

@@ -8,6 +8,7 @@ prefill runner begins to read.
 from __future__ import annotations
 
 import ast
+import json
 import logging
 import re
 import sys
@@ -20,6 +21,8 @@ import pytest
 import sglang
 from sglang.srt.model_executor.cuda_graph_config import CudaGraphConfig
 
+from helpers.gloo_ranks import python_path, run_python
+from helpers.gpu_servers import Run
 from helpers.prefill_graph import HAS_PREFILL_GRAPHS
 from helpers.prefill_graph_door import OPENED, opened
 from sglang_dcp.config import DcpConfig, Replicas, resolve_config
@@ -42,6 +45,7 @@ FINE = dict(
     prefill_attention_backend=None,
     cuda_graph_backend_prefill=None,
     cuda_graph_config=None,
+    chunked_prefill_size=None,
     speculative_algorithm=None,
     enable_lora=None,
     lora_paths=None,
@@ -93,6 +97,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "--attention-backend",
         {"attention_backend": None, "prefill_attention_backend": "torch_native"},
     ),
+    "whole-prompts": ("--chunked-prefill-size", {"chunked_prefill_size": -1}),
     "replicas": ("--attn-dp-size", {"dcp": in_replicas()}),
     "speculation": ("--speculative-algorithm", {"speculative_algorithm": "EAGLE"}),
     "lora": ("--enable-lora", {"enable_lora": True}),
@@ -112,6 +117,7 @@ KEPT: dict[str, dict[str, Any]] = {
         "cuda_graph_config": {"prefill": {"backend": "breakable"}},
     },
     "resolved": {"cuda_graph_config": graphs("breakable")},
+    "chunks": {"chunked_prefill_size": 8192},
     "replicated-q": {"dcp": DcpConfig(Layout(4, 2), replicate_q_proj=True)},
 }
 
@@ -178,6 +184,23 @@ def test_the_plugin_of_a_server_opens_the_door(monkeypatch: pytest.MonkeyPatch) 
     exec(opened("def load():\n    loaded.append(1)\nloaded = []"), plugin)
     plugin["load"]()
     assert plugin["loaded"] == [1] and prefill_graphs.SERVED == OPENED
+
+
+def test_prefill_batches_are_read_from_the_log() -> None:
+    line = "Prefill batch, #new-seq: 1, #new-token: {}, #cached-token: {}, full token "
+    line += "usage: 0.01, #running-req: 0, cuda graph: {}, input throughput: 9\n"
+    log = line.format(1024, 0, True) + line.format(5, 1310, True)
+    log += "Decode batch, #running-req: 7, cuda graph: True, gen throughput: 9\n"
+    run = Run({}, {}, log + line.format(1, 0, False))
+    assert run.prefill_batches(graph=True) == {(1024, 0), (5, 1310)}
+    assert run.prefill_batches(graph=False) == {(1, 0)}
+
+
+def test_the_log_has_these_words() -> None:
+    srt = Path(sglang.__file__).parent / "srt/managers"
+    source = "".join(path.read_text() for path in srt.rglob("*metrics*.py"))
+    for words in ("Prefill batch", "#new-token: {", "#cached-token: {", "cuda graph"):
+        assert words in source
 
 
 class FakeApi:
@@ -336,27 +359,54 @@ def test_the_hook_of_the_model_config_tells_the_kind_of_attention(
         assert args.disable_prefill_cuda_graph == (model == "latents")
 
 
-@needs_prefill_graphs
-def test_the_model_is_known_before_memory_is_set_aside() -> None:
-    """`drop_prefill_graphs_of_mla` relies on this order of SGLang's steps."""
-    folder = Path(sglang.__file__).parent / "srt/arg_groups"
-    steps = re.findall(r"run_hook\((\w+)", (folder / "pipeline.py").read_text())
-    reads, graph, memory = map(
-        steps.index,
-        (
-            "apply_inkling_prefill_cuda_graph_default",
-            "handle_cuda_graph_config",
-            "handle_gpu_memory_settings",
-        ),
+RESOLVE = """
+import json, sys
+from pathlib import Path
+
+from sglang.srt.plugins import load_plugins
+
+load_plugins()
+from sglang.srt.arg_groups import memory_hook
+from sglang.srt.model_executor import cuda_graph_config
+from sglang.srt.server_args import ServerArgs
+
+from helpers.prefill_graph_door import open_door
+from sglang_dcp.demo.tiny_model import make_tiny_model
+from sglang_dcp.releases.api import sglang_api
+
+# As on a machine with GPUs of 140 GB.
+memory_hook.get_device_memory_capacity = lambda device: 140 << 10
+cuda_graph_config.default_prefill_backend = lambda: "breakable"
+if sys.argv[1] == "open":
+    open_door()
+for kind in ("qwen3-moe-d128", "mla-moe-d512"):
+    model = make_tiny_model(Path(sys.argv[2]) / kind, kind)
+    args = ServerArgs(
+        model_path=str(model), tp_size=2, dcp_size=2, device="cuda", dtype="bfloat16",
+        attention_backend="flashinfer", skip_tokenizer_init=True,
     )
-    assert reads < graph < memory
-    source = ast.parse((folder / "cuda_graph_hook.py").read_text())
-    [step] = [
-        node
-        for node in source.body
-        if isinstance(node, ast.FunctionDef) and node.name == steps[reads]
-    ]
-    assert "model_config_of(server_args)" in ast.unparse(step)
+    args.resolve_once()
+    found = sglang_api().resolved(args)
+    backend = found.cuda_graph_config.prefill.backend
+    print(json.dumps([backend, found.mem_fraction_static]), flush=True)
+"""
+
+
+@needs_prefill_graphs
+def test_resolved_arguments(tmp_path: Path) -> None:
+    """Memory is set aside for the graphs that stay, and for no others."""
+    found = {}
+    for door in ("closed", "open"):
+        path = python_path(tmp_path)
+        done = run_python("-c", RESOLVE, door, str(tmp_path / door), PYTHONPATH=path)
+        assert done.code == 0, done.stderr[-4000:]
+        found[door] = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [backend for backend, _ in found["closed"]] == ["disabled", "disabled"]
+    assert [backend for backend, _ in found["open"]] == ["breakable", "disabled"]
+    (heads, latents), (less, same) = (
+        [fraction for _, fraction in found[door]] for door in ("closed", "open")
+    )
+    assert less < heads and same == latents
 
 
 # What the prefill runner reads of its attention backend, and what DCP's has there.
