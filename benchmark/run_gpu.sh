@@ -19,7 +19,7 @@
 #   OUT    folder for logs.tgz (required)
 #   PARTS  which of
 #            kernels exchange symm backends latents    tests of kernels, beside each other
-#            shared server bf16 mla dtypes fused weights quant limits   live servers, one group after
+#            shared server bf16 graphs mla dtypes fused weights quant limits   live servers, one after
 #                                                      the other; `shared` takes one GPU
 #            reports sleep long                        the same: public reports, memory saver,
 #                                                      prompts of 131,071 to 200,000 tokens
@@ -163,6 +163,7 @@ run_servers() {
 run_servers shared 530 server_gpu_shared
 run_servers server 270 server_gpu
 run_servers bf16 530 server_gpu_bf16
+run_servers graphs 530 server_gpu_prefill_graphs
 run_servers mla 530 server_gpu_mla
 run_servers dtypes 200 server_gpu_dtypes
 run_servers fused 200 server_gpu_fused_write

@@ -23,11 +23,14 @@ from sglang_dcp.config import (
     resolve_config,
 )
 from sglang_dcp.releases.api import sglang_api
+from sglang_dcp.releases.installed import sglang_version
 
 logger = logging.getLogger(__name__)
 
 # Not a field, so it is neither a flag nor an argument that a user could pass.
 _CONFIG = "_dcp_config"
+
+_GRAPHS_OFF = "DCP: prefill CUDA graphs turned off"
 
 
 def extend_server_args(base: Any, module: str, name: str) -> Any:
@@ -157,6 +160,7 @@ def prepare(args: Any) -> None:
     from sglang_dcp.hooks.verify import verify_hooks
     from sglang_dcp.layers.backends.capabilities import Requirement
     from sglang_dcp.support.backends import default_backend
+    from sglang_dcp.support.prefill_graphs import keeps_prefill_graphs
     from sglang_dcp.support.server import check_server_args
 
     verify_hooks()
@@ -172,11 +176,42 @@ def prepare(args: Any) -> None:
     )
     if on_cpu and all(name is None for name in named):
         args.attention_backend = default_backend(None, Requirement("cpu"))
-    if not on_cpu and not args.disable_prefill_cuda_graph:
+    keeps = keeps_prefill_graphs(args, sglang_version(), on_gpu=not on_cpu)
+    if not (on_cpu or keeps or args.disable_prefill_cuda_graph):
         # Set before SGLang reserves memory for these graphs. Another flag may still ask
         # for one, which `finish` turns off.
-        logger.info("DCP: prefill CUDA graphs turned off")
+        logger.info(_GRAPHS_OFF)
         args.disable_prefill_cuda_graph = True
+
+
+def drop_prefill_graphs_of_mla(args: Any, mla: bool) -> None:
+    """Turn off prefill graphs that `prepare` kept, if the model turns out to have MLA.
+
+    SGLang reads the model's config before it reserves memory for these graphs.
+    """
+    from sglang_dcp.support.rules import runs_on_gpu
+
+    api = sglang_api()
+    if not mla or not runs_on_gpu(args.device):
+        return
+    if not api.resolved(args).disable_prefill_cuda_graph:
+        logger.info(_GRAPHS_OFF)
+        api.declare(args, "dcp.prefill_graph", disable_prefill_cuda_graph=True)
+
+
+def _settle_prefill_graphs(args: Any, resolved: Any, *, mla: bool) -> None:
+    """Turn off what is left of prefill graphs, or say that they stay."""
+    from sglang_dcp.support.prefill_graphs import keeps_prefill_graphs
+
+    api = sglang_api()
+    on_gpu = resolved.device != "cpu"
+    if keeps_prefill_graphs(resolved, sglang_version(), on_gpu=on_gpu, mla=mla):
+        if api.has_prefill_graph(args):
+            logger.info(
+                "DCP: prefill CUDA graphs kept, attention runs between segments"
+            )
+    elif api.turn_off_prefill_graph(args):
+        logger.info("DCP: prefill CUDA graph turned off")
 
 
 def finish(args: Any) -> None:
@@ -190,12 +225,12 @@ def finish(args: Any) -> None:
     if resolved.model_path.lower() in ("none", "dummy"):
         return
     model = api.model_config(args)
-    check_server_args(resolved, requirement_of(resolved, model, api.uses_mla(args)))
+    mla = api.uses_mla(args)
+    check_server_args(resolved, requirement_of(resolved, model, mla))
     check_experts_of(resolved, (model.hf_config.architectures or ["?"])[0])
     _check_replicas(args.dcp, Replicas(*api.attention_replicas(resolved)))
     _check_draft_model(args, resolved)
-    if api.turn_off_prefill_graph(args):
-        logger.info("DCP: prefill CUDA graph turned off")
+    _settle_prefill_graphs(args, resolved, mla=mla)
     _keep_nccl_graph_mixing(resolved, args.dcp)
     page_size = resolved.page_size or 1
     set_config(args, dataclasses.replace(args.dcp, page_size=page_size))

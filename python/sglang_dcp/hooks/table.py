@@ -551,7 +551,20 @@ RELIES_ON: tuple[ReliedFile, ...] = (
     ReliedFile("srt/models/xverse.py"),
     ReliedFile("srt/arg_groups/arg_utils.py", since="0.5.23"),
     ReliedFile("srt/arg_groups/pipeline.py", since="0.5.23"),
+    ReliedFile("srt/layers/attention/graph_utils.py", since="0.5.23"),
     ReliedFile("srt/mem_cache/kv_index_translator.py", since="0.5.23"),
+    ReliedFile(
+        "srt/model_executor/runner/prefill_cuda_graph_runner.py", since="0.5.23"
+    ),
+    ReliedFile(
+        "srt/model_executor/runner_backend/breakable_cuda_graph_backend.py",
+        since="0.5.23",
+    ),
+    ReliedFile(
+        "srt/model_executor/runner_backend_utils/breakable_cuda_graph/"
+        "breakable_cuda_graph.py",
+        since="0.5.23",
+    ),
     ReliedFile("srt/runtime_context.py", since="0.5.23"),
     ReliedFile("srt/speculative/eagle_draft_cuda_graph_runner.py", since="0.5.23"),
     ReliedFile("srt/speculative/eagle_info.py", since="0.5.23"),

@@ -57,6 +57,10 @@ class SglangApi(ABC):
         """Whether SGLang serves the model with latent attention."""
 
     @abstractmethod
+    def has_prefill_graph(self, server_args: Any) -> bool:
+        """Whether the resolved arguments have a prefill CUDA graph."""
+
+    @abstractmethod
     def turn_off_prefill_graph(self, server_args: Any) -> bool:
         """Turn off the prefill CUDA graph. Return False if it was off already."""
 

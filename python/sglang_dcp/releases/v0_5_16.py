@@ -21,12 +21,16 @@ class _Api(SglangApi):
     def uses_mla(self, server_args: Any) -> bool:
         return bool(server_args.use_mla_backend())
 
+    def has_prefill_graph(self, server_args: Any) -> bool:
+        from sglang.srt.model_executor.cuda_graph_config import Backend
+
+        return bool(server_args.cuda_graph_config.prefill.backend != Backend.DISABLED)
+
     def turn_off_prefill_graph(self, server_args: Any) -> bool:
         from sglang.srt.model_executor.cuda_graph_config import Backend
 
-        prefill = server_args.cuda_graph_config.prefill
-        was_on = prefill.backend != Backend.DISABLED
-        prefill.backend = Backend.DISABLED
+        was_on = self.has_prefill_graph(server_args)
+        server_args.cuda_graph_config.prefill.backend = Backend.DISABLED
         return was_on
 
     def hide_dcp_size(self, server_args: Any) -> None:

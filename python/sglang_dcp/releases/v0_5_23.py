@@ -29,6 +29,12 @@ class _Api(SglangApi):
 
         return bool(use_mla_backend(server_args))
 
+    def has_prefill_graph(self, server_args: Any) -> bool:
+        from sglang.srt.model_executor.cuda_graph_config import Backend
+
+        config = self.resolved(server_args).cuda_graph_config
+        return bool(config.prefill.backend != Backend.DISABLED)
+
     def turn_off_prefill_graph(self, server_args: Any) -> bool:
         from sglang.srt.model_executor.cuda_graph_config import (
             Backend,
@@ -36,9 +42,9 @@ class _Api(SglangApi):
             with_phase,
         )
 
-        config = self.resolved(server_args).cuda_graph_config
-        if config.prefill.backend == Backend.DISABLED:
+        if not self.has_prefill_graph(server_args):
             return False
+        config = self.resolved(server_args).cuda_graph_config
         off = with_phase(config, Phase.PREFILL, backend=Backend.DISABLED)
         self.declare(server_args, "dcp.prefill_graph", cuda_graph_config=off)
         return True

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import pytest
 import torch
@@ -109,6 +109,13 @@ class Spec:
         return re.sub(r"@seed(\d+)", written, self.flags)
 
 
+class PrefillBatch(NamedTuple):
+    """What SGLang's log says of a prefill batch, decoded tokens of mixed chunks left out."""
+
+    new_tokens: int
+    cached_tokens: int
+
+
 @dataclass(frozen=True)
 class Run:
     """What a server left: its replies, what it said of itself, its log."""
@@ -121,6 +128,13 @@ class Run:
         """Sizes of the decode batches that ran, in a CUDA graph or eagerly."""
         line = rf"Decode batch.*#running-req: (\d+),.*cuda graph: {graph}"
         return {int(size) for size in re.findall(line, self.log)}
+
+    def prefill_batches(self, *, graph: bool) -> set[PrefillBatch]:
+        """The prefill batches that ran, in a CUDA graph or eagerly."""
+        tokens = r"#new-token: (\d+), #cached-token: (\d+),"
+        line = rf"Prefill batch.*{tokens}.*cuda graph: {graph}"
+        found = re.findall(line, self.log)
+        return {PrefillBatch(int(new), int(cached)) for new, cached in found}
 
 
 def make_server(spec: Spec, folder: Path) -> ServerProcess:

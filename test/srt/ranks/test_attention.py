@@ -44,6 +44,12 @@ from helpers.gloo_ranks import (
     fork_worlds,
     leave_layout,
 )
+from helpers.prefill_graph import (
+    HAS_PREFILL_GRAPHS,
+    padded,
+    replay,
+    static_batch,
+)
 from sglang_dcp.config import DcpConfig
 from sglang_dcp.distributed.topology import Layout
 
@@ -150,8 +156,15 @@ LIFE = [
 ]
 
 
+# Tokens of a captured prefill. No batch above is larger.
+BUCKET = 96
+
+
 class Case(NamedTuple):
-    """`garbage` is the LSE that a kernel returns, with NaN outputs, for no keys."""
+    """`garbage` is the LSE that a kernel returns, with NaN outputs, for no keys.
+
+    With `in_graph`, prefills run as SGLang replays them from a breakable graph.
+    """
 
     shape: Shape
     steps: list[Step]
@@ -160,6 +173,7 @@ class Case(NamedTuple):
     dtype: torch.dtype = torch.float32
     replicated_q: bool = False
     garbage: float | None = None
+    in_graph: bool = False
 
 
 def cases_of(tp_size: int, attn_tp_size: int) -> dict[str, Case]:
@@ -183,7 +197,27 @@ def cases_of(tp_size: int, attn_tp_size: int) -> dict[str, Case]:
             named[f"{name}-replicated-q-garbage-{comm}"] = wide
             latent = Case(shapes["mla-in-parts"], steps, comm)
             named[f"{name}-mla-in-parts-{comm}"] = latent
+        if HAS_PREFILL_GRAPHS:
+            named |= cases_in_graphs(shapes, comm)
     return {f"tp{tp_size}-attn{attn_tp_size}-{k}": v for k, v in named.items()}
+
+
+def cases_in_graphs(shapes: dict[str, Shape], comm: str) -> dict[str, Case]:
+    """K/V heads only: MLA prefills eagerly."""
+    named = {
+        f"in-graph-{name}-{comm}": Case(shape, LIFE, comm, in_graph=True)
+        for name, shape in shapes.items()
+        if not shape.latent
+    }
+    plain = shapes["own-heads-span-kv-heads"]
+    for name, page in itertools.product(("extend-no-prefix", "extend-prefix"), (1, 4)):
+        named[f"in-graph-{name}-page{page}-{comm}"] = Case(
+            plain, SCRIPTS[name], comm, page, in_graph=True
+        )
+    named[f"in-graph-replicated-q-garbage-{comm}"] = Case(
+        plain, LIFE, comm, replicated_q=True, garbage=NAN, in_graph=True
+    )
+    return named
 
 
 class Rank:
@@ -234,6 +268,9 @@ class Rank:
         self.backend = make_backend(views)
         self.draft = DraftSteps([make_backend(views.sibling()) for _ in range(DRAFTS)])
         self.layers = [self._layer(own, width, i) for i in range(LAYERS)]
+        if case.in_graph:
+            for layer in self.layers:
+                layer._eager_attention = self._noted(layer._eager_attention)
 
     def _layer(self, own: int, width: int, layer_id: int) -> Any:
         from sglang.srt.layers.radix_attention import RadixAttention
@@ -241,6 +278,15 @@ class Rank:
         dim = self.case.shape.qk_dim
         v_dim = self.case.shape.v_dim
         return RadixAttention(own, dim, dim**-0.5, width, layer_id, v_head_dim=v_dim)
+
+    def _noted(self, eager_attention: Any) -> Any:
+        """The break between two segments, noted among the calls of the exchange."""
+
+        def run(*args: Any, **kwargs: Any) -> None:
+            self.spy.calls.append("break")
+            eager_attention(*args, **kwargs)
+
+        return run
 
     def run(self, step: Step) -> Iterator[tuple[str, Any, Any]]:
         """One forward of all layers; what came out beside what should have."""
@@ -283,7 +329,10 @@ class Rank:
             q, k, v = self._inputs(
                 new, layer.layer_id, self.shard if wide else self.own
             )
-            out = self._forward(backend, q, k, v, layer, batch)
+            if self.case.in_graph and not decodes:
+                out = self._replayed(backend, q, k, v, layer, batch)
+            else:
+                out = self._forward(backend, q, k, v, layer, batch)
             wanted = torch.cat(
                 [
                     self.truth.attention(name, layer.layer_id, where)[:, self.own]
@@ -302,6 +351,16 @@ class Rank:
         k, k_rope = k.view(len(k), -1, sum(sizes)).split(sizes, dim=-1)
         return backend.forward(q, k, k, *rest, q_rope=q_rope, k_rope=k_rope)
 
+    def _replayed(
+        self, backend: Any, q: Tensor, k: Tensor, v: Tensor, layer: Any, batch: Any
+    ) -> Tensor:
+        """The real rows of a replay, if all others are 0, else rows of NaN."""
+        static = static_batch(batch, BUCKET)
+        with replay(backend, static):
+            out = layer(*(padded(part, BUCKET) for part in (q, k, v)), static)
+        assert out.shape[0] == BUCKET
+        return out[: len(q)] + (NAN if out[len(q) :].any() else 0.0)
+
     def _inputs(self, new: dict[str, range], layer: int, heads: slice) -> list[Tensor]:
         rows: tuple[list[Tensor], ...] = ([], [], [])
         for name, where in new.items():
@@ -319,7 +378,8 @@ class Rank:
         if mode in DECODES:
             return ["replicated"] * replicated + each * LAYERS
         reads = any(where.start for where in new.values())
-        return ["sharded"] * replicated + ["gather", "reduce"] * reads * LAYERS
+        of_layer = ["break"] * self.case.in_graph + ["gather", "reduce"] * reads
+        return ["sharded"] * replicated + of_layer * LAYERS
 
     def pool_contents(self) -> Iterator[tuple[str, Any, Any]]:
         """Each owned position at its slot, and NaN everywhere else."""

@@ -1,0 +1,135 @@
+"""Which servers keep SGLang's prefill CUDA graphs.
+
+SGLang 0.5.23 cuts a breakable graph at each attention layer. Attention then runs eagerly
+between two segments, with the metadata of the real batch. So DCP attention over K/V heads
+runs there as in an eager prefill. All other servers prefill eagerly.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Optional
+
+from sglang_dcp.releases.installed import in_range
+from sglang_dcp.support.rules import Value, above, below, given
+
+# Attention backends whose servers with prefill graphs were compared with tp 1 on GPUs.
+# None was yet.
+SERVED: frozenset[str] = frozenset()
+
+# First release whose breakable graphs run attention with the metadata of the real batch.
+_SINCE = "0.5.23"
+
+
+class EagerPrefill(NamedTuple):
+    """A server argument with which prefill stays eager.
+
+    `value` returns something if the case applies, else None. It reads arguments of 0.5.23,
+    resolved or not.
+    """
+
+    flag: str
+    value: Value
+    reason: str
+
+
+def _other_graph(args: Any) -> Optional[str]:
+    """The JSON wins over the flag. Once resolved, it is an object with both in it."""
+    name, config = args.cuda_graph_backend_prefill, args.cuda_graph_config
+    if isinstance(config, dict):
+        name = (config.get("prefill") or {}).get("backend", name)
+    elif config is not None:
+        name = config.prefill.backend
+    return None if name in (None, "breakable", "disabled") else name
+
+
+def _unserved_backend(args: Any) -> Optional[str]:
+    """A backend that is not chosen yet may turn out to be served."""
+    named = {args.attention_backend, args.prefill_attention_backend} - {None}
+    return min(named - SERVED, default=None)
+
+
+def _replicas(args: Any) -> Optional[int]:
+    number: int = args.dcp.layout.replicas
+    return number if number > 1 else None
+
+
+EAGER_PREFILL: tuple[EagerPrefill, ...] = (
+    EagerPrefill(
+        "--cuda-graph-backend-prefill",
+        _other_graph,
+        "other graphs capture attention, and its local batch changes between forwards",
+    ),
+    EagerPrefill(
+        "--attention-backend",
+        _unserved_backend,
+        "its prefill in graphs was never compared with tp 1 on a GPU",
+    ),
+    EagerPrefill(
+        "--chunked-prefill-size",
+        below("chunked_prefill_size", 1),
+        "whole prompts have no largest size to capture, and SGLang captures none",
+    ),
+    EagerPrefill(
+        "--attn-dp-size",
+        _replicas,
+        "replicas vote on a replay, and one without a request replays padding",
+    ),
+    EagerPrefill(
+        "--speculative-algorithm",
+        given("speculative_algorithm"),
+        "a draft's extension runs as decode rows, with all heads of a replicated Q, and a "
+        "segment holds the Q projection of a prefill",
+    ),
+    EagerPrefill(
+        "--enable-lora",
+        given("enable_lora"),
+        "adapters in prefill graphs were never compared with tp 1",
+    ),
+    EagerPrefill(
+        "--lora-paths",
+        given("lora_paths"),
+        "adapters in prefill graphs were never compared with tp 1",
+    ),
+    EagerPrefill(
+        "--enable-memory-saver",
+        given("enable_memory_saver"),
+        "SGLang refuses breakable graphs whose memory is released",
+    ),
+    EagerPrefill(
+        "--moe-a2a-backend",
+        given("moe_a2a_backend", "none"),
+        "its exchange of tokens in prefill graphs was never compared with tp 1",
+    ),
+    EagerPrefill(
+        "--moe-dense-tp-size",
+        above("moe_dense_tp_size", 0),
+        "tokens are scattered over ranks, which was never compared in prefill graphs",
+    ),
+    EagerPrefill(
+        "--enable-layernorm-sp",
+        given("enable_layernorm_sp"),
+        "tokens are scattered over ranks, which was never compared in prefill graphs",
+    ),
+)
+
+
+def keeps_prefill_graphs(
+    args: Any, release: str, *, on_gpu: bool, mla: Optional[bool] = None
+) -> bool:
+    """Whether a server keeps SGLang's breakable prefill graphs, if it has any.
+
+    Parameters
+    ----------
+    args
+        A `ServerArgs` with `dcp` set, resolved or not.
+    release : str
+        Number of the SGLang release.
+    on_gpu : bool
+        Whether the server runs on GPUs.
+    mla : bool, optional
+        Whether the model has latent attention. SGLang chooses the form of its prefill in
+        Python, which a segment would freeze. None if it is not known yet.
+    """
+    if not (SERVED and on_gpu and in_range(release, _SINCE, None)) or mla:
+        return False
+    return all(row.value(args) is None for row in EAGER_PREFILL)

@@ -1,0 +1,112 @@
+"""Live servers that keep SGLang's prefill graphs: attention with DCP between segments.
+
+DCP turns these graphs off on GPUs until this file has run there (`SERVED` in
+`support/prefill_graphs.py`). The plugin of its servers opens that door. Only here do
+replayed segments, eager exchanges and prefixes of earlier chunks meet in one server.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from helpers import teacher_forcing
+from helpers.gpu_cases import (
+    BACKENDS,
+    TP2_DCP2,
+    TP4_ATTN2,
+    Case,
+    assert_within_spread,
+    chosen_kinds,
+    exchange_case,
+    exchange_flags,
+    fleet_fixture,
+    params,
+)
+from helpers.gpu_servers import Fleet, Run
+from helpers.nccl_ranks import needs_gpus
+from helpers.prefill_graph import HAS_PREFILL_GRAPHS
+from helpers.prefill_graph_door import opened
+
+pytestmark = [
+    pytest.mark.server,
+    needs_gpus(2),
+    pytest.mark.skipif(
+        not HAS_PREFILL_GRAPHS,
+        reason="this SGLang captures attention in prefill graphs",
+    ),
+]
+
+KINDS = ("llama-2kv-d128", "qwen3-moe-d128")
+EXCHANGES = tuple(itertools.product(("a2a", "symm_a2a"), (False, True)))
+MIXED = "--enable-mixed-chunk"
+# Both chunks have a graph of their size. SGLang takes `llama-2kv` for a Llama 2 and captures
+# no larger one than 4096.
+SHAPES = (
+    ("page1", "--page-size 1 --chunked-prefill-size 4096"),
+    ("page64-chunks", "--page-size 64 --chunked-prefill-size 1024"),
+    ("page1-chunks", "--page-size 1 --chunked-prefill-size 1024"),
+    ("page64", "--page-size 64 --chunked-prefill-size 4096"),
+    ("page16-mixed", f"--page-size 16 --chunked-prefill-size 1024 {MIXED}"),
+)
+
+
+def matrix(kind: str) -> Iterator[Case]:
+    """The shapes rotate, so that each backend and each exchange sees several."""
+    for b, backend in enumerate(BACKENDS):
+        for e, exchange in enumerate(EXCHANGES):
+            for number, layout in enumerate((TP2_DCP2, TP4_ATTN2)):
+                shape = SHAPES[(b + e + 2 * number) % len(SHAPES)]
+                yield exchange_case(kind, layout, backend, exchange, shape)
+
+
+def cases() -> Iterator[Case]:
+    for kind in chosen_kinds(KINDS):
+        yield from map(behind_door, matrix(kind))
+        if kind.startswith("qwen3-moe"):
+            # Groups of experts whose communicator has captured and eager calls.
+            flags = "--attention-backend fa3 --ep-size 2 --chunked-prefill-size 4096 "
+            flags += exchange_flags("a2a", replicated=False)
+            yield behind_door(Case(kind, TP4_ATTN2, "fa3-a2a-ep2", flags))
+
+
+def behind_door(case: Case) -> Case:
+    return replace(case, plugin=opened(case.numbers.plugin))
+
+
+LATENTS = behind_door(
+    Case("mla-moe-d512", TP2_DCP2, "eager-latents", "--attention-backend fa3")
+)
+
+fleet = fleet_fixture(teacher_forcing.build_waves)
+
+
+@pytest.mark.parametrize("case", params(cases()))
+def test_within_the_spread_of_tp(case: Case, fleet: Fleet) -> None:
+    assert_within_spread(case, fleet)
+    assert_prefilled_in_graphs(fleet.run(case.spec), mixed=MIXED in case.flags)
+
+
+def assert_prefilled_in_graphs(run: Run, *, mixed: bool) -> None:
+    """All prefills but those of one token, which SGLang would pad to four."""
+    in_graph, eager = (run.prefill_batches(graph=graph) for graph in (True, False))
+    assert any(batch.cached_tokens for batch in in_graph)
+    assert any(not batch.cached_tokens for batch in in_graph)
+    # The log leaves out the tokens that a mixed batch decodes.
+    assert mixed or {batch.new_tokens for batch in eager} <= {1}
+    assert "DCP: prefill CUDA graphs kept" in run.log
+
+
+def test_latents_prefill_eagerly(fleet: Fleet) -> None:
+    run = fleet.run(LATENTS.spec)
+    assert run.prefill_batches(graph=False)
+    assert not run.prefill_batches(graph=True)
+    assert "DCP: prefill CUDA graphs turned off" in run.log
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__, "-s"]))
