@@ -176,18 +176,24 @@ def serve(
 
     with ExitStack() as stack:
         starting = []
+        began = time.monotonic()
         for layout in layouts:
             say(f"{layout.name}: starting its server")
-            server = make_server(options, layout, model)
-            starting.append((layout, stack.enter_context(server)))
+            try:
+                server = make_server(options, layout, model)
+                starting.append((layout, stack.enter_context(server)))
+            except ServerFailed as error:
+                failed(layout, error)
         ready = []
         for layout, server in starting:
             try:
-                seconds = server.wait_ready(options.ready_s)
+                server.wait_ready(max(1.0, began + options.ready_s - time.monotonic()))
                 ready.append((layout, server))
-                say(f"{layout.name}: ready after {seconds:.0f} s")
+                say(f"{layout.name}: ready after {time.monotonic() - began:.0f} s")
             except ServerFailed as error:
                 failed(layout, error)
+                # It would still load and capture while others are measured.
+                server.stop()
         for layout, server in ready:
             try:
                 for result in ask(options, layout, server, model, profiles):

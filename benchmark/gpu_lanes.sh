@@ -9,7 +9,7 @@
 #
 # A line of a lane's file is one group, in words: its name, how many servers run at once, a file of
 # test/srt/gpu without `test_` and `.py`, model kinds separated by commas or `-`, and words for
-# pytest -k. A line that begins with `!` is a name and a command of the shell:
+# pytest -k. A line whose first word is `!` is a name and a command of the shell:
 #
 #   mla 5 server_gpu_mla mla-v3-d512,mla-glm-d512 tp2dcp2 and replicated
 #   ! soak python3 -m fuzz --device cuda --soak 20 --setting llama-fa3-symm_a2a-page16-mixed
@@ -81,10 +81,12 @@ pack() {
 
 case ${1:-} in
   start)
+    : "${SITE:?}"
     [[ -e $LANES/began ]] || date +%s >"$LANES/began"
     for file in "${@:2}"; do
       # Not this shell's job: it outlives the call.
-      setsid benchmark/gpu_lanes.sh lane "$(cd "$from" && realpath "$file")" >/dev/null 2>&1 </dev/null &
+      # A shell's background jobs ignore INT, and so would what they start.
+      setsid env --default-signal=INT benchmark/gpu_lanes.sh lane "$(cd "$from" && realpath "$file")" >/dev/null 2>&1 </dev/null &
       echo $! >>"$LANES/sessions"
     done
     ;;
@@ -95,16 +97,21 @@ case ${1:-} in
     run_lane "$2"
     ;;
   wait)
-    : "${OUT:?}"
+    OUT=$(cd "$from" && mkdir -p "${OUT:?}" && cd "$OUT" && pwd)
     end=$((SECONDS + $2))
     while ((SECONDS < end)) && [[ -n $(running) ]]; do sleep 2; done
     show
     pack
     ;;
   stop)
-    for lane in $(running); do pkill -INT -s "$lane"; done
+    # First the lanes' shells, or they go on with their next groups.
+    for lane in $(running); do
+      kill -KILL "$lane"
+      pkill -INT -s "$lane"
+    done
     sleep 8
     for lane in $(running); do pkill -KILL -s "$lane"; done
+    rm -f "$LANES/sessions"
     ;;
   *)
     sed -n '2,/^set/p' benchmark/gpu_lanes.sh | sed '$d; s/^# \{0,1\}//'

@@ -106,7 +106,7 @@ def prepare_loading(model: nn.Module, model_config: Any, layout: Layout) -> None
 
 
 def refuse_export(model: nn.Module, model_config: Any, *, replicated_q: bool) -> None:
-    """Let SGLang refuse to send or save the weights of `model` where DCP cut them.
+    """Let SGLang refuse to send, save or show the weights of `model` where DCP cut them.
 
     MLA without a replicated Q projection holds the weights of plain TP. SGLang asks for the
     attribute as of 0.5.23.

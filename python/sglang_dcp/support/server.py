@@ -180,6 +180,10 @@ UNSUPPORTED_SERVER_ARGS: tuple[Unsupported, ...] = (
         fine=("off",),
         since="0.5.23",
     ),
+    _flag(
+        "remote_instance_weight_loader_start_seed_via_transfer_engine",
+        "it publishes weights that are cut in another way than plain TP cuts them",
+    ),
     Unsupported(
         "--startup-weight-load-mode",
         _late_weights,

@@ -74,20 +74,23 @@ class Distance:
     tokens: int = 0
     total: float = 0.0
     worst: float = 0.0
+    left_out: int = 0
 
     @property
     def mean(self) -> float:
         return self.total / max(1, self.tokens)
 
     def add(self, got: Iterable[Answer], want: Iterable[Answer]) -> None:
-        """Count the tokens that both have. A NaN stays in the total.
+        """Count the tokens that both have.
 
-        A forced token that sampling rules out has no number on either side.
+        A token without a number on one side makes the total NaN. One without on both sides is
+        left out: sampling rules it out.
         """
         for a, b in zip(got, want):
             for left, right in zip(a.outputs, b.outputs):
                 for (x, _), (y, _) in zip(left.logprobs, right.logprobs):
                     if x is None and y is None:
+                        self.left_out += 1
                         continue
                     gap = math.nan if x is None or y is None else abs(x - y)
                     self.tokens += 1
@@ -101,7 +104,8 @@ class Distance:
         )
 
     def __str__(self) -> str:
-        return f"mean {self.mean:.3g} max {self.worst:.3g} over {self.tokens} tokens"
+        found = f"mean {self.mean:.3g} max {self.worst:.3g} over {self.tokens} tokens"
+        return f"{found}, {self.left_out} left out"
 
 
 @dataclass

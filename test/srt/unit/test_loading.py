@@ -199,8 +199,10 @@ def test_weights_that_dcp_cut_are_not_sent(arch: str, replicated_q: bool) -> Non
         named = {"group_rank": 0, "world_size": 2} if "init" in send.__name__ else {}
         sent = send(master_address="", ports="1,2", group_name="name", **named)
         assert sent == (False, EXPORT_ERROR)
-    with pytest.raises(RuntimeError, match="cut in another way"):
-        exporter.save_sharded_model("folder")
+    for save in (exporter.save_sharded_model, exporter.save_remote_model):
+        with pytest.raises(RuntimeError, match="cut in another way"):
+            save("folder")
+    assert exporter.get_weights_by_name("weight") is None
 
 
 if __name__ == "__main__":

@@ -76,6 +76,7 @@ FINE_SERVER = dict(
     cuda_graph_config=None,
     enable_nvidia_megakernel=False,
     enable_flexkv=False,
+    remote_instance_weight_loader_start_seed_via_transfer_engine=False,
     radix_cache_backend=None,
     enable_torch_compile=False,
     enable_deterministic_inference=False,
@@ -172,6 +173,10 @@ SERVER_CASES: dict[str, tuple[dict[str, Any], str]] = {
     "SGLANG_ENABLE_METADATA_GLUE_GRAPH": ({}, " 1"),
     "--enable-nvidia-megakernel": ({"enable_nvidia_megakernel": True}, ""),
     "--enable-flexkv": ({"enable_flexkv": True}, ""),
+    "--remote-instance-weight-loader-start-seed-via-transfer-engine": (
+        {"remote_instance_weight_loader_start_seed_via_transfer_engine": True},
+        "",
+    ),
     "--radix-cache-backend": ({"radix_cache_backend": "mine"}, " mine"),
     "--enable-torch-compile": ({"enable_torch_compile": True}, ""),
     "--enable-deterministic-inference": ({"enable_deterministic_inference": True}, ""),
