@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Optional
 
 from sglang_dcp.releases.installed import in_range
-from sglang_dcp.support.rules import Value, above, below, given
+from sglang_dcp.support.rules import Value, above, below, given, other_graph
 
 # Attention backends whose servers with prefill graphs were compared with tp 1 on GPUs.
 # None was yet.
@@ -32,16 +32,6 @@ class EagerPrefill(NamedTuple):
     reason: str
 
 
-def _other_graph(args: Any) -> Optional[str]:
-    """The JSON wins over the flag. Once resolved, it is an object with both in it."""
-    name, config = args.cuda_graph_backend_prefill, args.cuda_graph_config
-    if isinstance(config, dict):
-        name = (config.get("prefill") or {}).get("backend", name)
-    elif config is not None:
-        name = config.prefill.backend
-    return None if name in (None, "breakable", "disabled") else name
-
-
 def _unserved_backend(args: Any) -> Optional[str]:
     """A backend that is not chosen yet may turn out to be served."""
     named = {args.attention_backend, args.prefill_attention_backend} - {None}
@@ -56,7 +46,7 @@ def _replicas(args: Any) -> Optional[int]:
 EAGER_PREFILL: tuple[EagerPrefill, ...] = (
     EagerPrefill(
         "--cuda-graph-backend-prefill",
-        _other_graph,
+        other_graph("prefill", "breakable"),
         "other graphs capture attention, and its local batch changes between forwards",
     ),
     EagerPrefill(

@@ -62,6 +62,24 @@ def above(name: str, most: int) -> Value:
     return value
 
 
+def other_graph(phase: str, *fine: str) -> Value:
+    """Apply to a CUDA graph backend of `phase` that is on and is not one of `fine`.
+
+    The JSON wins over the flag. Once resolved, it is an object with both in it.
+    """
+
+    def value(args: Any) -> Optional[str]:
+        name: Optional[str] = getattr(args, f"cuda_graph_backend_{phase}")
+        config = args.cuda_graph_config
+        if isinstance(config, dict):
+            name = (config.get(phase) or {}).get("backend", name)
+        elif config is not None:
+            name = getattr(config, phase).backend
+        return None if name in (None, "disabled", *fine) else name
+
+    return value
+
+
 def switched_on(variable: str) -> Value:
     """Apply if SGLang's environment variable `variable` is on."""
 

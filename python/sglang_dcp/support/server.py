@@ -28,6 +28,7 @@ from sglang_dcp.support.rules import (
     check_rules,
     flag_of,
     given,
+    other_graph,
     raise_unsupported,
     switched_on,
 )
@@ -67,16 +68,6 @@ def _device(args: Any) -> Optional[str]:
 
 def _disaggregation(args: Any) -> Optional[str]:
     return None if args.disaggregation_mode == "null" else args.disaggregation_mode
-
-
-def _decode_graph(args: Any) -> Optional[str]:
-    """The JSON wins over the flag. Once resolved, it is an object with both in it."""
-    name, config = args.cuda_graph_backend_decode, args.cuda_graph_config
-    if isinstance(config, dict):
-        name = (config.get("decode") or {}).get("backend", name)
-    elif config is not None:
-        name = config.decode.backend
-    return None if name in (None, "full", "breakable", "disabled") else name
 
 
 def _foreign_models(args: Any) -> Optional[str]:
@@ -208,7 +199,7 @@ UNSUPPORTED_SERVER_ARGS: tuple[Unsupported, ...] = (
     ),
     Unsupported(
         "--cuda-graph-backend-decode",
-        _decode_graph,
+        other_graph("decode", "full", "breakable"),
         "torch.compile would freeze the local batch, which changes between forwards",
         "use --cuda-graph-backend-decode full, also in --cuda-graph-config",
     ),

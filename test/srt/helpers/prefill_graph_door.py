@@ -6,16 +6,9 @@ opens that door in its processes only.
 
 from __future__ import annotations
 
+from helpers.doors import with_door
+
 OPENED = frozenset({"fa3", "flashinfer", "triton"})
-
-_DOOR = """
-
-def load():
-    load_behind_graph_door()
-    from helpers.prefill_graph_door import open_door
-
-    open_door()
-"""
 
 
 def open_door() -> None:
@@ -27,4 +20,4 @@ def open_door() -> None:
 
 def opened(plugin: str) -> str:
     """Return the source of `plugin`, which also opens the door."""
-    return plugin.replace("def load():", "def load_behind_graph_door():") + _DOOR
+    return with_door(plugin, "prefill_graph_door")

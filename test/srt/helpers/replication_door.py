@@ -6,6 +6,8 @@ server opens that door in its processes only.
 
 from __future__ import annotations
 
+from helpers.doors import with_door
+
 # The formats of `helpers.quantized`, as `support.quantization.format_of` names them.
 OPENED = frozenset(
     {
@@ -24,15 +26,6 @@ OPENED = frozenset(
     }
 )
 
-_DOOR = """
-
-def load():
-    load_behind_door()
-    from helpers.replication_door import open_door
-
-    open_door()
-"""
-
 
 def open_door() -> None:
     """Let servers of this process replicate Q with quantized weights."""
@@ -43,4 +36,4 @@ def open_door() -> None:
 
 def opened(plugin: str) -> str:
     """Return the source of `plugin`, which also opens the door."""
-    return plugin.replace("def load():", "def load_behind_door():") + _DOOR
+    return with_door(plugin, "replication_door")
