@@ -13,8 +13,7 @@ from sglang_dcp.releases.installed import in_range
 from sglang_dcp.support.rules import Value, above, below, given, other_graph
 
 # Attention backends whose servers with prefill graphs were compared with tp 1 on GPUs.
-# None was yet.
-SERVED: frozenset[str] = frozenset()
+SERVED = frozenset({"fa3", "flashinfer", "triton"})
 
 # First release whose breakable graphs run attention with the metadata of the real batch.
 _SINCE = "0.5.23"
@@ -120,6 +119,6 @@ def keeps_prefill_graphs(
         Whether the model has latent attention. SGLang chooses the form of its prefill in
         Python, which a segment would freeze. None if it is not known yet.
     """
-    if not (SERVED and on_gpu and in_range(release, _SINCE, None)) or mla:
+    if not (on_gpu and in_range(release, _SINCE, None)) or mla:
         return False
     return all(row.value(args) is None for row in EAGER_PREFILL)

@@ -1,8 +1,7 @@
 """Live servers that keep SGLang's prefill graphs: attention with DCP between segments.
 
-DCP turns these graphs off on GPUs until this file has run there (`SERVED` in
-`support/prefill_graphs.py`). The plugin of its servers opens that door. Only here do
-replayed segments, eager exchanges and prefixes of earlier chunks meet in one server.
+`SERVED` in `support/prefill_graphs.py` names the attention backends that passed. Only here
+do replayed segments, eager exchanges and prefixes of earlier chunks meet in one server.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 
 import pytest
 
@@ -30,7 +28,6 @@ from helpers.gpu_cases import (
 from helpers.gpu_servers import Fleet, Run
 from helpers.nccl_ranks import needs_gpus
 from helpers.prefill_graph import HAS_PREFILL_GRAPHS
-from helpers.prefill_graph_door import opened
 
 pytestmark = [
     pytest.mark.server,
@@ -66,21 +63,15 @@ def matrix(kind: str) -> Iterator[Case]:
 
 def cases() -> Iterator[Case]:
     for kind in chosen_kinds(KINDS):
-        yield from map(behind_door, matrix(kind))
+        yield from matrix(kind)
         if kind.startswith("qwen3-moe"):
             # Groups of experts whose communicator has captured and eager calls.
             flags = "--attention-backend fa3 --ep-size 2 --chunked-prefill-size 4096 "
             flags += exchange_flags("a2a", replicated=False)
-            yield behind_door(Case(kind, TP4_ATTN2, "fa3-a2a-ep2", flags))
+            yield Case(kind, TP4_ATTN2, "fa3-a2a-ep2", flags)
 
 
-def behind_door(case: Case) -> Case:
-    return replace(case, plugin=opened(case.numbers.plugin))
-
-
-LATENTS = behind_door(
-    Case("mla-moe-d512", TP2_DCP2, "eager-latents", "--attention-backend fa3")
-)
+LATENTS = Case("mla-moe-d512", TP2_DCP2, "eager-latents", "--attention-backend fa3")
 
 fleet = fleet_fixture(teacher_forcing.build_waves)
 

@@ -24,13 +24,11 @@ from sglang.srt.model_executor.cuda_graph_config import CudaGraphConfig
 from helpers.gloo_ranks import python_path, run_python
 from helpers.gpu_servers import Run
 from helpers.prefill_graph import HAS_PREFILL_GRAPHS
-from helpers.prefill_graph_door import OPENED, opened
 from sglang_dcp.config import DcpConfig, Replicas, resolve_config
 from sglang_dcp.distributed.topology import Layout
 from sglang_dcp.hooks import server_args
 from sglang_dcp.layers.attention import DcpAttentionBackend
 from sglang_dcp.releases import known_versions
-from sglang_dcp.support import prefill_graphs
 from sglang_dcp.support.prefill_graphs import EAGER_PREFILL, keeps_prefill_graphs
 
 needs_prefill_graphs = pytest.mark.skipif(
@@ -122,42 +120,20 @@ KEPT: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture
-def door(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefill_graphs, "SERVED", OPENED)
-
-
-@pytest.mark.parametrize("release", known_versions())
-@pytest.mark.parametrize("changes", KEPT.values(), ids=KEPT)
-def test_closed_until_a_gpu_has_run_it(changes: dict[str, Any], release: str) -> None:
-    assert prefill_graphs.SERVED == frozenset()
-    args = fine(**changes)
-    assert not keeps_prefill_graphs(args, release, on_gpu=True, mla=False)
-
-
 @pytest.mark.parametrize("mla", [None, False])
 @pytest.mark.parametrize("changes", KEPT.values(), ids=KEPT)
-def test_kept(changes: dict[str, Any], mla: Any, door: None) -> None:
+def test_kept(changes: dict[str, Any], mla: Any) -> None:
     assert keeps_prefill_graphs(fine(**changes), NEW, on_gpu=True, mla=mla)
 
 
-def test_latents_other_devices_and_the_older_release_prefill_eagerly(
-    door: None,
-) -> None:
+def test_latents_other_devices_and_the_older_release_prefill_eagerly() -> None:
     assert not keeps_prefill_graphs(fine(), NEW, on_gpu=True, mla=True)
     assert not keeps_prefill_graphs(fine(), NEW, on_gpu=False, mla=False)
     assert not keeps_prefill_graphs(fine(), "0.5.16", on_gpu=True, mla=False)
 
 
-def test_each_backend_has_a_door_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefill_graphs, "SERVED", frozenset({"fa3"}))
-    assert keeps_prefill_graphs(fine(), NEW, on_gpu=True)
-    triton = fine(attention_backend="triton")
-    assert not keeps_prefill_graphs(triton, NEW, on_gpu=True)
-
-
 @pytest.mark.parametrize("name", CASES)
-def test_eager(name: str, door: None) -> None:
+def test_eager(name: str) -> None:
     flag, changes = CASES[name]
     args = fine(**changes)
     applied = [row for row in EAGER_PREFILL if row.value(args) is not None]
@@ -176,14 +152,6 @@ def test_rows_read_arguments_that_the_release_has() -> None:
 
     fields = {field.name for field in record_fields(ServerArgs)}
     assert set(FINE) - {"dcp"} <= fields
-
-
-def test_the_plugin_of_a_server_opens_the_door(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefill_graphs, "SERVED", frozenset())
-    plugin: dict[str, Any] = {}
-    exec(opened("def load():\n    loaded.append(1)\nloaded = []"), plugin)
-    plugin["load"]()
-    assert plugin["loaded"] == [1] and prefill_graphs.SERVED == OPENED
 
 
 def test_prefill_batches_are_read_from_the_log() -> None:
@@ -238,15 +206,6 @@ def settle(
     return api.backend
 
 
-def test_closed_any_graph_that_is_left_is_turned_off(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO)
-    assert settle(monkeypatch, fine(), "breakable", mla=False) == "disabled"
-    assert settle(monkeypatch, fine(), "disabled", mla=False) == "disabled"
-    assert caplog.messages == [ONE_OFF]
-
-
 @pytest.mark.parametrize(
     ("args", "backend", "mla", "said"),
     [
@@ -266,12 +225,11 @@ def test_closed_any_graph_that_is_left_is_turned_off(
         pytest.param(fine(device="cpu"), "breakable", False, ONE_OFF, id="cpu"),
     ],
 )
-def test_opened(
+def test_what_is_left_is_kept_or_turned_off(
     args: Any,
     backend: str,
     mla: bool,
     said: Any,
-    door: None,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -282,17 +240,16 @@ def test_opened(
 
 
 @pytest.mark.parametrize(
-    ("is_open", "changes", "disabled"),
+    ("changes", "disabled"),
     [
-        (False, {}, True),
-        (True, {}, False),
-        (True, {"attention_backend": None}, False),
-        (True, {"enable_lora": True}, True),
-        (True, {"cuda_graph_backend_prefill": "full"}, True),
+        ({}, False),
+        ({"attention_backend": None}, False),
+        ({"attention_backend": "torch_native"}, True),
+        ({"enable_lora": True}, True),
+        ({"cuda_graph_backend_prefill": "full"}, True),
     ],
 )
 def test_prepare_keeps_what_may_stay(
-    is_open: bool,
     changes: dict[str, Any],
     disabled: bool,
     monkeypatch: pytest.MonkeyPatch,
@@ -301,7 +258,6 @@ def test_prepare_keeps_what_may_stay(
     from sglang_dcp.hooks import verify
     from sglang_dcp.support import server
 
-    monkeypatch.setattr(prefill_graphs, "SERVED", OPENED if is_open else frozenset())
     monkeypatch.setattr(verify, "verify_hooks", lambda: None)
     monkeypatch.setattr(server, "check_server_args", lambda args: None)
     monkeypatch.setattr(server_args, "sglang_version", lambda: NEW)
@@ -370,20 +326,18 @@ from sglang.srt.arg_groups import memory_hook
 from sglang.srt.model_executor import cuda_graph_config
 from sglang.srt.server_args import ServerArgs
 
-from helpers.prefill_graph_door import open_door
 from sglang_dcp.demo.tiny_model import make_tiny_model
 from sglang_dcp.releases.api import sglang_api
 
 # As on a machine with GPUs of 140 GB.
 memory_hook.get_device_memory_capacity = lambda device: 140 << 10
 cuda_graph_config.default_prefill_backend = lambda: "breakable"
-if sys.argv[1] == "open":
-    open_door()
 for kind in ("qwen3-moe-d128", "mla-moe-d512"):
-    model = make_tiny_model(Path(sys.argv[2]) / kind, kind)
+    model = make_tiny_model(Path(sys.argv[1]) / kind, kind)
     args = ServerArgs(
         model_path=str(model), tp_size=2, dcp_size=2, device="cuda", dtype="bfloat16",
         attention_backend="flashinfer", skip_tokenizer_init=True,
+        disable_prefill_cuda_graph=sys.argv[2] == "off",
     )
     args.resolve_once()
     found = sglang_api().resolved(args)
@@ -396,15 +350,15 @@ for kind in ("qwen3-moe-d128", "mla-moe-d512"):
 def test_resolved_arguments(tmp_path: Path) -> None:
     """Memory is set aside for the graphs that stay, and for no others."""
     found = {}
-    for door in ("closed", "open"):
+    for flag in ("off", "default"):
         path = python_path(tmp_path)
-        done = run_python("-c", RESOLVE, door, str(tmp_path / door), PYTHONPATH=path)
+        done = run_python("-c", RESOLVE, str(tmp_path / flag), flag, PYTHONPATH=path)
         assert done.code == 0, done.stderr[-4000:]
-        found[door] = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [backend for backend, _ in found["closed"]] == ["disabled", "disabled"]
-    assert [backend for backend, _ in found["open"]] == ["breakable", "disabled"]
+        found[flag] = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [backend for backend, _ in found["off"]] == ["disabled", "disabled"]
+    assert [backend for backend, _ in found["default"]] == ["breakable", "disabled"]
     (heads, latents), (less, same) = (
-        [fraction for _, fraction in found[door]] for door in ("closed", "open")
+        [fraction for _, fraction in found[flag]] for flag in ("off", "default")
     )
     assert less < heads and same == latents
 
