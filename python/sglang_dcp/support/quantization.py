@@ -4,8 +4,9 @@ Ranks of a DCP group hold the same K/V heads, and with `--dcp-replicate-q-proj` 
 heads. A format loads right if all of its tensors come through the loader of SGLang's QKV
 layer, which knows which ranks share heads. Each loader was read.
 
-On GPUs a replicated Q projection is refused for weights in any format whose servers were
-not compared with tp 1 there.
+On GPUs a replicated Q projection is refused for weights in a format whose servers were
+not compared with tp 1 there. Latent attention (MLA) projects Q by other layers than K/V
+heads do, so each kind has its own formats.
 """
 
 from __future__ import annotations
@@ -14,12 +15,25 @@ from typing import Any, NoReturn, Optional
 
 from torch import nn
 
+from sglang_dcp.layers.heads import is_mla
 from sglang_dcp.layers.q_replication import q_projections
 from sglang_dcp.support.rules import raise_unsupported, runs_on_gpu
 
 # Formats, as `format_of` names them, whose servers with a replicated Q projection were
-# compared with tp 1 on GPUs, for GQA and for MLA. None was yet.
-REPLICATED_ON_GPU: frozenset[str] = frozenset()
+# compared with tp 1 on GPUs, with latent attention and with K/V heads.
+MLA_REPLICATED_ON_GPU = frozenset(
+    {"compressed-tensors-float-quantized", "fp8-tensor", "modelopt", "modelopt_fp8"}
+)
+GQA_REPLICATED_ON_GPU = MLA_REPLICATED_ON_GPU | {
+    "awq",
+    "awq_marlin",
+    "compressed-tensors-int-quantized",
+    "compressed-tensors-pack-quantized",
+    "fp8-block",
+    "fp8-online",
+    "gptq",
+    "gptq_marlin",
+}
 
 # "sglang/srt/layers/quantization/__init__.py" of both releases.
 LOADS_RIGHT = frozenset(
@@ -103,8 +117,14 @@ def check_replicated_q(model: Any, device: Optional[str]) -> None:
     chosen yet.
     """
     name = format_of(model)
-    if name not in (None, *REPLICATED_ON_GPU) and runs_on_gpu(device):
-        _raise_unproven(f"with {name} weights")
+    if name not in (None, *replicated_on_gpu(model)) and runs_on_gpu(device):
+        kind = "MLA and " if is_mla(model) else ""
+        _raise_unproven(f"with {kind}{name} weights")
+
+
+def replicated_on_gpu(model: Any) -> frozenset[str]:
+    """Return the formats with which GPUs serve a replicated Q for such a model."""
+    return MLA_REPLICATED_ON_GPU if is_mla(model) else GQA_REPLICATED_ON_GPU
 
 
 def check_replicated_layers(built: nn.Module, model: Any) -> None:
@@ -115,7 +135,7 @@ def check_replicated_layers(built: nn.Module, model: Any) -> None:
     """
     from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 
-    if format_of(model) in REPLICATED_ON_GPU:
+    if format_of(model) in replicated_on_gpu(model):
         return
     for name, layer in q_projections(built):
         on_gpu = any(parameter.device.type != "cpu" for parameter in layer.parameters())
@@ -126,7 +146,7 @@ def check_replicated_layers(built: nn.Module, model: Any) -> None:
 def torchao_beside_replicated_q(args: Any) -> Optional[str]:
     """Return the value of `--torchao-config` where it is refused, else None."""
     name: Optional[str] = args.torchao_config
-    if not name or not args.dcp.replicate_q_proj or "torchao" in REPLICATED_ON_GPU:
+    if not name or not args.dcp.replicate_q_proj:
         return None
     return name if runs_on_gpu(args.device) else None
 

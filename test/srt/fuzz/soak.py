@@ -41,7 +41,7 @@ class Soak:
 async def soak(
     client: Client, group: int, ranks: int, longest: int, minutes: float, seed: int = 0
 ) -> Soak:
-    """Load the server for some minutes. Raises `Lost` for what goes wrong.
+    """Load the server for some minutes. Raises `Lost`, alone or in a group, for what goes wrong.
 
     Parameters
     ----------
@@ -55,19 +55,14 @@ async def soak(
     found = Soak()
     end = time.monotonic() + 60 * minutes
     warm = time.monotonic() + 60 * minutes * _WARM_SHARE
-    users = [
-        asyncio.create_task(
-            _user(client, random.Random(1000 * seed + i), longest, end, found)
-        )
-        for i in range(USERS)
-    ]
-    try:
+    async with asyncio.TaskGroup() as tasks:
+        for i in range(USERS):
+            draw = random.Random(1000 * seed + i)
+            tasks.create_task(_user(client, draw, longest, end, found))
+        tasks.create_task(_report(found, end))
+        # A user that meets a fault ends this wait too.
         await asyncio.sleep(warm - time.monotonic())
         before = rest.resident_bytes(group)
-        await asyncio.gather(*users)
-    finally:
-        for user in users:
-            user.cancel()
     await rest.settle(client, ranks)
     found.growth = _growth(before, rest.resident_bytes(group))
     too_much = {k: v for k, v in found.growth.items() if v > GROWTH_BYTES}
@@ -80,6 +75,14 @@ def _growth(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, in
     if before.keys() != after.keys():
         raise Lost(f"processes were {sorted(before)} and are {sorted(after)}")
     return {name: after[name] - before[name] for name in before}
+
+
+async def _report(found: Soak, end: float) -> None:
+    """Print the counts each minute, so that a soak that is cut short shows them too."""
+    while (left := end - time.monotonic()) > 0:
+        await asyncio.sleep(min(60, left))
+        left = max(0.0, end - time.monotonic())
+        print(f"{left / 60:.0f} minutes left: {found}", flush=True)
 
 
 async def _user(

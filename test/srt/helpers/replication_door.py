@@ -31,7 +31,8 @@ def open_door() -> None:
     """Let servers of this process replicate Q with quantized weights."""
     from sglang_dcp.support import quantization
 
-    quantization.REPLICATED_ON_GPU = OPENED  # type: ignore[misc]
+    quantization.GQA_REPLICATED_ON_GPU = OPENED
+    quantization.MLA_REPLICATED_ON_GPU = OPENED
 
 
 def opened(plugin: str) -> str:

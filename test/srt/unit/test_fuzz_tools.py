@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import random
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -16,6 +17,7 @@ from fuzz.client import Answer, Lost, Output, Row, reference_ask
 from fuzz.compare import Judge
 from fuzz.mixes import Ask, Limits, Mix, Pause, make_mix
 from fuzz.shrink import shrink
+from fuzz.soak import USERS, soak
 
 LIMITS = Limits(prompt=250)
 TOLERANCE = 1e-3
@@ -311,3 +313,44 @@ def test_plain_gpu_servers_have_the_backend_and_no_dcp_flag(name: str) -> None:
         assert f"--attention-backend {backend} " in tested.flags
         assert "--log-level debug" in plain.flags and plain.kind == tested.kind
     assert (tested.gpus, tp1.gpus, tp2.gpus) == (2, 1, 2)
+
+
+# --- soak
+
+
+class Sampled:
+    """A client whose server answers, and from some answer on aborts what none aborted."""
+
+    def __init__(self, healthy: int) -> None:
+        self.healthy = healthy
+        self.asked = 0
+
+    async def ask(self, ask: Ask) -> Answer:
+        await asyncio.sleep(0.001)
+        self.asked += 1
+        finish = "abort" if self.asked > self.healthy else "length"
+        return Answer(200, [Output(ids=[65], text="A", finish=finish)])
+
+
+@pytest.fixture
+def at_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def settle(client: Any, ranks: int) -> None: ...
+
+    monkeypatch.setattr(rest, "settle", settle)
+    monkeypatch.setattr(rest, "resident_bytes", lambda group: {"rank": 1 << 30})
+
+
+def test_soak_prints_its_counts(at_rest: None, capsys: Any) -> None:
+    client: Any = Sampled(healthy=1 << 30)
+    found = asyncio.run(soak(client, 1, 2, 60, 0.005))
+    assert found.requests == client.asked > USERS
+    counts = re.findall(r"0 minutes left: (\d+) requests", capsys.readouterr().out)
+    # Answers that were under way then came later.
+    assert len(counts) == 1 and 0 < int(counts[0]) <= found.requests
+
+
+def test_soak_ends_at_once_for_a_lost_answer(at_rest: None) -> None:
+    client: Any = Sampled(healthy=100)
+    with pytest.raises(ExceptionGroup) as caught:
+        asyncio.run(asyncio.wait_for(soak(client, 1, 2, 60, 10), 5))
+    assert isinstance(caught.value.exceptions[0], Lost)

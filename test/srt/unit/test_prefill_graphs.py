@@ -247,6 +247,8 @@ def test_what_is_left_is_kept_or_turned_off(
         ({"attention_backend": "torch_native"}, True),
         ({"enable_lora": True}, True),
         ({"cuda_graph_backend_prefill": "full"}, True),
+        # A CPU has none, and nothing is said.
+        ({"device": "cpu"}, False),
     ],
 )
 def test_prepare_keeps_what_may_stay(

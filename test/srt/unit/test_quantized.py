@@ -59,15 +59,19 @@ def test_round_trip(name: str, rows: int) -> None:
 @pytest.mark.parametrize("name", FORMATS)
 def test_door_for_replicated_q(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server with the plugin takes the checkpoint, and one without does not."""
+    from sglang.srt.configs.model_config import AttentionArch
+
     config = dict(FORMATS[name].config or {})
     model = SimpleNamespace(
         quantization=config["quant_method"],
         hf_config=SimpleNamespace(quantization_config=config),
+        attention_arch=AttentionArch.MLA,
     )
+    none: frozenset[str] = frozenset()
+    monkeypatch.setattr(quantization, "MLA_REPLICATED_ON_GPU", none)
+    monkeypatch.setattr(quantization, "GQA_REPLICATED_ON_GPU", none)
     with pytest.raises(DcpConfigError):
         quantization.check_replicated_q(model, "cuda")
-    none: frozenset[str] = frozenset()
-    monkeypatch.setattr(quantization, "REPLICATED_ON_GPU", none)
     plugin: dict[str, Any] = {}
     exec(opened("def load():\n    loaded.append(1)\nloaded = []"), plugin)
     plugin["load"]()

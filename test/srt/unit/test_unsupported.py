@@ -32,7 +32,7 @@ from sglang_dcp.layers.backends.capabilities import FP8, Requirement
 from sglang_dcp.layers.backends.registry import backend_names, backends
 from sglang_dcp.releases.api import sglang_api
 from sglang_dcp.releases.installed import in_range, sglang_version
-from sglang_dcp.support import quantization, speculation
+from sglang_dcp.support import speculation
 from sglang_dcp.support.architectures import (
     DP_ATTENTION,
     DRAFT_ARCHITECTURES,
@@ -710,20 +710,6 @@ def classes_of(model: Any, known: set[type]) -> set[type]:
     return known
 
 
-@pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_prefill_graphs_go_before_memory_is_set_aside_for_them(
-    device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On a CPU there are none, and nothing is said."""
-    from sglang_dcp.hooks import server_args, verify
-
-    monkeypatch.setattr(verify, "verify_hooks", lambda: None)
-    args = fine_server(device=device, attention_backend=None)
-    args.disable_prefill_cuda_graph = False
-    server_args.prepare(args)
-    assert args.disable_prefill_cuda_graph == (device == "cuda")
-
-
 def test_rocm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", "6.4")
     check_server_args(fine_server(device="cpu"))
@@ -1031,30 +1017,61 @@ QUANTIZED: tuple[tuple[str, dict[str, Any] | None, str], ...] = (
     ("fp8", {"weight_block_size": [128, 128]}, "fp8-block"),
     ("fp8", {"activation_scheme": "static"}, "fp8-tensor"),
     ("fp8", None, "fp8-online"),
-    (
-        "compressed-tensors",
-        {"format": "int-quantized"},
-        "compressed-tensors-int-quantized",
+    *(
+        ("compressed-tensors", {"format": form}, f"compressed-tensors-{form}")
+        for form in (
+            "float-quantized",
+            "int-quantized",
+            "pack-quantized",
+            "marlin-24",
+        )
     ),
     *((name, {}, name) for name in sorted(LOADS_RIGHT - {"fp8", "compressed-tensors"})),
 )
 
 
+# What `test/srt/gpu/test_server_gpu_quant.py` showed on GPUs.
+RAN_WITH_LATENTS = {
+    "compressed-tensors-float-quantized",
+    "fp8-tensor",
+    "modelopt",
+    "modelopt_fp8",
+}
+RAN = RAN_WITH_LATENTS | {
+    "awq",
+    "awq_marlin",
+    "compressed-tensors-int-quantized",
+    "compressed-tensors-pack-quantized",
+    "fp8-block",
+    "fp8-online",
+    "gptq",
+    "gptq_marlin",
+}
+
+
+@pytest.mark.parametrize("mla", [False, True])
 @pytest.mark.parametrize(("name", "config", "shown"), QUANTIZED)
 def test_replicated_q_of_quantized_weights(
-    name: str, config: Any, shown: str, monkeypatch: pytest.MonkeyPatch
+    name: str, config: Any, shown: str, mla: bool
 ) -> None:
-    """A GPU serves them once their servers were compared there."""
+    """A GPU serves those whose servers were compared there, for each kind of attention."""
+    from sglang.srt.configs.model_config import AttentionArch
+
     model = fine_model(
-        architecture="Qwen3ForCausalLM", quantization=name, quantization_config=config
+        architecture="DeepseekV3ForCausalLM" if mla else "Qwen3ForCausalLM",
+        attention_arch=AttentionArch.MLA if mla else AttentionArch.MHA,
+        quantization=name,
+        quantization_config=config,
     )
     check_model(model, REPLICATED)
     check_replicated_q(model, "cpu")
-    message = f"^--dcp-replicate-q-proj with {shown} weights does .*; drop --dcp-repl"
+    if shown in (RAN_WITH_LATENTS if mla else RAN):
+        check_replicated_q(model, "cuda")
+        return
+    what = f"MLA and {shown}" if mla else shown
+    message = f"^--dcp-replicate-q-proj with {what} weights does .*; drop --dcp-repl"
     with pytest.raises(DcpConfigError, match=message):
         check_replicated_q(model, "cuda")
-    monkeypatch.setattr(quantization, "REPLICATED_ON_GPU", {shown})
-    check_replicated_q(model, "cuda")
 
 
 def test_replicated_q_of_weights_that_are_not_quantized() -> None:
@@ -1067,7 +1084,7 @@ def test_a_device_that_is_not_chosen_yet(
     on_gpu: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: on_gpu)
-    model = fine_model(quantization="awq_marlin")
+    model = fine_model(quantization="humming")
     with pytest.raises(DcpConfigError) if on_gpu else nullcontext():
         check_replicated_q(model, None)
 
