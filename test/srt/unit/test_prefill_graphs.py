@@ -28,7 +28,6 @@ from sglang_dcp.config import DcpConfig, Replicas, resolve_config
 from sglang_dcp.distributed.topology import Layout
 from sglang_dcp.hooks import server_args
 from sglang_dcp.layers.attention import DcpAttentionBackend
-from sglang_dcp.releases import known_versions
 from sglang_dcp.support.prefill_graphs import EAGER_PREFILL, keeps_prefill_graphs
 
 needs_prefill_graphs = pytest.mark.skipif(
