@@ -17,9 +17,10 @@ def model_config_from_server_args(
     DcpConfigError
         DCP does not support the model.
     """
-    from sglang_dcp.hooks.server_args import drop_prefill_graphs_of_mla
-    from sglang_dcp.layers.heads import is_mla, is_scaled, scale_kv_heads
+    from sglang_dcp.hooks.server_args import drop_prefill_graphs
+    from sglang_dcp.layers.heads import is_scaled, scale_kv_heads
     from sglang_dcp.support.models import check_model
+    from sglang_dcp.support.prefill_graphs import needs_eager_prefill
     from sglang_dcp.support.quantization import check_replicated_q
 
     model = original(server_args, *args, **kwargs)
@@ -29,7 +30,8 @@ def model_config_from_server_args(
         if config.replicate_q_proj:
             check_replicated_q(model, server_args.device)
         scale_kv_heads(model, config)
-        drop_prefill_graphs_of_mla(server_args, is_mla(model))
+        if needs_eager_prefill(model, config):
+            drop_prefill_graphs(server_args)
     return model
 
 

@@ -184,28 +184,28 @@ def prepare(args: Any) -> None:
         args.disable_prefill_cuda_graph = True
 
 
-def drop_prefill_graphs_of_mla(args: Any, mla: bool) -> None:
-    """Turn off prefill graphs that `prepare` kept, if the model turns out to have MLA.
+def drop_prefill_graphs(args: Any) -> None:
+    """Turn off prefill graphs that `prepare` kept, for a model that prefills eagerly.
 
     SGLang reads the model's config before it reserves memory for these graphs.
     """
     from sglang_dcp.support.rules import runs_on_gpu
 
     api = sglang_api()
-    if not mla or not runs_on_gpu(args.device):
-        return
-    if not api.resolved(args).disable_prefill_cuda_graph:
+    if runs_on_gpu(args.device) and not api.resolved(args).disable_prefill_cuda_graph:
         logger.info(_GRAPHS_OFF)
         api.declare(args, "dcp.prefill_graph", disable_prefill_cuda_graph=True)
 
 
-def _settle_prefill_graphs(args: Any, resolved: Any, *, mla: bool) -> None:
+def _settle_prefill_graphs(args: Any, resolved: Any, *, eager_model: bool) -> None:
     """Turn off what is left of prefill graphs, or say that they stay."""
     from sglang_dcp.support.prefill_graphs import keeps_prefill_graphs
 
     api = sglang_api()
     on_gpu = resolved.device != "cpu"
-    if keeps_prefill_graphs(resolved, sglang_version(), on_gpu=on_gpu, mla=mla):
+    if keeps_prefill_graphs(
+        resolved, sglang_version(), on_gpu=on_gpu, eager_model=eager_model
+    ):
         if api.has_prefill_graph(args):
             logger.info(
                 "DCP: prefill CUDA graphs kept, attention runs between segments"
@@ -218,6 +218,7 @@ def finish(args: Any) -> None:
     """Check the model and make pages logical, after SGLang resolved `args`."""
     from sglang_dcp.support.backends import requirement_of
     from sglang_dcp.support.experts import check_experts_of
+    from sglang_dcp.support.prefill_graphs import needs_eager_prefill
     from sglang_dcp.support.server import check_server_args
 
     api = sglang_api()
@@ -230,7 +231,8 @@ def finish(args: Any) -> None:
     check_experts_of(resolved, (model.hf_config.architectures or ["?"])[0])
     _check_replicas(args.dcp, Replicas(*api.attention_replicas(resolved)))
     _check_draft_model(args, resolved)
-    _settle_prefill_graphs(args, resolved, mla=mla)
+    eager_model = needs_eager_prefill(model, args.dcp)
+    _settle_prefill_graphs(args, resolved, eager_model=eager_model)
     _keep_nccl_graph_mixing(resolved, args.dcp)
     page_size = resolved.page_size or 1
     set_config(args, dataclasses.replace(args.dcp, page_size=page_size))

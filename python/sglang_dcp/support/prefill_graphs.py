@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, Optional
 
+from sglang_dcp.config import DcpConfig
+from sglang_dcp.layers.heads import is_mla
 from sglang_dcp.releases.installed import in_range
+from sglang_dcp.support.quantization import format_of
 from sglang_dcp.support.rules import Value, above, below, given, other_graph
 
 # Attention backends whose servers with prefill graphs were compared with tp 1 on GPUs.
@@ -90,6 +93,11 @@ EAGER_PREFILL: tuple[EagerPrefill, ...] = (
         "its exchange of tokens in prefill graphs was never compared with tp 1",
     ),
     EagerPrefill(
+        "--ep-size",
+        above("ep_size", 1),
+        "groups of experts were never compared in prefill graphs",
+    ),
+    EagerPrefill(
         "--moe-dense-tp-size",
         above("moe_dense_tp_size", 0),
         "tokens are scattered over ranks, which was never compared in prefill graphs",
@@ -102,8 +110,19 @@ EAGER_PREFILL: tuple[EagerPrefill, ...] = (
 )
 
 
+def needs_eager_prefill(model: Any, config: DcpConfig) -> bool:
+    """Whether a model prefills eagerly, whatever the server arguments say.
+
+    SGLang chooses the form of a prefill of latents in Python, which a segment would freeze.
+    Quantized weights with a replicated Q projection were not compared in such graphs.
+    `model` is SGLang's `ModelConfig`.
+    """
+    quantized = format_of(model) is not None
+    return is_mla(model) or (config.replicate_q_proj and quantized)
+
+
 def keeps_prefill_graphs(
-    args: Any, release: str, *, on_gpu: bool, mla: Optional[bool] = None
+    args: Any, release: str, *, on_gpu: bool, eager_model: bool = False
 ) -> bool:
     """Whether a server keeps SGLang's breakable prefill graphs, if it has any.
 
@@ -115,10 +134,9 @@ def keeps_prefill_graphs(
         Number of the SGLang release.
     on_gpu : bool
         Whether the server runs on GPUs.
-    mla : bool, optional
-        Whether the model has latent attention. SGLang chooses the form of its prefill in
-        Python, which a segment would freeze. None if it is not known yet.
+    eager_model : bool
+        What `needs_eager_prefill` says of the model; False while it is not known.
     """
-    if not (on_gpu and in_range(release, _SINCE, None)) or mla:
+    if eager_model or not (on_gpu and in_range(release, _SINCE, None)):
         return False
     return all(row.value(args) is None for row in EAGER_PREFILL)

@@ -4,8 +4,8 @@ Ranks of a DCP group hold the same K/V heads, and with `--dcp-replicate-q-proj` 
 heads. A format loads right if all of its tensors come through the loader of SGLang's QKV
 layer, which knows which ranks share heads. Each loader was read.
 
-On GPUs a replicated Q projection is refused for weights in a format whose servers were
-not compared with tp 1 there. Latent attention (MLA) projects Q by other layers than K/V
+On GPUs a replicated Q projection is refused for weights in a format whose servers did not
+pass a comparison with tp 1 there. Latent attention (MLA) projects Q by other layers than K/V
 heads do, so each kind has its own formats.
 """
 
@@ -17,22 +17,26 @@ from torch import nn
 
 from sglang_dcp.layers.heads import is_mla
 from sglang_dcp.layers.q_replication import q_projections
+from sglang_dcp.releases.installed import in_range, sglang_version
 from sglang_dcp.support.rules import raise_unsupported, runs_on_gpu
 
-# Formats, as `format_of` names them, whose servers with a replicated Q projection were
-# compared with tp 1 on GPUs, with latent attention and with K/V heads.
-MLA_REPLICATED_ON_GPU = frozenset(
-    {"compressed-tensors-float-quantized", "fp8-tensor", "modelopt", "modelopt_fp8"}
+# Formats, as `format_of` names them, whose servers with a replicated Q projection passed the
+# comparison with tp 1 on GPUs, with latent attention and with K/V heads. SGLang 0.5.23 ran.
+_PASSED_SINCE = "0.5.23"
+MLA_PASSED = frozenset(
+    {
+        "compressed-tensors-float-quantized-8bit-channel",
+        "fp8-tensor-dynamic",
+        "modelopt_fp8",
+    }
 )
-GQA_REPLICATED_ON_GPU = MLA_REPLICATED_ON_GPU | {
-    "awq",
-    "awq_marlin",
-    "compressed-tensors-int-quantized",
-    "compressed-tensors-pack-quantized",
+GQA_PASSED = MLA_PASSED | {
+    "awq_marlin-4bit",
+    "compressed-tensors-int-quantized-8bit-channel",
+    "compressed-tensors-pack-quantized-4bit-group",
     "fp8-block",
     "fp8-online",
-    "gptq",
-    "gptq_marlin",
+    "gptq_marlin-4bit",
 }
 
 # "sglang/srt/layers/quantization/__init__.py" of both releases.
@@ -102,16 +106,29 @@ def format_of(model: Any) -> Optional[str]:
     name: Optional[str] = model.quantization
     config = quantization_config(model)
     if name == "compressed-tensors":
-        return f"{name}-{config.get('format')}"
-    if name != "fp8":
-        return name
+        return "-".join([name, str(config.get("format")), *_schemes(config)])
+    if name == "fp8":
+        return _fp8_of(config)
+    return f"{name}-{config['bits']}bit" if name and "bits" in config else name
+
+
+def _schemes(config: dict[str, Any]) -> list[str]:
+    """Name how the groups of a compressed-tensors checkpoint store their weights."""
+    groups = (config.get("config_groups") or {}).values()
+    weights = [group.get("weights") or {} for group in groups]
+    return sorted({f"{w.get('num_bits')}bit-{w.get('strategy')}" for w in weights})
+
+
+def _fp8_of(config: dict[str, Any]) -> str:
     if not config:
         return "fp8-online"
-    return "fp8-block" if config.get("weight_block_size") else "fp8-tensor"
+    if config.get("weight_block_size"):
+        return "fp8-block"
+    return f"fp8-tensor-{config.get('activation_scheme')}"
 
 
 def check_replicated_q(model: Any, device: Optional[str]) -> None:
-    """Raise `DcpConfigError` for weights that a GPU never ran with a replicated Q.
+    """Raise `DcpConfigError` for weights that have not passed on GPUs with a replicated Q.
 
     It runs before a weight is loaded. `device` is that of the server, None if it is not
     chosen yet.
@@ -124,7 +141,9 @@ def check_replicated_q(model: Any, device: Optional[str]) -> None:
 
 def replicated_on_gpu(model: Any) -> frozenset[str]:
     """Return the formats with which GPUs serve a replicated Q for such a model."""
-    return MLA_REPLICATED_ON_GPU if is_mla(model) else GQA_REPLICATED_ON_GPU
+    if not in_range(sglang_version(), _PASSED_SINCE, None):
+        return frozenset()
+    return MLA_PASSED if is_mla(model) else GQA_PASSED
 
 
 def check_replicated_layers(built: nn.Module, model: Any) -> None:
@@ -151,7 +170,10 @@ def torchao_beside_replicated_q(args: Any) -> Optional[str]:
     return name if runs_on_gpu(args.device) else None
 
 
-UNPROVEN = "such weights with a replicated Q projection were never compared on a GPU"
+UNPROVEN = (
+    "no server with such weights and a replicated Q projection has passed the comparison "
+    "with tp 1 on a GPU"
+)
 DROP_REPLICATION = "drop --dcp-replicate-q-proj"
 
 

@@ -10,11 +10,11 @@ from typing import Any, Optional
 
 from sglang_dcp.support.rules import DROP, Unsupported, Value, above, given
 
-# Algorithms whose servers on GPUs were compared with tp 1. None was yet.
+# Algorithms whose servers on GPUs passed the comparison with tp 1 on all backends. None has.
 SERVED: tuple[str, ...] = ()
 
 _TREE = "a row of a verification sees all rows before it, so drafts must be chains"
-_UNPROVEN = "its drafts and verifications were never compared with tp 1 on a GPU"
+_UNPROVEN = "it has not passed the comparison with tp 1 on GPUs on all attention backends"
 
 
 def _algorithm(args: Any) -> Optional[str]:

@@ -30,12 +30,16 @@ class Soak:
     growth: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        worst = max(self.growth.values(), default=0) / 2**20
-        return (
+        found = (
             f"{self.requests} requests, {self.tokens} tokens, {self.aborted} aborted, "
             f"{self.disconnected} disconnected, longest request "
-            f"{self.longest_seconds:.1f} s, largest growth of a process {worst:.1f} MiB"
+            f"{self.longest_seconds:.1f} s"
         )
+        if not self.growth:
+            # It is measured last.
+            return found
+        worst = max(self.growth.values()) / 2**20
+        return f"{found}, largest growth of a process {worst:.1f} MiB"
 
 
 async def soak(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -28,6 +29,7 @@ from helpers.gpu_cases import (
 from helpers.gpu_servers import Fleet, Run
 from helpers.nccl_ranks import needs_gpus
 from helpers.prefill_graph import HAS_PREFILL_GRAPHS
+from helpers.prefill_graph_door import opened
 
 pytestmark = [
     pytest.mark.server,
@@ -65,10 +67,12 @@ def cases() -> Iterator[Case]:
     for kind in chosen_kinds(KINDS):
         yield from matrix(kind)
         if kind.startswith("qwen3-moe"):
-            # Groups of experts whose communicator has captured and eager calls.
+            # Groups of experts whose communicator has captured and eager calls. DCP turns
+            # these graphs off until this case has passed.
             flags = "--attention-backend fa3 --ep-size 2 --chunked-prefill-size 4096 "
             flags += exchange_flags("a2a", replicated=False)
-            yield Case(kind, TP4_ATTN2, "fa3-a2a-ep2", flags)
+            case = Case(kind, TP4_ATTN2, "fa3-a2a-ep2", flags)
+            yield replace(case, plugin=opened(case.numbers.plugin))
 
 
 LATENTS = Case("mla-moe-d512", TP2_DCP2, "eager-latents", "--attention-backend fa3")

@@ -5,7 +5,7 @@ cut: weights that were repacked for a kernel, and decode in CUDA graphs on them.
 is measured against plain servers of the same checkpoint. `-k` chooses cases by the words in
 their names (`-k "fp8-block and replicated"`). A machine with one GPU runs `one-gpu` alone.
 
-The plugin opens servers with replicated Q, which DCP refuses otherwise.
+The plugin opens servers with replicated Q in formats that DCP still refuses.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ class Numbers:
 
     def plain(self, kind: str, tp_size: int) -> Spec:
         """SGLang without DCP."""
-        # As DCP servers do without. In a captured prefill 0.5.23 reads new latents back
+        # As DCP servers of latents do without. In a captured prefill 0.5.23 reads new latents back
         # from the pool, rounded if that is fp8.
         flags = f"--tp {tp_size} --disable-prefill-cuda-graph {self.plain_flags}"
         flags += f" --attention-backend {self.backend}"

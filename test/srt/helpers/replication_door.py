@@ -1,6 +1,6 @@
 """A door in the refusal of replicated Q for quantized weights on GPUs.
 
-DCP refuses them at start until GPU servers have shown them right. The plugin of such a
+DCP refuses a format at start until GPU servers have shown it right. The plugin of such a
 server opens that door in its processes only.
 """
 
@@ -11,16 +11,17 @@ from helpers.doors import with_door
 # The formats of `helpers.quantized`, as `support.quantization.format_of` names them.
 OPENED = frozenset(
     {
-        "awq",
-        "awq_marlin",
-        "compressed-tensors-float-quantized",
-        "compressed-tensors-int-quantized",
-        "compressed-tensors-pack-quantized",
+        "awq-4bit",
+        "awq_marlin-4bit",
+        "compressed-tensors-float-quantized-8bit-channel",
+        "compressed-tensors-int-quantized-8bit-channel",
+        "compressed-tensors-pack-quantized-4bit-group",
         "fp8-block",
         "fp8-online",
-        "fp8-tensor",
-        "gptq",
-        "gptq_marlin",
+        "fp8-tensor-dynamic",
+        "fp8-tensor-static",
+        "gptq-4bit",
+        "gptq_marlin-4bit",
         "modelopt",
         "modelopt_fp8",
     }
@@ -31,8 +32,8 @@ def open_door() -> None:
     """Let servers of this process replicate Q with quantized weights."""
     from sglang_dcp.support import quantization
 
-    quantization.GQA_REPLICATED_ON_GPU = OPENED
-    quantization.MLA_REPLICATED_ON_GPU = OPENED
+    quantization.GQA_PASSED = OPENED
+    quantization.MLA_PASSED = OPENED
 
 
 def opened(plugin: str) -> str:

@@ -24,11 +24,17 @@ from sglang.srt.model_executor.cuda_graph_config import CudaGraphConfig
 from helpers.gloo_ranks import python_path, run_python
 from helpers.gpu_servers import Run
 from helpers.prefill_graph import HAS_PREFILL_GRAPHS
+from helpers.prefill_graph_door import opened
 from sglang_dcp.config import DcpConfig, Replicas, resolve_config
 from sglang_dcp.distributed.topology import Layout
 from sglang_dcp.hooks import server_args
 from sglang_dcp.layers.attention import DcpAttentionBackend
-from sglang_dcp.support.prefill_graphs import EAGER_PREFILL, keeps_prefill_graphs
+from sglang_dcp.support import prefill_graphs
+from sglang_dcp.support.prefill_graphs import (
+    EAGER_PREFILL,
+    keeps_prefill_graphs,
+    needs_eager_prefill,
+)
 
 needs_prefill_graphs = pytest.mark.skipif(
     not HAS_PREFILL_GRAPHS, reason="this SGLang captures attention in prefill graphs"
@@ -50,6 +56,7 @@ FINE = dict(
     moe_a2a_backend="none",
     moe_dense_tp_size=None,
     enable_layernorm_sp=False,
+    ep_size=1,
 )
 
 
@@ -103,10 +110,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "a2a": ("--moe-a2a-backend", {"moe_a2a_backend": "deepep"}),
     "dense-tp": ("--moe-dense-tp-size", {"moe_dense_tp_size": 1}),
     "layernorm": ("--enable-layernorm-sp", {"enable_layernorm_sp": True}),
+    "experts": ("--ep-size", {"ep_size": 2}),
 }
 KEPT: dict[str, dict[str, Any]] = {
     "default": {},
     "unnamed-backend": {"attention_backend": None},
+    "flashinfer": {"attention_backend": "flashinfer"},
+    "triton": {"attention_backend": "triton"},
     "named-graph": {"cuda_graph_backend_prefill": "breakable"},
     "json-of-decode": {"cuda_graph_config": {"decode": {"max_bs": 8}}},
     "json-wins": {
@@ -119,16 +129,39 @@ KEPT: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("mla", [None, False])
 @pytest.mark.parametrize("changes", KEPT.values(), ids=KEPT)
-def test_kept(changes: dict[str, Any], mla: Any) -> None:
-    assert keeps_prefill_graphs(fine(**changes), NEW, on_gpu=True, mla=mla)
+def test_kept(changes: dict[str, Any]) -> None:
+    assert keeps_prefill_graphs(fine(**changes), NEW, on_gpu=True)
 
 
-def test_latents_other_devices_and_the_older_release_prefill_eagerly() -> None:
-    assert not keeps_prefill_graphs(fine(), NEW, on_gpu=True, mla=True)
-    assert not keeps_prefill_graphs(fine(), NEW, on_gpu=False, mla=False)
-    assert not keeps_prefill_graphs(fine(), "0.5.16", on_gpu=True, mla=False)
+def test_eager_models_other_devices_and_the_older_release() -> None:
+    assert not keeps_prefill_graphs(fine(), NEW, on_gpu=True, eager_model=True)
+    assert not keeps_prefill_graphs(fine(), NEW, on_gpu=False)
+    assert not keeps_prefill_graphs(fine(), "0.5.16", on_gpu=True)
+
+
+@pytest.mark.parametrize(
+    ("attention", "quantization", "replicated", "eager"),
+    [
+        ("MHA", None, True, False),
+        ("MHA", "fp8", False, False),
+        ("MHA", "fp8", True, True),
+        ("MLA", None, False, True),
+        ("MLA", "fp8", True, True),
+    ],
+)
+def test_models_that_prefill_eagerly(
+    attention: str, quantization: Any, replicated: bool, eager: bool
+) -> None:
+    from sglang.srt.configs.model_config import AttentionArch
+
+    model = SimpleNamespace(
+        attention_arch=AttentionArch[attention],
+        quantization=quantization,
+        hf_config=SimpleNamespace(),
+    )
+    config = DcpConfig(Layout(4, 2), replicate_q_proj=replicated)
+    assert needs_eager_prefill(model, config) == eager
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -137,7 +170,7 @@ def test_eager(name: str) -> None:
     args = fine(**changes)
     applied = [row for row in EAGER_PREFILL if row.value(args) is not None]
     assert [row.flag for row in applied] == [flag] and applied[0].reason
-    assert not keeps_prefill_graphs(args, NEW, on_gpu=True, mla=False)
+    assert not keeps_prefill_graphs(args, NEW, on_gpu=True)
 
 
 def test_each_row_has_a_case() -> None:
@@ -151,6 +184,17 @@ def test_rows_read_arguments_that_the_release_has() -> None:
 
     fields = {field.name for field in record_fields(ServerArgs)}
     assert set(FINE) - {"dcp"} <= fields
+
+
+def test_the_plugin_of_a_server_opens_the_door(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefill_graphs, "EAGER_PREFILL", EAGER_PREFILL)
+    args = fine(ep_size=2)
+    assert not keeps_prefill_graphs(args, NEW, on_gpu=True)
+    plugin: dict[str, Any] = {}
+    exec(opened("def load():\n    loaded.append(1)\nloaded = []"), plugin)
+    plugin["load"]()
+    assert plugin["loaded"] == [1] and keeps_prefill_graphs(args, NEW, on_gpu=True)
+    assert not keeps_prefill_graphs(fine(enable_lora=True), NEW, on_gpu=True)
 
 
 def test_prefill_batches_are_read_from_the_log() -> None:
@@ -196,21 +240,21 @@ STAY = "DCP: prefill CUDA graphs kept, attention runs between segments"
 
 
 def settle(
-    monkeypatch: pytest.MonkeyPatch, args: Any, backend: str, *, mla: bool
+    monkeypatch: pytest.MonkeyPatch, args: Any, backend: str, *, eager_model: bool
 ) -> str:
     api = FakeApi(args, backend)
     monkeypatch.setattr(server_args, "sglang_api", lambda: api)
     monkeypatch.setattr(server_args, "sglang_version", lambda: NEW)
-    server_args._settle_prefill_graphs(args, args, mla=mla)
+    server_args._settle_prefill_graphs(args, args, eager_model=eager_model)
     return api.backend
 
 
 @pytest.mark.parametrize(
-    ("args", "backend", "mla", "said"),
+    ("args", "backend", "eager_model", "said"),
     [
         pytest.param(fine(), "breakable", False, STAY, id="kept"),
         pytest.param(fine(), "disabled", False, None, id="off-by-sglang"),
-        pytest.param(fine(), "breakable", True, ONE_OFF, id="mla"),
+        pytest.param(fine(), "breakable", True, ONE_OFF, id="model"),
         pytest.param(
             fine(cuda_graph_config=graphs("full")), "full", False, ONE_OFF, id="full"
         ),
@@ -227,13 +271,13 @@ def settle(
 def test_what_is_left_is_kept_or_turned_off(
     args: Any,
     backend: str,
-    mla: bool,
+    eager_model: bool,
     said: Any,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO)
-    left = settle(monkeypatch, args, backend, mla=mla)
+    left = settle(monkeypatch, args, backend, eager_model=eager_model)
     assert left == ("disabled" if said == ONE_OFF else backend)
     assert caplog.messages == ([said] if said else [])
 
@@ -271,17 +315,11 @@ def test_prepare_keeps_what_may_stay(
 
 
 @pytest.mark.parametrize(
-    ("device", "mla", "before", "after"),
-    [
-        ("cuda", True, False, True),
-        ("cuda", True, True, True),
-        ("cuda", False, False, False),
-        ("cpu", True, False, False),
-    ],
+    ("device", "before", "after"),
+    [("cuda", False, True), ("cuda", True, True), ("cpu", False, False)],
 )
-def test_latents_turn_graphs_off_before_memory_is_set_aside(
+def test_graphs_go_before_memory_is_set_aside(
     device: str,
-    mla: bool,
     before: bool,
     after: bool,
     monkeypatch: pytest.MonkeyPatch,
@@ -291,7 +329,7 @@ def test_latents_turn_graphs_off_before_memory_is_set_aside(
     args.disable_prefill_cuda_graph = before
     monkeypatch.setattr(server_args, "sglang_api", lambda: FakeApi(args))
     caplog.set_level(logging.INFO)
-    server_args.drop_prefill_graphs_of_mla(args, mla)
+    server_args.drop_prefill_graphs(args)
     assert args.disable_prefill_cuda_graph == after
     assert caplog.messages == [ALL_OFF] * (after and not before)
 
@@ -306,7 +344,9 @@ def test_the_hook_of_the_model_config_tells_the_kind_of_attention(
     monkeypatch.setattr(models, "check_model", lambda model, config: None)
     monkeypatch.setattr(heads, "is_scaled", lambda model: False)
     monkeypatch.setattr(heads, "scale_kv_heads", lambda model, config: None)
-    monkeypatch.setattr(heads, "is_mla", lambda model: model == "latents")
+    monkeypatch.setattr(
+        prefill_graphs, "needs_eager_prefill", lambda model, config: model == "latents"
+    )
     for model in ("heads", "latents"):
         args = fine()
         args.disable_prefill_cuda_graph = False

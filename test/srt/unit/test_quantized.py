@@ -56,8 +56,11 @@ def test_round_trip(name: str, rows: int) -> None:
     )
 
 
+@pytest.mark.parametrize("attention", ["MHA", "MLA"])
 @pytest.mark.parametrize("name", FORMATS)
-def test_door_for_replicated_q(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_door_for_replicated_q(
+    name: str, attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A server with the plugin takes the checkpoint, and one without does not."""
     from sglang.srt.configs.model_config import AttentionArch
 
@@ -65,11 +68,12 @@ def test_door_for_replicated_q(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     model = SimpleNamespace(
         quantization=config["quant_method"],
         hf_config=SimpleNamespace(quantization_config=config),
-        attention_arch=AttentionArch.MLA,
+        attention_arch=AttentionArch[attention],
     )
     none: frozenset[str] = frozenset()
-    monkeypatch.setattr(quantization, "MLA_REPLICATED_ON_GPU", none)
-    monkeypatch.setattr(quantization, "GQA_REPLICATED_ON_GPU", none)
+    monkeypatch.setattr(quantization, "sglang_version", lambda: "0.5.23")
+    monkeypatch.setattr(quantization, "MLA_PASSED", none)
+    monkeypatch.setattr(quantization, "GQA_PASSED", none)
     with pytest.raises(DcpConfigError):
         quantization.check_replicated_q(model, "cuda")
     plugin: dict[str, Any] = {}
