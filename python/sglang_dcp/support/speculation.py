@@ -14,7 +14,9 @@ from sglang_dcp.support.rules import DROP, Unsupported, Value, above, given
 SERVED: tuple[str, ...] = ()
 
 _TREE = "a row of a verification sees all rows before it, so drafts must be chains"
-_UNPROVEN = "it has not passed the comparison with tp 1 on GPUs on all attention backends"
+_UNPROVEN = (
+    "it has not passed the comparison with tp 1 on GPUs on all attention backends"
+)
 
 
 def _algorithm(args: Any) -> Optional[str]:
