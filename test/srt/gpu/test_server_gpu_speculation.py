@@ -27,7 +27,7 @@ are started once, so a group with `eagle3` costs little more than one case of it
     pytest -s test_server_gpu_speculation.py -k "ngram and llama-2kv and tp2dcp2"   # 14 servers
     pytest -s test_server_gpu_speculation.py -k "head and eagle3 and tp2dcp2"       #  6
     pytest -s test_server_gpu_speculation.py -k "head and mtp and tp2dcp2"          #  6
-    pytest -s test_server_gpu_speculation.py -k "accepted and standalone"           # 10
+    pytest -s test_server_gpu_speculation.py -k "accepted and standalone"           # 16
     pytest -s test_server_gpu_speculation.py -k "accepted and mtp and tp2dcp2"      #  6
 """
 
@@ -183,8 +183,8 @@ class Drafter(NamedTuple):
         return ((speculation.SERVED, self.algorithm),)
 
 
-# An MTP layer is a part of the target's checkpoint. SGLang makes one of any DeepSeek model
-# that drafts, so for latents there is no STANDALONE.
+# An MTP layer is a part of the target's checkpoint. SGLang makes one of any DeepSeek-V3 that
+# drafts, so STANDALONE has DeepSeek-V2.
 RANDOM_HEADS = {
     "eagle3": Drafter("EAGLE3", "@eagle3", "llama-2kv-d128"),
     "mtp": Drafter("EAGLE", "@seed0", "mla-v3-d512-h512+mtp"),
@@ -275,6 +275,8 @@ STANDALONE_ROWS = (
     ("llama-2kv-d128", "fa3", ("symm_a2a", True)),
     ("llama-2kv-d128", "flashinfer", ("a2a", False)),
     ("llama-8kv-d64", "triton", ("ag_rs", True)),
+    ("mla-moe-d512", "fa3", ("symm_a2a", False)),
+    ("mla-moe-d512", "flashinfer", ("a2a", True)),
 )
 STANDALONE_SHAPE = ("page16", "--page-size 16")
 

@@ -193,9 +193,14 @@ def _make_shallow_mtp(folder: Path, target: Path) -> Path:
     return make_with_mtp(folder, make_shallow_deepseek(without, target), right=True)
 
 
-# Targets made of a tiny model, by a word: its own layers draft, or a head can be right.
+def _make_shallow(folder: Path, target: Path) -> Path:
+    latents = "kv_lora_rank" in _read(target)[0]
+    return (make_shallow_deepseek if latents else make_shallow_llama)(folder, target)
+
+
+# Targets made of a tiny model, by a word. A draft for a shallow one can be right.
 TARGETS: Mapping[str, Callable[[Path, Path], Path]] = {
-    "shallow": make_shallow_llama,
+    "shallow": _make_shallow,
     "mtp": make_with_mtp,
     "shallow-mtp": _make_shallow_mtp,
 }
