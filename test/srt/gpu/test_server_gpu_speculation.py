@@ -24,7 +24,7 @@ Words for pytest -k, beside those of test/srt/README.md:
 A server starts in 30 to 60 s, and several start at once. The two plain servers of a group
 are started once, so a group with `eagle3` costs little more than one case of it:
 
-    pytest -s test_server_gpu_speculation.py -k "ngram and llama-2kv and tp2dcp2"   # 14 servers
+    pytest -s test_server_gpu_speculation.py -k "ngram and llama-2kv and tp2dcp2"   # 20 servers
     pytest -s test_server_gpu_speculation.py -k "head and eagle3 and tp2dcp2"       #  6
     pytest -s test_server_gpu_speculation.py -k "head and mtp and tp2dcp2"          #  6
     pytest -s test_server_gpu_speculation.py -k "accepted and standalone"           # 16
