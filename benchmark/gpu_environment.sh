@@ -10,6 +10,10 @@ if [[ -n $overlay ]]; then
   # `autotune_v2`. The release's radix tree in Rust is built for another torch.
   export SGLANG_SKIP_SGL_KERNEL_VERSION_CHECK=1 SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND=python
   export SGLANG_DCP_TEST_SERVER_FLAGS=${SGLANG_DCP_TEST_SERVER_FLAGS---disable-flashinfer-autotune}
+  # The release imports FlashMLA in servers with a draft model, and the stack has none. What the
+  # image has would come behind this folder, what SITE gets comes before it.
+  python3 -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("flash_mla") is not None)' &&
+    export PYTHONPATH=$PYTHONPATH:$PWD/benchmark/stand_ins
 fi
 # By default in /tmp, from where `caches` would not take it.
 export TORCHINDUCTOR_CACHE_DIR=$HOME/.cache/torchinductor

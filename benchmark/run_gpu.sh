@@ -21,8 +21,9 @@
 #            kernels exchange symm backends latents    tests of kernels, beside each other
 #            shared server bf16 graphs mla dtypes fused weights quant limits   live servers, one after
 #                                                      the other; `shared` takes one GPU
-#            reports sleep long                        the same: public reports, memory saver,
-#                                                      prompts of 131,071 to 200,000 tokens
+#            reports sleep long speculation            the same: public reports, memory saver,
+#                                                      prompts of 131,071 to 200,000 tokens,
+#                                                      speculation (choose its cases with K)
 #            accuracy                                  perplexity and greedy replies of a trained
 #                                                      model (eval_accuracy.py), servers side by side
 #            bench decode fill off serving prefill     timed, one after the other
@@ -172,6 +173,7 @@ run_servers quant 530 server_gpu_quant
 run_servers reports 530 server_gpu_reports
 run_servers sleep 530 server_gpu_memory_saver
 run_servers long 530 server_gpu_long
+run_servers speculation 530 server_gpu_speculation
 run_servers limits 530 server_gpu_limits
 
 # Progress and tables to the terminal, the rest to a file.

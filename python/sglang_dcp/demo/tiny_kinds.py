@@ -151,6 +151,8 @@ KINDS: Mapping[str, TinyModel] = {
     "mla-moe-d512": _mla(first_dense=1, q_lora_rank=None, **_MLA_D512),
     "mla-v3": _mla_v3(),
     "mla-v3-d512": _mla_v3(**_MLA_D512),
+    # SGLang's kernel for the two norms of an MTP layer takes hidden sizes above 256.
+    "mla-v3-d512-h512": _mla_v3(hidden_size=512, **_MLA_D512),
     "mla-glm": _mla_glm(12, v_head_dim=48),
     "mla-glm-d512": _mla_glm(20, **_MLA_D512_WIDE),
 }

@@ -77,16 +77,19 @@ def _tokens_beside_tables(
 
 def _tables_of(kvc: Any, most: int, config: DcpConfig) -> Callable[[int], int]:
     """Return how many bytes of tables DCP adds to a pool of so many tokens of a rank."""
-    context_len, dcp_size = kvc.model_config.context_len, config.dcp_size
-    if sglang_api().resolved(kvc.server_args).max_running_requests is not None:
+    args = sglang_api().resolved(kvc.server_args)
+    # A draft model's backend has a local table of its own.
+    local_tables = 1 if args.speculative_draft_model_path is None else 2
+    more = kvc.model_config.context_len, config.dcp_size, local_tables
+    if args.max_running_requests is not None:
         # It hardly depends on the pool then, and SGLang logs where it does.
-        named = kvc.resolve_max_num_reqs(most * dcp_size)
-        return lambda tokens: added_table_bytes(named, named, context_len, dcp_size)
+        named = kvc.resolve_max_num_reqs(most * config.dcp_size)
+        return lambda tokens: added_table_bytes(named, named, *more)
     without_dcp = kvc.resolve_max_num_reqs(most)
 
     def tables(tokens: int) -> int:
-        requests = kvc.resolve_max_num_reqs(tokens * dcp_size)
-        return added_table_bytes(requests, without_dcp, context_len, dcp_size)
+        requests = kvc.resolve_max_num_reqs(tokens * config.dcp_size)
+        return added_table_bytes(requests, without_dcp, *more)
 
     return tables
 

@@ -19,7 +19,11 @@ _ITEM = torch.int32.itemsize
 
 
 def added_table_bytes(
-    requests: int, requests_without_dcp: int, context_len: int, dcp_size: int
+    requests: int,
+    requests_without_dcp: int,
+    context_len: int,
+    dcp_size: int,
+    local_tables: int = 1,
 ) -> int:
     """Return the bytes of tables on a GPU that a server without DCP does not have.
 
@@ -32,9 +36,11 @@ def added_table_bytes(
     context_len : int
         Most positions of a request.
     dcp_size : int
+    local_tables : int
+        One for each model with a KV pool of its own.
     """
     positions = context_len + _EXTRA_POSITIONS
-    local_table = (requests + _EXTRA_ROWS) * -(-positions // dcp_size)
+    local_table = (requests + _EXTRA_ROWS) * -(-positions // dcp_size) * local_tables
     more_rows = max(0, requests - requests_without_dcp) * positions
     return (local_table + more_rows) * _ITEM
 

@@ -26,8 +26,8 @@ from helpers.gpu_cases import (
 )
 from helpers.gpu_servers import PER_RANK, Fleet, Run, live, run_fleet, selected
 from helpers.nccl_ranks import needs_gpus
-from helpers.teacher_forcing import Wave
-from sglang_dcp.demo.client import Reply, http_json
+from helpers.teacher_forcing import CountedReply, Wave
+from sglang_dcp.demo.client import http_json
 from sglang_dcp.demo.server import ServerProcess
 from sglang_dcp.releases.installed import in_range, sglang_version
 
@@ -117,7 +117,7 @@ def ask(server: ServerProcess, plan: Plan) -> Run:
     """All waves, each prompt by the replica that has it; the log of these steps alone."""
     http_json(f"{server.base_url}/flush_cache", {})
     before = server.log_path.stat().st_size
-    replies: dict[str, Reply] = {}
+    replies: dict[str, CountedReply] = {}
     with ThreadPoolExecutor(len(plan)) as pool:
         for wave in teacher_forcing.build_waves():
             jobs = [
@@ -131,7 +131,9 @@ def ask(server: ServerProcess, plan: Plan) -> Run:
     return Run(replies, info, log)
 
 
-def ask_replica(server: ServerProcess, replica: int, wave: Wave) -> Mapping[str, Reply]:
+def ask_replica(
+    server: ServerProcess, replica: int, wave: Wave
+) -> Mapping[str, CountedReply]:
     if not wave:
         return {}
     return teacher_forcing.ask(server.base_url, [wave], routed_dp_rank=replica)

@@ -20,8 +20,8 @@ from helpers import teacher_forcing
 from helpers.gpu_cases import BF16, TP2_DCP2, exchange_flags
 from helpers.gpu_servers import Spec, live
 from helpers.nccl_ranks import needs_gpus
-from helpers.teacher_forcing import Prompt, Wave
-from sglang_dcp.demo.client import Reply, http_json
+from helpers.teacher_forcing import CountedReply, Prompt, Wave
+from sglang_dcp.demo.client import http_json
 from sglang_dcp.demo.server import ServerProcess
 
 pytestmark = [pytest.mark.server, needs_gpus(2)]
@@ -44,7 +44,7 @@ MORE_ASLEEP = 1 << 30
 class Nights:
     """What a server said after each cycle, the first entry before any; bytes asleep."""
 
-    replies: list[dict[str, Reply]]
+    replies: list[dict[str, CountedReply]]
     asleep: list[int]
 
 

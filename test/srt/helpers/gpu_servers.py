@@ -15,18 +15,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
-from helpers import teacher_forcing
+from helpers import gpu_checkpoints, teacher_forcing
 from helpers.gpu_nodes import make_nodes
-from helpers.quantized_checkpoint import make_quantized
 from helpers.servers import READY_SECONDS, plugin_folder
-from sglang_dcp.demo.client import Reply, http_json
+from helpers.teacher_forcing import CountedReply
+from sglang_dcp.demo.client import http_json
 from sglang_dcp.demo.server import ServerFailed, ServerProcess
-from sglang_dcp.demo.tiny_model import make_tiny_model
 
 # Cores that one server's processes keep busy while it starts.
 CORES_PER_SERVER = 4
@@ -63,11 +62,11 @@ def servers_at_once() -> int:
 class Spec:
     """One server: model kind, flags beside `COMMON`, a plugin's source, pool size.
 
-    A kind `qwen3-2kv+awq` is the first one of `helpers.quantized_checkpoint` in a format.
-    `env` is more of its environment, by name and value; `seed` is of its weights. With
-    `one_gpu` its ranks share GPU 0 (`helpers.one_gpu`). With several `nodes` it is as many
-    launches, each of which sees GPUs of its own (`helpers.gpu_nodes`). In `flags`, `@seed1`
-    stands for the checkpoint of the same kind with seed 1.
+    `kind` is a word of `helpers.gpu_checkpoints`, and `seed` is of its weights. `env` is
+    more of its environment, by name and value. With `one_gpu` its ranks share GPU 0
+    (`helpers.one_gpu`). With several `nodes` it is as many launches, each of which sees
+    GPUs of its own (`helpers.gpu_nodes`). In `flags`, `@seed1` and `@eagle3` stand for
+    other checkpoints (`gpu_checkpoints.beside`).
     """
 
     name: str
@@ -91,22 +90,17 @@ class Spec:
     def can_run(self) -> bool:
         return self.gpus <= torch.cuda.device_count()
 
-    def checkpoint(self, folder: Path, seed: Optional[int] = None) -> Path:
-        """Its model, or that of another seed, written into `folder` if not there."""
-        seed = self.seed if seed is None else seed
-        path = folder / "models" / f"{self.kind}-{seed}"
-        kind, _, form = self.kind.partition("+")
-        if form:
-            return make_quantized(path, kind, form, seed)
-        return make_tiny_model(path, kind, seed=seed)
+    def checkpoint(self, folder: Path) -> Path:
+        """Its model, written into `folder` if not there."""
+        return gpu_checkpoints.checkpoint(folder, self.kind, self.seed)
 
     def flags_in(self, folder: Path) -> str:
-        """Its flags with the paths of other checkpoints."""
+        """Its flags with the paths of other checkpoints, written if not there."""
 
         def written(found: re.Match[str]) -> str:
-            return str(self.checkpoint(folder, int(found[1])))
+            return str(gpu_checkpoints.beside(folder, self.kind, self.seed, found[1]))
 
-        return re.sub(r"@seed(\d+)", written, self.flags)
+        return re.sub(r"@(\w+)", written, self.flags)
 
 
 class PrefillBatch(NamedTuple):
@@ -120,7 +114,7 @@ class PrefillBatch(NamedTuple):
 class Run:
     """What a server left: its replies, what it said of itself, its log."""
 
-    replies: dict[str, Reply]
+    replies: dict[str, CountedReply]
     info: dict[str, Any]
     log: str
 
@@ -180,10 +174,19 @@ def _log_of(ended: ServerProcess) -> str:
 
 
 class Fleet:
-    """Runs servers over one set of requests; `folder` keeps their logs."""
+    """Runs servers over one set of requests; `folder` keeps their logs.
 
-    def __init__(self, folder: Path, waves: Sequence[teacher_forcing.Wave]) -> None:
-        self._folder, self._waves = folder, waves
+    Without `forced` tokens, servers reply with their own.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        waves: Sequence[teacher_forcing.Wave],
+        *,
+        forced: bool = True,
+    ) -> None:
+        self._folder, self._waves, self._forced = folder, waves, forced
         self._pool = ThreadPoolExecutor(servers_at_once())
         self._runs: dict[Spec, Future[Run]] = {}
         self._live: set[ServerProcess] = set()
@@ -198,6 +201,7 @@ class Fleet:
             if spec.can_run() and spec not in self._runs:
                 # Before the threads, which must not write one model at the same time.
                 spec.checkpoint(self._folder)
+                spec.flags_in(self._folder)
                 self._runs[spec] = self._pool.submit(self._serve, spec)
 
     def run(self, spec: Spec) -> Run:
@@ -223,10 +227,13 @@ class Fleet:
             log = _log_of(server)
         finally:
             self._live.discard(server)
-        teacher_forcing.check_replies(self._waves, replies, info["page_size"])
+        if self._forced:
+            teacher_forcing.check_replies(self._waves, replies, info["page_size"])
         return Run(replies, info, log)
 
-    def _ask(self, server: ServerProcess) -> tuple[dict[str, Reply], dict[str, Any]]:
+    def _ask(
+        self, server: ServerProcess
+    ) -> tuple[dict[str, CountedReply], dict[str, Any]]:
         try:
             replies = teacher_forcing.ask(server.base_url, self._waves)
             return replies, http_json(f"{server.base_url}/server_info")
@@ -235,10 +242,14 @@ class Fleet:
 
 
 def run_fleet(
-    folder: Path, waves: Sequence[teacher_forcing.Wave], specs: Iterable[Spec]
+    folder: Path,
+    waves: Sequence[teacher_forcing.Wave],
+    specs: Iterable[Spec],
+    *,
+    forced: bool = True,
 ) -> Iterator[Fleet]:
     """Body of a fixture: a fleet with `specs` queued, gone with all its servers after."""
-    fleet = Fleet(folder, waves)
+    fleet = Fleet(folder, waves, forced=forced)
     try:
         fleet.submit(specs)
         yield fleet

@@ -36,8 +36,9 @@ class KnownCorpus:
     """Stands in for SGLang's `NgramCorpus`: it knows what comes next, and how to err.
 
     `right` says how many drafts after the last known token are right: all, none, or a
-    number that depends on the position (`some`). The others are random. What is right
-    stands in a file of whole sequences, or is the forced token of its position.
+    number that depends on the position (`some`). The others are wrong. What is right
+    stands in a file of whole sequences, or is the forced token of its position. So each
+    request has as many verifications as `known_verifications` says, however it is batched.
 
     In a `star`, as SGLang's corpus gives it where it knows little, all drafts are
     children of the root. A DCP server must make a chain of it.
@@ -69,12 +70,16 @@ class KnownCorpus:
 
     def _draft(self, tokens: list[int], length: int) -> list[int]:
         count = self._width - 1
-        # The same for every server, and for each position another number.
-        some = random.Random(length).randrange(count + 1)
-        right = {"all": count, "none": 0, "some": some}[self._right]
-        known = self._continuation(tokens, length)[:right]
-        more = [self._draw.randrange(256) for _ in range(count - len(known))]
-        return [tokens[-1], *known, *more]
+        known = self._continuation(tokens, length)[:count]
+        right = _right_drafts(self._right, length, count)
+        wrong = [self._other_than(token) for token in known[right:]]
+        # Behind what is known, the request has ended.
+        more = [self._other_than(0) for _ in range(count - len(known))]
+        return [tokens[-1], *known[:right], *wrong, *more]
+
+    def _other_than(self, token: int) -> int:
+        drawn = self._draw.randrange(255)
+        return drawn + (drawn >= token)
 
     def _continuation(self, tokens: list[int], length: int) -> list[int]:
         if self._sequences is None:
@@ -91,6 +96,24 @@ class KnownCorpus:
     def reset(self) -> None: ...
 
     def erase_match_state(self, req_ids: Any) -> None: ...
+
+
+def _right_drafts(right: str, length: int, count: int) -> int:
+    """How many of `count` drafts after `length` tokens are right."""
+    # The same for every server, and for each position another number.
+    some = random.Random(length).randrange(count + 1)
+    return {"all": count, "none": 0, "some": some}[right]
+
+
+def known_verifications(
+    right: str, prompt_tokens: int, new_tokens: int, width: int
+) -> int:
+    """Count those of a request with `KnownCorpus`: the prefill gives the first token."""
+    done, count = 1, 0
+    while done < new_tokens:
+        done += 1 + _right_drafts(right, prompt_tokens + done, width - 1)
+        count += 1
+    return count
 
 
 def open_door() -> None:
@@ -131,6 +154,13 @@ def knowing(
     """Environment in which NGRAM knows the sequences of `file`, or the forced tokens."""
     known = {"right": right, "star": star, "file": str(file) if file else None}
     return {CORPUS: json.dumps(known)}
+
+
+def told(flags: str, env: Mapping[str, str]) -> tuple[str, int]:
+    """Return what a server's corpus is told: which drafts are right, and the width."""
+    words = flags.split()
+    width = words[words.index("--speculative-num-draft-tokens") + 1]
+    return json.loads(env[CORPUS])["right"], int(width)
 
 
 def write_sequences(file: Path, sequences: Sequence[Sequence[int]]) -> Path:

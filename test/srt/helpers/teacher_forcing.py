@@ -107,15 +107,28 @@ def build_waves(seed: int = 0) -> list[Wave]:
     return [*([prompt] for prompt in alone), together]
 
 
-def ask(base_url: str, waves: Sequence[Wave], **fields: Any) -> dict[str, Reply]:
+@dataclass(frozen=True)
+class CountedReply(Reply):
+    """A reply, and how many verifications gave its tokens: 0 without speculation.
+
+    SGLang counts those of each request until it is finished. So the count does not depend
+    on the overlap scheduler, which verifies once more, nor on how requests were batched.
+    """
+
+    verifications: int = 0
+
+
+def ask(base_url: str, waves: Sequence[Wave], **fields: Any) -> dict[str, CountedReply]:
     """The replies of a server, by prompt name; `fields` are added to each HTTP request."""
-    replies: dict[str, Reply] = {}
+    replies: dict[str, CountedReply] = {}
     for wave in waves:
         replies.update(zip((p.name for p in wave), _ask_wave(base_url, wave, fields)))
     return replies
 
 
-def _ask_wave(base_url: str, wave: Wave, fields: Mapping[str, Any]) -> Iterator[Reply]:
+def _ask_wave(
+    base_url: str, wave: Wave, fields: Mapping[str, Any]
+) -> Iterator[CountedReply]:
     # One HTTP request: the batch forms whatever the speed of this client's threads.
     payload = {
         "input_ids": [list(prompt.ids) for prompt in wave],
@@ -129,11 +142,12 @@ def _ask_wave(base_url: str, wave: Wave, fields: Mapping[str, Any]) -> Iterator[
     for answer in http_json(f"{base_url}/generate", payload):
         meta = answer["meta_info"]
         pairs = meta["output_token_logprobs"]
-        yield Reply(
+        yield CountedReply(
             ids=[int(entry[1]) for entry in pairs],
             # JSON has no NaN, the server sends null.
             logprobs=[math.nan if e[0] is None else float(e[0]) for e in pairs],
             cached_tokens=int(meta["cached_tokens"]),
+            verifications=int(meta.get("spec_verify_ct", 0)),
         )
 
 

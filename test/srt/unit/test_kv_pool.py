@@ -63,6 +63,7 @@ def configurator(config: DcpConfig | None, tp_rank: int = 0) -> Any:
         attention_backend="torch_native",
         kv_cache_dtype="auto",
         max_running_requests=None,
+        speculative_draft_model_path=None,
     )
     return SimpleNamespace(
         server_args=args,
@@ -116,13 +117,15 @@ def test_scheduler_sees_the_tokens_of_all_ranks(config: DcpConfig) -> None:
 
 
 @each_config
+@pytest.mark.parametrize("draft", [None, "path"], ids=["alone", "draft"])
 @pytest.mark.parametrize("requested", [None, 12], ids=["default", "named"])
 def test_pool_and_tables_fit_where_a_pool_alone_fits_without_dcp(
-    requested: int | None, config: DcpConfig
+    requested: int | None, draft: str | None, config: DcpConfig
 ) -> None:
     """Counts the tables by the tensors that hold them, of a pool that fills its budget."""
     budget_bytes = CELL * 48000
     kvc = configurator(config)
+    kvc.server_args.speculative_draft_model_path = draft
     if requested:
         kvc.server_args.max_running_requests = requested
         kvc.resolve_max_num_reqs = lambda tokens: min(requested, tokens // 2)
@@ -136,8 +139,12 @@ def test_pool_and_tables_fit_where_a_pool_alone_fits_without_dcp(
     table = torch.zeros(requests + 1, positions, dtype=torch.int32)
     plain_rows = kvc.resolve_max_num_reqs(without) + 1
     plain_table = torch.zeros(plain_rows, positions, dtype=torch.int32)
-    builder = LocalBatchBuilder(table, config.dcp_size, 0, config.page_size)
-    taken = local * CELL + table.nbytes + builder.local_table.nbytes
+    builders = [
+        LocalBatchBuilder(table, config.dcp_size, 0, config.page_size)
+        for _ in (["target", "draft"] if draft else ["target"])
+    ]
+    local_bytes = sum(builder.local_table.nbytes for builder in builders)
+    taken = local * CELL + table.nbytes + local_bytes
     allowed = budget_bytes + plain_table.nbytes
     assert taken <= allowed
     # Not a page more would fit.
