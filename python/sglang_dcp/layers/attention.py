@@ -27,8 +27,10 @@ from sglang_dcp.layers.backends.attention_calls import (
 from sglang_dcp.layers.backends.base import InnerBackend, Partial
 from sglang_dcp.layers.decode_rows import as_decode_rows
 from sglang_dcp.layers.kv_pool import write_kv
+from sglang_dcp.layers.kv_prefill import KvPrefill, kv_sizes_of
 from sglang_dcp.layers.local_batch import LocalBatch, LocalBatchBuilder
 from sglang_dcp.layers.mla.prefill import MlaPrefill
+from sglang_dcp.layers.prefix.kv_form import KvSizes
 from sglang_dcp.layers.runner_view import RunnerView
 from sglang_dcp.layers.workspace import most_decode_rows, workspace_spec
 from sglang_dcp.ops.layout import kv_index_of_local_q
@@ -60,6 +62,9 @@ class DcpAttentionBackend(AttentionBackend):
         SGLang's pools: the logical slot table, and this rank's K and V.
     q_replicas : QReplicas, optional
         Replicated Q projections, which decode uses.
+    kv_sizes : KvSizes, optional
+        Sizes by which a prefill may choose to gather K and V of its prefix. If None, a
+        prefix of K/V heads stays in place.
 
     Attributes
     ----------
@@ -80,6 +85,7 @@ class DcpAttentionBackend(AttentionBackend):
         req_to_token_pool: Any,
         token_to_kv_pool: Any,
         q_replicas: Optional[QReplicas] = None,
+        kv_sizes: Optional[KvSizes] = None,
     ) -> None:
         super().__init__()
         self.backend = backend
@@ -90,7 +96,9 @@ class DcpAttentionBackend(AttentionBackend):
         self._dcp_size = context.config.dcp_size
         self._dcp_rank = context.dcp_rank
         self._q_replicas = q_replicas
-        self.prefill = MlaPrefill(backend, batches.shard, exchange, token_to_kv_pool)
+        parts = (backend, batches.shard, exchange, token_to_kv_pool)
+        self.prefill = MlaPrefill(*parts)
+        self.kv_prefill = KvPrefill(*parts, kv_sizes)
         self._local: Optional[LocalBatch] = None
 
     @classmethod
@@ -126,6 +134,8 @@ class DcpAttentionBackend(AttentionBackend):
             runner.req_to_token_pool,
             runner.token_to_kv_pool,
             getattr(runner, "dcp_q_replicas", None),
+            # Those beside another are the steps of a draft, which never prefill.
+            kv_sizes_of(runner, config) if beside is None else None,
         )
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
@@ -136,6 +146,7 @@ class DcpAttentionBackend(AttentionBackend):
         batch = as_decode_rows(forward_batch)
         self._local = self._batches.build(batch)
         self.prefill.init_forward_metadata()
+        self.kv_prefill.init_forward_metadata(batch)
         self.backend.init_forward_metadata(batch, self._local.forward_batch)
         self._select_q_width(replicated=batch.forward_mode.is_decode())
 
@@ -267,23 +278,34 @@ class DcpAttentionBackend(AttentionBackend):
         local: LocalBatch,
         batch: ForwardBatch,
     ) -> torch.Tensor:
-        """Attend to the new tokens, then to the sharded prefix, and merge the two."""
+        """Attend to the new tokens, then to the prefix of all ranks, and merge the two."""
         v = v.view(*k.shape[:2], layer.v_head_dim)
         sizes = (q.shape[1], k.shape[1], self._dcp_size, self._dcp_rank)
         kept = kv_index_of_local_q(*sizes, k.device)
         new = self.backend.extend_new_tokens(q, k[:, kept], v[:, kept], layer, batch)
         if not local.has_cached_kv:
             return new.out
+        if self.kv_prefill.gathers:
+            prefix = self.kv_prefill.attend(q, layer, batch)
+        else:
+            prefix = self._prefix_in_place(q, layer, local)
+        base = self.backend.is_lse_base_on_e
+        out, _ = merge_two_states(*new, *prefix, is_lse_base_on_e=base)
+        return out.to(q.dtype)
+
+    def _prefix_in_place(
+        self, q: torch.Tensor, layer: RadixAttention, local: LocalBatch
+    ) -> Partial:
+        """Attend with all heads of the DCP group to the rank's part of the prefix."""
         base = self.backend.is_lse_base_on_e
         # No name holds the gathered queries, so that the exchange may use their memory.
         partial = self.backend.extend_paged_prefix(
             self.exchange.gather_heads(q), layer, local.forward_batch
         )
-        prefix = self.exchange.reduce(
+        merged = self.exchange.reduce(
             *partial, is_lse_base_on_e=base, empty_rows=local.empty_rows
         )
-        out, _ = merge_two_states(*new, *prefix, is_lse_base_on_e=base)
-        return out.to(q.dtype)
+        return Partial(*merged)
 
     def write_latents(
         self, layer: RadixAttention, latent: torch.Tensor, rope: torch.Tensor

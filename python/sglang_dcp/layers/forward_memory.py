@@ -6,7 +6,8 @@ layer, and takes the largest of them. The queries, keys and values that a model 
 are SGLang's and not counted.
 
 Nothing here depends on the length of a prompt: new tokens end at the prefill chunk,
-gathered latents at `SGLANG_MAX_KV_CHUNK_CAPACITY`, their chunks at `MOST_PREFIX_CHUNKS`.
+gathered latents at `SGLANG_MAX_KV_CHUNK_CAPACITY`, their chunks at `MOST_PREFIX_CHUNKS`,
+gathered K/V heads at `MOST_GATHERED_BYTES`.
 Lists of slots take 4 bytes a cached position, a `dcp_size`-th of SGLang's own, and are left
 out.
 """
@@ -22,13 +23,14 @@ from sglang_dcp.layers.backends.fa3_splits import (
     prefix_split_bytes,
 )
 from sglang_dcp.layers.mla.form import MOST_PREFIX_CHUNKS
+from sglang_dcp.layers.prefix.kv_form import KvSizes
 from sglang_dcp.ops.partials_torch import packed_bytes
 
 _LSE = 4
 _INDEX = 8
 # Vectors of one index a position that live while a gather is planned.
 _PLAN_VECTORS = 12
-# FlashInfer's wrapper of one prefix chunk.
+# FlashInfer's wrapper of one prefix chunk, or of a gathered prefix.
 _WRAPPER_BYTES = 8 << 20
 
 # So many rows (tokens x heads) fit into one of FlashInfer's plans for latents.
@@ -82,6 +84,7 @@ class ForwardSizes(NamedTuple):
     triton_splits : most splits of keys in a decode step of `triton`
     expansion : the expanded form, if there is one
     has_prefix : whether new tokens may see K/V that a request has in the pool
+    gathered : most cached positions whose K/V heads a prefill gathers; 0 if it never does
     """
 
     backend: str
@@ -100,6 +103,7 @@ class ForwardSizes(NamedTuple):
     triton_splits: int = 8
     expansion: Optional[Expansion] = None
     has_prefix: bool = True
+    gathered: int = 0
 
     @property
     def group_heads(self) -> int:
@@ -115,8 +119,8 @@ def prefill_parts(sizes: ForwardSizes, tokens: int) -> Parts:
     if not sizes.has_prefix:
         return _new_tokens(sizes, tokens)
     in_place = _peak(_prefix_in_place(sizes, tokens))
-    expanded = expanded_parts(sizes, tokens)
-    return _peak([_new_tokens(sizes, tokens), in_place, expanded])
+    expanded, gathered = expanded_parts(sizes, tokens), gathered_parts(sizes, tokens)
+    return _peak([_new_tokens(sizes, tokens), in_place, expanded, gathered])
 
 
 def decode_parts(sizes: ForwardSizes, rows: int) -> Parts:
@@ -240,6 +244,45 @@ def _exchange_bytes(sizes: ForwardSizes, tokens: int) -> int:
     received = (sizes.dcp_size - 1) * rows * width
     # The output takes the place of what was sent.
     return received + max(received, _local_state(sizes, tokens)) + lse
+
+
+def gathered_parts(sizes: ForwardSizes, tokens: int) -> Parts:
+    """Return what lives at the peak of a prefill that gathers its prefix, if one does."""
+    return _peak(_prefix_gathered(sizes, tokens)) if sizes.gathered else {}
+
+
+def _prefix_gathered(sizes: ForwardSizes, tokens: int) -> Iterable[Parts]:
+    """Local queries attend to K and V that come from all ranks.
+
+    Rows of ranks that have fewer than others are padded by one position of each request at
+    most, which is left out.
+    """
+    dims = sizes.qk_dim, sizes.v_dim, sizes.itemsize
+    kv = KvSizes(sizes.heads, sizes.kv_heads, sizes.dcp_size, *dims)
+    own = -(-sizes.gathered // sizes.dcp_size)
+    state = _local_state(sizes, tokens)
+    held = {
+        "plan of the gather": _INDEX * (sizes.gathered + own),
+        "new tokens' output": state,
+    }
+    if sizes.backend == "flashinfer":
+        held["FlashInfer's wrappers"] = _WRAPPER_BYTES
+    ordered = sizes.gathered * kv.row_bytes(kv.window)
+    # Sent, this rank's own, and received. Beside them the rows before they are packed, or
+    # in order.
+    blocks = (2 * sizes.dcp_size - 1) * own * kv.row_bytes(kv.window)
+    yield held | {
+        "gathered K and V": blocks + own * sizes.dcp_size * ordered // sizes.gathered
+    }
+    copied = 0
+    if kv.kept > kv.window:
+        copied = sizes.gathered * kv.row_bytes(kv.kept)
+    queries = tokens * sizes.heads * sizes.qk_dim * sizes.itemsize
+    yield held | {
+        "gathered K and V": ordered + copied,
+        "queries, and output over the prefix": queries + state,
+    }
+    yield held | {"merged output": 2 * state}
 
 
 def expanded_parts(sizes: ForwardSizes, tokens: int) -> Parts:

@@ -14,8 +14,6 @@ import logging
 import math
 from typing import Any, NamedTuple, Optional
 
-import torch
-
 from sglang_dcp.config import DcpConfig
 from sglang_dcp.context import get_context
 from sglang_dcp.layers.forward_memory import (
@@ -26,9 +24,10 @@ from sglang_dcp.layers.forward_memory import (
     prefill_parts,
 )
 from sglang_dcp.layers.heads import is_mla, kv_head_counts
+from sglang_dcp.layers.kv_prefill import kv_sizes_of
 from sglang_dcp.layers.mla.form import MHA_HEAD_DIMS
 from sglang_dcp.layers.workspace import most_decode_rows, rows_per_request
-from sglang_dcp.ops.layout import kv_index_of_local_q
+from sglang_dcp.ops.layout import most_kept_kv_heads
 from sglang_dcp.releases.api import sglang_api
 
 logger = logging.getLogger(__name__)
@@ -164,6 +163,7 @@ def forward_sizes(runner: Any, config: DcpConfig) -> ForwardSizes:
         v_dim = model.kv_lora_rank
     else:
         kv_heads = config.layout.kv_heads_per_rank(kv_head_counts(model)[0])
+    kv_sizes = kv_sizes_of(runner, config)
     return ForwardSizes(
         backend=args.attention_backend,
         heads=heads,
@@ -181,6 +181,7 @@ def forward_sizes(runner: Any, config: DcpConfig) -> ForwardSizes:
         triton_splits=args.triton_attention_num_kv_splits,
         expansion=_expansion(model, args) if latent else None,
         has_prefix=may_have_prefix(args),
+        gathered=kv_sizes.most_positions if kv_sizes else 0,
     )
 
 
@@ -192,15 +193,6 @@ def may_have_prefix(args: Any) -> bool:
     """
     keeps = not args.disable_radix_cache or args.enable_streaming_session
     return bool(is_chunked(args) or keeps)
-
-
-def most_kept_kv_heads(heads: int, kv_heads: int, dcp_size: int) -> int:
-    """Count the K/V heads that a rank takes for its query heads, at most of all ranks."""
-    counts = []
-    for rank in range(dcp_size):
-        kept = kv_index_of_local_q(heads, kv_heads, dcp_size, rank, torch.device("cpu"))
-        counts.append(kept.stop - kept.start if isinstance(kept, slice) else len(kept))
-    return max(counts)
 
 
 def _expansion(model: Any, args: Any) -> Optional[Expansion]:

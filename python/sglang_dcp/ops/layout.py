@@ -126,3 +126,55 @@ def kv_index_of_local_q(
     first, last = heads[0], heads[-1]
     even = len({heads.count(head) for head in range(first, last + 1)}) == 1
     return slice(first, last + 1) if even else torch.tensor(heads, device=device)
+
+
+def most_kept_kv_heads(own_q: int, local_kv: int, dcp_size: int) -> int:
+    """Count the K/V heads that `kv_index_of_local_q` takes, at most of all ranks.
+
+    A copy counts as a head.
+    """
+    counts = []
+    for rank in range(dcp_size):
+        kept = kv_index_of_local_q(own_q, local_kv, dcp_size, rank, torch.device("cpu"))
+        counts.append(kept.stop - kept.start if isinstance(kept, slice) else len(kept))
+    return max(counts)
+
+
+def kv_windows(own_q: int, local_kv: int, dcp_size: int) -> tuple[int, list[int]]:
+    """Return how many K/V heads in a row each rank of a DCP group receives, and the first.
+
+    A window holds all heads that serve the rank's local query heads. All windows have the
+    same width, so that ranks exchange equal sizes. Arguments are those of
+    `kv_heads_of_local_q`.
+    """
+    served = [
+        kv_heads_of_local_q(own_q, local_kv, dcp_size, rank) for rank in range(dcp_size)
+    ]
+    width = max(heads[-1] - heads[0] + 1 for heads in served)
+    return width, [min(heads[0], local_kv - width) for heads in served]
+
+
+@cache
+def kv_heads_by_peer(
+    own_q: int, local_kv: int, dcp_size: int, dcp_rank: int, device: torch.device
+) -> torch.Tensor:
+    """Return the heads of each rank's window: [ranks, width] int64, peers first.
+
+    The last row is the window of `dcp_rank`. Callers share the tensor.
+    """
+    width, firsts = kv_windows(own_q, local_kv, dcp_size)
+    order = [rank for rank in range(dcp_size) if rank != dcp_rank] + [dcp_rank]
+    heads = [range(firsts[rank], firsts[rank] + width) for rank in order]
+    return torch.tensor([list(window) for window in heads], device=device)
+
+
+@cache
+def kv_index_in_window(
+    own_q: int, local_kv: int, dcp_size: int, dcp_rank: int, device: torch.device
+) -> slice | torch.Tensor:
+    """Return `kv_index_of_local_q` as an index into the heads of the rank's window."""
+    kept = kv_index_of_local_q(own_q, local_kv, dcp_size, dcp_rank, device)
+    first = kv_windows(own_q, local_kv, dcp_size)[1][dcp_rank]
+    if isinstance(kept, slice):
+        return slice(kept.start - first, kept.stop - first)
+    return kept - first

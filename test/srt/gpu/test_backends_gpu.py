@@ -8,6 +8,7 @@ Latent attention: `test_backends_mla_gpu.py`.
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -45,6 +46,9 @@ def cases_of(backend: str, dims: tuple[int, ...]) -> dict[str, Case]:
     named["fp8-scaled"] = Case(backend, kv_dtype=FP8, scale=0.5)
     named["fp8-of-fp16"] = Case(backend, dtype=torch.float16, kv_dtype=FP8)
     named["idle-scale"] = Case(backend, idle_scale=0.5)
+    for name, case in list(named.items()):
+        if case.kv_dtype is None:
+            named[f"gathered-{name}"] = replace(case, gathers=True)
     return {f"{backend}-{name}": case for name, case in named.items()}
 
 

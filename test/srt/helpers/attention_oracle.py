@@ -141,7 +141,7 @@ class FakePool:
     ) -> None:
         sizes = (LAYERS, slots, kv_heads)
         self._page_size = page_size
-        self._latent, self._v_dim = shape.latent, shape.v_dim
+        self._latent, self._v_dim, self.dtype = shape.latent, shape.v_dim, dtype
         self.keys = torch.full((*sizes, shape.qk_dim), NAN, dtype=dtype)
         self.values = torch.full((*sizes, shape.v_dim), NAN, dtype=dtype)
 
@@ -296,6 +296,12 @@ class SpyExchange:
         self.calls.append("reduce")
         return self._exchange.reduce(*args, **kwargs)
 
+    def swap_rows(self, sent: Tensor, received: Tensor) -> None:
+        self.calls.append("swap")
+        # Whatever a rank sends and does not receive, no one may read.
+        received.fill_(NAN)
+        self._exchange.swap_rows(sent, received)
+
     def select(self, *, replicated: bool) -> None:
         self.calls.append("replicated" if replicated else "sharded")
 
@@ -318,6 +324,11 @@ class GarbageBackend(InnerBackend):
     def extend_paged_prefix(self, q: Tensor, layer: Any, local: Any) -> Partial:
         rows = (local.seq_lens == 0).repeat_interleave(local.extend_seq_lens)
         return self._spoil(self._inner.extend_paged_prefix(q, layer, local), rows)
+
+    def extend_ragged(self, *args: Any) -> Partial:
+        *_, batch, keys = args
+        rows = (keys.ends.diff() == 0).repeat_interleave(batch.extend_seq_lens)
+        return self._spoil(self._inner.extend_ragged(*args), rows)
 
     def _spoil(self, partial: Partial, rows: Tensor) -> Partial:
         partial.out[rows], partial.lse[rows] = NAN, self._lse

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -180,15 +181,29 @@ class Group:
             self.check(self.merged()[0], new, where)
             return
         outs = self._extend(q, k, v, batch)
-        if any(batch.extend_prefix_lens_cpu):
+        if self.case.gathers and any(batch.extend_prefix_lens_cpu):
+            self._deliver()
+            outs = self._extend(q, k, v, batch)
+        elif any(batch.extend_prefix_lens_cpu):
             out, lse = self.merged()
             for rank in self.ranks:
                 own = out[:, rank.own].to(q.dtype), lse[:, rank.own].float()
                 rank.exchange.merged = own
             outs = self._extend(q, k, v, batch)
         for rank in self.ranks:
-            rank.exchange.merged = None
+            rank.exchange.merged = rank.exchange.incoming = None
         self.check(torch.cat(outs, 1), new, where)
+
+    def _deliver(self) -> None:
+        """Hand each rank what its peers sent. Rank r is peer r - 1 of a rank below it."""
+        every = range(len(self.ranks))
+        for rank in every:
+            parts = [
+                self.ranks[peer].exchange.swapped[rank - (rank > peer)]  # type: ignore
+                for peer in every
+                if peer != rank
+            ]
+            self.ranks[rank].exchange.incoming = torch.stack(parts)
 
     def _extend(self, q: Tensor, k: Tensor, v: Tensor, batch: Any) -> list[Tensor]:
         found = []
@@ -307,15 +322,20 @@ def serve(
     *,
     speculates: bool = False,
 ) -> Group:
-    """A life of requests in eager forwards, then in captured decode steps.
+    """A life of requests in eager forwards, then in captured decode steps, if any.
 
     If it `speculates`, verifications follow, eager and captured.
     """
-    with sglang_context(case.device, **case.arguments):
+    rule = mock.patch(
+        "sglang_dcp.layers.kv_prefill.gathers_prefix",
+        lambda requests, sizes: any(requests.prefix),
+    )
+    with sglang_context(case.device, **case.arguments), rule:
         with attention_width(case.dcp_size):
             group = Group(case, make_backend)
             run_steps(group, steps, group.eager)
-            run_steps(group, replays, Graphs(group).replay)
+            if replays:
+                run_steps(group, replays, Graphs(group).replay)
             if speculates:
                 run_steps(group, VERIFICATIONS, group.eager)
                 run_steps(group, REPLAYED_VERIFICATIONS, Graphs(group, WIDTH).replay)

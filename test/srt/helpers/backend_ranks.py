@@ -31,6 +31,7 @@ class Case:
     """One backend at work; `scale` is what a checkpoint's fp8 K/V were divided by.
 
     `idle_scale` is one that the layer has and the cache, in the model's dtype, has not.
+    If it `gathers`, every prefill over a prefix gathers K and V.
     """
 
     backend: str
@@ -43,6 +44,7 @@ class Case:
     page_size: int = 1
     device: str = "cuda"
     max_len: int = 1500
+    gathers: bool = False
 
     @property
     def arguments(self) -> dict[str, str]:
@@ -61,6 +63,8 @@ class StashExchange:
         self.merged: Optional[tuple[Tensor, Tensor]] = None
         self.rows: list[Tensor] = []
         self.all_rows: list[Tensor] = []
+        self.swapped: Optional[Tensor] = None
+        self.incoming: Optional[Tensor] = None
 
     def gather_heads(self, q: Tensor) -> Tensor:
         assert self.all_heads is not None
@@ -72,6 +76,11 @@ class StashExchange:
         if self.all_rows:
             return self.all_rows[len(self.rows) - 1]
         return rows.repeat(self._ranks, *[1] * (rows.dim() - 1))
+
+    def swap_rows(self, sent: Tensor, received: Tensor) -> None:
+        """What peers send, once it is known."""
+        self.swapped = sent.clone()
+        received.copy_(sent if self.incoming is None else self.incoming)
 
     def reduce(self, out: Tensor, lse: Tensor, **kwargs: Any) -> Any:
         lse = mask_empty_rows(lse, kwargs["empty_rows"])
@@ -95,6 +104,7 @@ class Rank:
         from sglang_dcp.context import DcpContext
         from sglang_dcp.layers.attention import DcpAttentionBackend
         from sglang_dcp.layers.local_batch import LocalBatchBuilder
+        from sglang_dcp.layers.prefix.kv_form import KvSizes
         from sglang_dcp.layers.runner_view import RunnerView
 
         config = DcpConfig(Layout(case.dcp_size, 1), page_size=case.page_size)
@@ -108,6 +118,8 @@ class Rank:
             make_runner(case, table, self.pool), views.local_table, config, len(table)
         )
         self.exchange = StashExchange(self.own, case.dcp_size)
+        heads = self.local_heads, shape.kv_heads, case.dcp_size
+        dims = shape.qk_dim, shape.v_dim, case.dtype.itemsize
         self.backend = DcpAttentionBackend(
             make_backend(case, runner),
             views,
@@ -115,6 +127,7 @@ class Rank:
             DcpContext(config, dcp_rank),
             None,
             self.pool,
+            kv_sizes=KvSizes(*heads, *dims) if case.gathers else None,
         )
         scaling = shape.qk_dim**-0.5
         self.layer = RadixAttention(

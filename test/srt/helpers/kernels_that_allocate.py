@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from helpers.mla_kernels_torch import Fa3Plans
-from sglang_dcp.distributed.exchange import a2a, ag_rs
+from sglang_dcp.distributed.exchange import a2a, ag_rs, base
 from sglang_dcp.ops import lse_merge, partials
 
 SMS = 132
@@ -46,7 +46,7 @@ def allocating_kernels() -> Iterator[None]:
             stack.enter_context(
                 mock.patch.object(module, "_kernels_for", lambda *tensors: kernels)
             )
-        for module in (a2a, ag_rs):
+        for module in (a2a, ag_rs, base):
             stack.enter_context(
                 mock.patch.object(module, "exchange_with_peers", lambda *tensors: None)
             )

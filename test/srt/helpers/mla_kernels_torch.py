@@ -261,7 +261,7 @@ def installed_wrapper(compiled: CompiledMla, monkeypatch: pytest.MonkeyPatch) ->
 
 
 class FlashInferMha:
-    """`BatchPrefillWithRaggedKVCacheWrapper`: K and V of every head, LSE in base 2."""
+    """`BatchPrefillWithRaggedKVCacheWrapper`: K and V of rows; LSE in base 2."""
 
     def __init__(self) -> None:
         self.plans: list[dict[str, Any]] = []
@@ -279,7 +279,7 @@ class FlashInferMha:
         q_data_type: torch.dtype,
     ) -> None:
         assert qo_indptr.device.type == kv_indptr.device.type == "cpu"
-        assert num_qo_heads == num_kv_heads
+        assert num_qo_heads % num_kv_heads == 0
         self.plans.append({name: value for name, value in locals().items()})
 
     def forward_return_lse(
@@ -288,6 +288,7 @@ class FlashInferMha:
         plan = self.plans[-1]
         assert causal == plan["causal"] and q.dtype == plan["q_data_type"]
         assert q.shape[1:] == (plan["num_qo_heads"], plan["head_dim_qk"])
+        assert k.shape[1:] == (plan["num_kv_heads"], plan["head_dim_qk"])
         assert v.shape[1:] == (plan["num_kv_heads"], plan["head_dim_vo"])
         queries = q.split(plan["qo_indptr"].diff().tolist())
         lens = plan["kv_indptr"].diff().tolist()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import sys
 from typing import Any, Iterator, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -159,11 +160,20 @@ LIFE = [
 # Tokens of a captured prefill. No batch above is larger.
 BUCKET = 96
 
+# Whether a prefill gathers K and V of its prefix, by the lengths of its prefixes.
+GATHERS = {
+    "in-place": lambda prefix: False,
+    "gathered": any,
+    # Forms that follow each other in one server.
+    "in-turn": lambda prefix: sum(prefix) % 3 == 1,
+}
+
 
 class Case(NamedTuple):
     """`garbage` is the LSE that a kernel returns, with NaN outputs, for no keys.
 
-    With `in_graph`, prefills run as SGLang replays them from a breakable graph.
+    With `in_graph`, prefills run as SGLang replays them from a breakable graph. `form` is
+    an entry of `GATHERS`, which takes the place of the rule.
     """
 
     shape: Shape
@@ -174,6 +184,7 @@ class Case(NamedTuple):
     replicated_q: bool = False
     garbage: float | None = None
     in_graph: bool = False
+    form: str = "in-place"
 
 
 def cases_of(tp_size: int, attn_tp_size: int) -> dict[str, Case]:
@@ -197,9 +208,40 @@ def cases_of(tp_size: int, attn_tp_size: int) -> dict[str, Case]:
             named[f"{name}-replicated-q-garbage-{comm}"] = wide
             latent = Case(shapes["mla-in-parts"], steps, comm)
             named[f"{name}-mla-in-parts-{comm}"] = latent
+        named |= cases_that_gather(shapes, comm)
         if HAS_PREFILL_GRAPHS:
             named |= cases_in_graphs(shapes, comm)
     return {f"tp{tp_size}-attn{attn_tp_size}-{k}": v for k, v in named.items()}
+
+
+def cases_that_gather(shapes: dict[str, Shape], comm: str) -> dict[str, Case]:
+    """K/V heads only. The exchange is that of both forms, so one matrix is enough."""
+    plain = shapes["own-heads-span-kv-heads"]
+    named = {
+        f"in-turn-{name}-{comm}": Case(plain, steps, comm, form="in-turn")
+        for name, steps in SCRIPTS.items()
+    }
+    if comm != "a2a":
+        return named
+    for (name, steps), page in itertools.product(SCRIPTS.items(), (1, 4)):
+        named[f"gathered-{name}-page{page}"] = Case(
+            plain, steps, comm, page, form="gathered"
+        )
+    for (name, shape), wide in itertools.product(shapes.items(), (False, True)):
+        if not shape.latent:
+            named[f"gathered-{name}{'-replicated-q' * wide}"] = Case(
+                shape, LIFE, comm, replicated_q=wide, form="gathered"
+            )
+    for lse in (NAN, 0.0, float("inf")):
+        named[f"gathered-garbage-lse-{lse}"] = Case(
+            plain, LIFE, comm, garbage=lse, form="gathered"
+        )
+    named["gathered-bf16"] = Case(
+        plain, LIFE, comm, dtype=torch.bfloat16, form="gathered"
+    )
+    for name, steps in SPECULATION.items():
+        named[f"gathered-{name}"] = Case(plain, steps, comm, form="gathered")
+    return named
 
 
 def cases_in_graphs(shapes: dict[str, Shape], comm: str) -> dict[str, Case]:
@@ -217,6 +259,10 @@ def cases_in_graphs(shapes: dict[str, Shape], comm: str) -> dict[str, Case]:
     named[f"in-graph-replicated-q-garbage-{comm}"] = Case(
         plain, LIFE, comm, replicated_q=True, garbage=NAN, in_graph=True
     )
+    for name in ("own-heads-span-kv-heads", next(n for n in shapes if "uneven" in n)):
+        named[f"in-graph-gathered-{name}-{comm}"] = Case(
+            shapes[name], LIFE, comm, in_graph=True, form="gathered"
+        )
     return named
 
 
@@ -230,6 +276,7 @@ class Rank:
         from sglang_dcp.layers.backends.torch_native import TorchNativeBackend
         from sglang_dcp.layers.draft_steps import DraftSteps
         from sglang_dcp.layers.local_batch import LocalBatchBuilder
+        from sglang_dcp.layers.prefix.kv_form import KvSizes
 
         self.case, self.dcp = case, layout.tp_size // layout.attn_tp_size
         self.dcp_rank, shard = tp_rank % self.dcp, tp_rank // self.dcp
@@ -250,6 +297,8 @@ class Rank:
         )
         self.spy = SpyExchange(create_exchange(case.comm, group))
         config = DcpConfig(layout, case.comm, case.replicated_q, case.page_size)
+        dims = case.shape.qk_dim, case.shape.v_dim, case.dtype.itemsize
+        sizes = None if case.shape.latent else KvSizes(own, width, self.dcp, *dims)
 
         def make_backend(batches: Any) -> DcpAttentionBackend:
             backend: Any = TorchNativeBackend(views.local_table, self.pool)
@@ -263,6 +312,7 @@ class Rank:
                 None,
                 self.pool,
                 self.spy if case.replicated_q else None,  # type: ignore[arg-type]
+                sizes,
             )
 
         self.backend = make_backend(views)
@@ -377,8 +427,12 @@ class Rank:
             return DRAFTS * (["replicated"] * replicated) + DRAFTS * each * LAYERS
         if mode in DECODES:
             return ["replicated"] * replicated + each * LAYERS
-        reads = any(where.start for where in new.values())
-        of_layer = ["break"] * self.case.in_graph + ["gather", "reduce"] * reads
+        prefix = [where.start for where in new.values()]
+        of_layer = ["break"] * self.case.in_graph
+        if GATHERS[self.case.form](prefix):
+            of_layer += ["swap"]
+        elif any(prefix):
+            of_layer += ["gather", "reduce"]
         return ["sharded"] * replicated + of_layer * LAYERS
 
     def pool_contents(self) -> Iterator[tuple[str, Any, Any]]:
@@ -394,13 +448,19 @@ class Rank:
 
 def check_case(case: Case, layout: Layout, tp_rank: int, group: Any) -> None:
     rank = Rank(case, layout, tp_rank, group)
+    by_lens = GATHERS[case.form]
+    rule = mock.patch(
+        "sglang_dcp.layers.kv_prefill.gathers_prefix",
+        lambda requests, sizes: by_lens(requests.prefix),
+    )
     # All communication before the first assertion: a failing rank must not leave.
-    seen = [
-        (f"step {number}, {what}", got, wanted)
-        for number, step in enumerate(case.steps)
-        for found in (rank.run(step), rank.pool_contents())
-        for what, got, wanted in found
-    ]
+    with rule:
+        seen = [
+            (f"step {number}, {what}", got, wanted)
+            for number, step in enumerate(case.steps)
+            for found in (rank.run(step), rank.pool_contents())
+            for what, got, wanted in found
+        ]
     tol = TOLERANCE[case.dtype]
     for what, got, wanted in seen:
         if isinstance(got, Tensor):

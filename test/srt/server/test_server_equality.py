@@ -18,7 +18,7 @@ from urllib.error import HTTPError
 import pytest
 
 from helpers import request_set
-from helpers.servers import server
+from helpers.servers import plugin_folder, server
 from sglang_dcp.demo.client import Reply, http_json
 from sglang_dcp.demo.server import ServerProcess
 from sglang_dcp.demo.tiny_model import make_tiny_model
@@ -34,7 +34,7 @@ class Case:
     """One layout; `flags` beside model, device and dtype.
 
     With `fills_pool`, prompts about as long as the pool are sent, too. A `fresh` server
-    is started as a user starts it.
+    is started as a user starts it. If it `stays`, no prefill gathers its prefix.
     """
 
     kind: str
@@ -44,6 +44,13 @@ class Case:
     dcp_size: int = 2
     fills_pool: bool = False
     fresh: bool = False
+    stays: bool = False
+
+    @property
+    def gathers(self) -> bool:
+        """Whether some prefill gathers K and V: by their lengths, those over a prefix do."""
+        has_prefix = "--disable-radix-cache" not in self.flags
+        return has_prefix and not self.stays and not self.kind.startswith("mla")
 
     @property
     def per_rank(self) -> int:
@@ -51,6 +58,14 @@ class Case:
         page = self.page_size * self.dcp_size
         return self.max_total_tokens // page * page
 
+
+# At these lengths every prefill over a prefix would gather it.
+IN_PLACE = """
+def load():
+    from sglang_dcp.layers import kv_prefill
+
+    kv_prefill.gathers_prefix = lambda requests, sizes: False
+"""
 
 CASES = {
     # A decode inside a prefill batch is the one prefix that is no multiple of DCP.
@@ -82,6 +97,7 @@ CASES = {
         "qwen3",
         "--tp 2 --attention-tensor-parallel-size 1 --dcp-comm-backend a2a "
         "--dcp-replicate-q-proj --chunked-prefill-size 64",
+        stays=True,
     ),
     "qwen3-moe-tp2-dcp2-a2a": Case(
         "qwen3-moe", "--tp 2 --dcp-size 2 --dcp-comm-backend a2a"
@@ -112,7 +128,7 @@ CASES = {
         "--tp 4 --attn-tp-size 2 --dcp-comm-backend a2a --dcp-replicate-q-proj",
     ),
     "llama-8kv-tp4-attn-tp2-ag_rs-chunk64": Case(
-        "llama-8kv", "--tp 4 --attn-tp-size 2 --chunked-prefill-size 64"
+        "llama-8kv", "--tp 4 --attn-tp-size 2 --chunked-prefill-size 64", stays=True
     ),
 }
 
@@ -170,10 +186,14 @@ def test_equal_to_tp1(
     case: Case,
     models: Callable[[str], Path],
     reference: Callable[[str], Reference],
+    tmp_path: Path,
 ) -> None:
+    env = dict(CHECK_EVERY_BATCH)
+    if case.stays:
+        env |= plugin_folder(tmp_path, "prefix_in_place", IN_PLACE)
     flags = f"{case.flags} --max-total-tokens {case.max_total_tokens} --enable-metrics"
     model = models(case.kind)
-    with server(model, flags, CHECK_EVERY_BATCH, fresh=case.fresh) as dcp:
+    with server(model, flags, env, fresh=case.fresh) as dcp:
         replies = request_set.run_requests(dcp.base_url, request_set.build_requests())
         info = http_json(f"{dcp.base_url}/server_info")
         metrics = _metrics(dcp)
@@ -190,6 +210,7 @@ def test_equal_to_tp1(
     assert metrics["sglang:max_total_num_tokens"] == logical
     assert f"KV tokens: {case.per_rank} per rank, {logical} in all" in log
     assert "leak" not in log.lower()
+    assert ("DCP prefill gathers K and V" in log) == case.gathers
     print(f"max |d logprob| {request_set.max_difference(replies, want.replies):.2e}")
 
 

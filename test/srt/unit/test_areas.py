@@ -34,6 +34,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("distributed.exchange",),
     ("layers.backends",),
     ("layers.local_batch_types",),
+    ("layers.prefix",),
     ("layers.mla",),
     ("layers",),
     ("support",),

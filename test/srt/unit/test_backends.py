@@ -56,7 +56,8 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[str]]:
         q_data_type=torch.bfloat16,
         data_type=torch.bfloat16,
     )
-    backend = flashinfer.FlashInferBackend(inner, Recorder(calls, "ragged"))
+    names = iter(("ragged", "gathered"))
+    backend = flashinfer.FlashInferBackend(inner, lambda: Recorder(calls, next(names)))
     return backend, calls
 
 
@@ -69,18 +70,32 @@ def extend_batch(prefix: int) -> Any:
     )
 
 
-def test_an_extend_plan_waits_for_the_last_one(planned: Any) -> None:
+def gathered_keys(batch: Any) -> Any:
+    lens = batch.extend_prefix_lens_cpu
+    return base.RaggedKeys(0, lens, base.cumulated(torch.tensor(lens)))
+
+
+@pytest.mark.parametrize("gathers", [False, True], ids=["in-place", "gathered"])
+def test_an_extend_plan_waits_for_the_last_one(gathers: bool, planned: Any) -> None:
     backend, calls = planned
     batch, q = extend_batch(prefix=4), torch.zeros(5, 4, 8)
-    layer = SimpleNamespace(scaling=1.0)
+    backend._inner.token_to_kv_pool = SimpleNamespace(get_kv_buffer=lambda i: (q, q))
+    layer = SimpleNamespace(scaling=1.0, layer_id=0)
+    keys = gathered_keys(batch)
     for _ in range(2):
         backend.init_forward_metadata(batch, batch)
         for _ in range(2):
             backend.extend_new_tokens(q, q, q, layer, batch)
-    once = ["event.synchronize", "paged.plan", "event.record"]
+            if gathers:
+                backend.extend_ragged(q, q[:4], q[:4], layer, batch, keys)
+            else:
+                backend.extend_paged_prefix(q, layer, batch)
+    wrapper = "gathered" if gathers else "paged"
+    once = ["event.synchronize", "event.record"]
     # The first layer plans, and what it planned is waited for as well.
-    once += ["ragged.plan", "event.record"]
-    once += ["ragged.forward_return_lse"] * 2
+    for name in ("ragged", wrapper):
+        once += [f"{name}.plan", "event.record", f"{name}.forward_return_lse"]
+    once += ["ragged.forward_return_lse", f"{wrapper}.forward_return_lse"]
     assert calls == once * 2
 
 
@@ -120,7 +135,7 @@ def test_decode_and_prefix_read_the_cache_alike(
             seen.append((args, kwargs))
             return torch.zeros(5, 4, 8), torch.zeros(5, 4)
 
-    backend._prefix = Wrapper()
+    backend._prefix, backend._prefix_planned = Wrapper(), True
     backend._inner.forward_metadata = SimpleNamespace(decode_wrappers=[Wrapper()])
     backend._inner.token_to_kv_pool = SimpleNamespace(get_kv_buffer=lambda i: cache)
     layer = SimpleNamespace(**vars(scaled_layer()), scaling=0.25, layer_id=0)
@@ -176,6 +191,7 @@ def test_the_installed_flashinfer_takes_our_calls(planned: Any) -> None:
     cache = torch.zeros(4, 2, 8), torch.zeros(4, 2, 8)
     wrappers = SimpleNamespace(decode_wrappers=[Wrapper(*DECODE)])
     backend._prefix, backend._new_tokens = Wrapper(*PAGED), Wrapper(*RAGGED)
+    backend._gathered = Wrapper(*RAGGED)
     backend._inner.forward_metadata = wrappers
     backend._inner.token_to_kv_pool = SimpleNamespace(get_kv_buffer=lambda i: cache)
     layer = SimpleNamespace(**vars(scaled_layer()), scaling=0.25, layer_id=0)
@@ -193,6 +209,12 @@ def test_the_installed_flashinfer_takes_our_calls(planned: Any) -> None:
         assert sizes.items() <= plan.items()
         assert seen[*kind, "forward_return_lse"]["sm_scale"] == 0.25
     assert seen[*PAGED, "plan"]["page_size"] == 1
+    backend.init_forward_metadata(batch, batch)
+    backend.extend_ragged(q, kv[:4], kv[:4], layer, batch, gathered_keys(batch))
+    plan, how = (seen[*RAGGED, name] for name in ("plan", "forward_return_lse"))
+    assert sizes.items() <= plan.items() and not plan["causal"] and not how["causal"]
+    assert plan["qo_indptr"].tolist() == [0, 3, 5]
+    assert plan["kv_indptr"].tolist() == [0, 4, 4] and how["sm_scale"] == 0.25
     assert seen[*DECODE, "forward_return_lse"]["paged_kv_cache"] is cache
 
 

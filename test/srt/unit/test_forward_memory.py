@@ -54,6 +54,7 @@ from sglang_dcp.layers.forward_memory import (
     decode_parts,
     expanded_parts,
     gather_bytes,
+    gathered_parts,
     plan_bytes,
     prefill_parts,
 )
@@ -62,7 +63,6 @@ from sglang_dcp.layers.memory_report import (
     forward_sizes,
     fraction_that_fits,
     longest_that_fits,
-    most_kept_kv_heads,
 )
 from sglang_dcp.layers.mla.cost import MlaSizes, Requests
 from sglang_dcp.layers.mla.form import (
@@ -71,11 +71,11 @@ from sglang_dcp.layers.mla.form import (
     PrefillForm,
     choose_prefill_form,
 )
-from sglang_dcp.layers.mla.latents import (
-    gather_latents,
-    plan_latents,
-    split_into_chunks,
-)
+from sglang_dcp.layers.mla.latents import gather_latents
+from sglang_dcp.layers.prefix import kv_form
+from sglang_dcp.layers.prefix.gather import plan_gather, split_into_chunks
+from sglang_dcp.layers.prefix.kv_form import MOST_GATHERED_BYTES, KvSizes
+from sglang_dcp.ops.layout import most_kept_kv_heads
 from sglang_dcp.releases.api import sglang_api
 from sglang_dcp.releases.installed import in_range, sglang_version
 
@@ -205,6 +205,47 @@ def test_gathered_queries_are_freed_before_the_exchange(name: str) -> None:
     assert prefill < total(prefill_parts(sizes, TOKENS)) + queries
 
 
+@pytest.mark.parametrize("name", ["gqa", "gqa-dcp4", "gqa-uneven"])
+def test_a_gathered_prefix_takes_what_is_told(name: str) -> None:
+    """Rows for the rank with most of them are padded by a position of each request."""
+    case = replace(CASES[name][0], gathers=True)
+    sizes = sizes_of(case, "a2a")._replace(splits=False, gathered=300 + 700)
+    new = dict(a=20, b=50)
+    with (
+        sglang_context("cpu", **case.arguments),
+        attention_width(case.dcp_size),
+        allocating_kernels(),
+        mock.patch("sglang_dcp.layers.kv_prefill.gathers_prefix", lambda *args: True),
+    ):
+        at_work = Served(case, "a2a")
+        silent: Any = SilentGroup(case.dcp_size)
+        at_work.rank.backend.kv_prefill._exchange = create_exchange("a2a", silent)
+        for name, prefix in dict(a=300, b=700).items():
+            at_work.group.served.grow(name, prefix)
+        gathered = at_work.peak(extend(**new))
+    told = total(gathered_parts(sizes, sum(new.values())))
+    assert gathered <= told <= 1.1 * gathered
+    assert told <= total(prefill_parts(sizes, sum(new.values())))
+
+
+def test_a_gathered_prefix_is_bounded_whatever_the_heads() -> None:
+    """Beside what grows with the chunk: three times the bound, at most."""
+    for heads, kv_heads, dcp in (
+        (4, 1, 2),
+        (16, 4, 2),
+        (16, 16, 2),
+        (4, 2, 8),
+        (6, 3, 2),
+    ):
+        kv = KvSizes(heads, kv_heads, dcp, 128, 128)
+        sizes = QWEN._replace(
+            heads=heads, kv_heads=kv_heads, dcp_size=dcp, gathered=kv.most_positions
+        )
+        told = total(gathered_parts(sizes, 1))
+        assert MOST_GATHERED_BYTES < told <= 3.1 * MOST_GATHERED_BYTES, sizes
+    assert gathered_parts(QWEN, 8192) == {}
+
+
 FA3_HEADS = [
     Fa3Heads(heads, kv, *dims)
     for heads, kv, dims in itertools.product(
@@ -310,7 +351,7 @@ def test_gathered_latents_take_what_is_told(dcp_size: int, stored: Any) -> None:
     sizes = LITE._replace(dcp_size=dcp_size, stored_itemsize=stored.itemsize)
     rows = torch.arange(2)
     with LiveBytes() as planning:
-        plan = plan_latents(shard, rows, torch.zeros_like(lens), lens)
+        plan = plan_gather(shard, rows, torch.zeros_like(lens), lens)
     with LiveBytes() as gathering:
         parts = gather_latents(plan, pool, 512, exchange)
         cast = [part.to(torch.bfloat16) for part in parts]
@@ -485,8 +526,14 @@ def test_sizes_are_those_of_the_runner() -> None:
         runner = Runner(enable_deterministic_inference=True)
         runner.token_to_kv_pool.dtype = FP8
         changed = forward_sizes(runner, replace(CONFIG, replicate_q_proj=True))
+        gathering = mock.patch.object(kv_form, "SERVED", frozenset({"fa3"}))
+        with gathering:
+            gathers = forward_sizes(Runner(), CONFIG)
+            quantized = forward_sizes(runner, CONFIG)
     wanted = QWEN._replace(stored_itemsize=1, splits=False, replicated_q=True)
     assert changed == wanted
+    assert gathers == QWEN._replace(gathered=MOST_GATHERED_BYTES // 512)
+    assert quantized.gathered == 0
 
 
 def test_the_number_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -22,7 +22,7 @@ from sglang_dcp.layers.mla.form import (
     expanded_form,
     expanded_seconds,
 )
-from sglang_dcp.layers.mla.rates import HOPPER
+from sglang_dcp.layers.prefix.rates import HOPPER
 
 CAPACITY = 1 << 17
 CHUNK = 8192

@@ -9,7 +9,7 @@ from typing import ClassVar, Optional, Protocol
 import torch
 from torch import Tensor
 
-from sglang_dcp.distributed.all_to_all_peers import PeerGroup
+from sglang_dcp.distributed.all_to_all_peers import PeerGroup, exchange_with_peers
 from sglang_dcp.distributed.exchange.fallbacks import Fallbacks
 from sglang_dcp.ops.lse_merge import PARTIAL_DTYPES
 from sglang_dcp.ops.partials import interleave_heads
@@ -103,6 +103,15 @@ class Exchange(ABC):
         if self.group.world_size == 1 or not len(rows):
             return rows
         return self.group.all_gather(rows.contiguous(), dim=0)
+
+    def swap_rows(self, sent: Tensor, received: Tensor) -> None:
+        """Send slice j of [N - 1, n, D] to peer j, and receive slice j from it.
+
+        Peer j is the j-th rank of the group when this rank is left out. n is the same on
+        every rank. Both tensors are contiguous and do not overlap. Any dtype.
+        """
+        if sent.numel():
+            exchange_with_peers(self.group, received.flatten(0, 1), sent.flatten(0, 1))
 
     def reduce(
         self,

@@ -26,14 +26,15 @@ class Partial(NamedTuple):
     lse: torch.Tensor
 
 
-class MhaKeys(NamedTuple):
-    """The keys of one attention call of an expanded MLA prefill, request after request.
+class RaggedKeys(NamedTuple):
+    """The keys of one attention call outside the pool, request after request.
 
     Attributes
     ----------
     prefix_chunk : int, optional
-        Index of the prefix chunk. If it is None, the keys end with the new tokens, and
-        attention is causal: a request's last key is its last new token.
+        Index of the prefix chunk; a prefix in one piece is chunk 0. If it is None, the
+        keys end with the new tokens, and attention is causal: a request's last key is its
+        last new token.
     lens : sequence of int
         Number of keys of each request.
     ends : Tensor [requests + 1] int32
@@ -113,21 +114,22 @@ class InnerBackend(ABC):
         tokens.
         """
 
-    def extend_expanded(
+    def extend_ragged(
         self,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
         layer: RadixAttention,
         batch: ForwardBatch,
-        keys: MhaKeys,
+        keys: RaggedKeys,
     ) -> Partial:
-        """Attend with the new tokens of an expanded MLA prefill to `keys`.
+        """Attend with new tokens to `keys`, which were gathered from all ranks.
 
-        `q` is [tokens, local heads, qk_dim]. `k` and `v` are [keys, local heads, dim] and
-        may be views of wider rows.
+        `q` is [tokens, local heads, qk_dim]. `k` and `v` are [keys, K/V heads, dim], hold
+        only the heads that serve the local heads, and may be views of wider rows. Those of
+        an expanded MLA prefill have a head for each local head. Never captured.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no MHA for MLA")
+        raise NotImplementedError(f"{type(self).__name__} attends to its pool alone")
 
     @abstractmethod
     def extend_paged_prefix(

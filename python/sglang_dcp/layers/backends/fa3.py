@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Optional
 import torch
 
 from sglang_dcp.layers.backends.base import (
-    MhaKeys,
     Partial,
     PlannedBackend,
+    RaggedKeys,
     cumulated,
     local_pages,
 )
@@ -81,6 +81,17 @@ class Fa3Backend(PlannedBackend):
         )
         return as_partial(returned, q.dtype)
 
+    def extend_ragged(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        batch: ForwardBatch,
+        keys: RaggedKeys,
+    ) -> Partial:
+        return as_partial(self._varlen(q, k, v, layer, keys), q.dtype)
+
     def extend_paged_prefix(
         self, q: torch.Tensor, layer: RadixAttention, local: ForwardBatch
     ) -> Partial:
@@ -111,7 +122,7 @@ class Fa3Backend(PlannedBackend):
         k: torch.Tensor,
         v: torch.Tensor,
         layer: RadixAttention,
-        keys: Optional[MhaKeys],
+        keys: Optional[RaggedKeys],
         /,
         **more: torch.Tensor,
     ) -> Any:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sglang_dcp.layers.backends.attention_calls import split_latent
-from sglang_dcp.layers.backends.base import MhaKeys, Partial
+from sglang_dcp.layers.backends.base import Partial
 from sglang_dcp.layers.backends.capabilities import BackendCapabilities
 from sglang_dcp.layers.backends.fa3 import Fa3Backend, as_partial
 
@@ -55,17 +55,6 @@ class Fa3MlaBackend(Fa3Backend):
         latents, k_rope = split_latent(k, layer)
         parts = q_rope, k_rope, latents
         return as_partial(self._varlen(*parts, layer, None, qv=q_latent), q.dtype)
-
-    def extend_expanded(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        layer: RadixAttention,
-        batch: ForwardBatch,
-        keys: MhaKeys,
-    ) -> Partial:
-        return as_partial(self._varlen(q, k, v, layer, keys), q.dtype)
 
     def _paged(self, q: torch.Tensor, layer: RadixAttention, **plan: Any) -> Partial:
         return self._attend(*split_latent(q, layer), layer, **plan)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, Iterable
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Optional
 
 import torch
 
 from sglang_dcp.layers.backends.base import (
     Partial,
     PlannedBackend,
+    RaggedKeys,
     cumulated,
     kv_scales,
 )
@@ -27,17 +28,27 @@ class FlashInferBackend(PlannedBackend):
 
     FlashInfer's LSE is in base 2, [tokens, heads]. SGLang hands it single slots as pages,
     whatever the page size. Plans never wait for the GPU (`PlanGuard`).
+
+    Parameters
+    ----------
+    inner
+        SGLang's backend.
+    make_ragged : callable
+        Makes a `BatchPrefillWithRaggedKVCacheWrapper`: one for new tokens and, when first
+        needed, one for a gathered prefix, as all layers go through both in turn.
     """
 
     is_lse_base_on_e = False
     capabilities = BackendCapabilities(head_dims=(64, 128, 256))
     creator = "create_flashinfer_backend"
 
-    def __init__(self, inner: Any, new_tokens: Any) -> None:
+    def __init__(self, inner: Any, make_ragged: Callable[[], Any]) -> None:
         super().__init__(inner)
-        self._new_tokens = new_tokens
+        self._make_ragged = make_ragged
+        self._new_tokens = make_ragged()
         self._prefix = inner.prefill_wrappers_paged[0]
-        self._new_tokens_planned = False
+        self._gathered: Optional[Any] = None
+        self._new_tokens_planned = self._prefix_planned = False
         self._guard = PlanGuard()
 
     @classmethod
@@ -45,19 +56,17 @@ class FlashInferBackend(PlannedBackend):
         from flashinfer import BatchPrefillWithRaggedKVCacheWrapper
 
         inner = cls._build_inner(runner)
+        scratch = inner.workspace_buffer
         # SGLang's own may be a CUTLASS one, which takes no plan from the host.
-        return cls(
-            inner, BatchPrefillWithRaggedKVCacheWrapper(inner.workspace_buffer, "NHD")
-        )
+        return cls(inner, lambda: BatchPrefillWithRaggedKVCacheWrapper(scratch, "NHD"))
 
     def init_forward_metadata(self, batch: ForwardBatch, local: ForwardBatch) -> None:
-        # The first layer plans new tokens, since it knows the rank's local heads.
-        self._new_tokens_planned = False
+        # The first layer plans a prefill, since it knows the rank's local heads, and
+        # whether the prefix is gathered.
+        self._new_tokens_planned = self._prefix_planned = False
         with self._guard.before_forward():
             if not batch.forward_mode.is_extend():
                 self._inner.init_forward_metadata(local)
-            elif any(batch.extend_prefix_lens_cpu):
-                self._plan_prefix(local)
 
     def init_graph_metadata(self, local: ForwardBatch, in_capture: bool) -> None:
         with self._guard.before_forward():
@@ -78,8 +87,10 @@ class FlashInferBackend(PlannedBackend):
         batch: ForwardBatch,
     ) -> Partial:
         if not self._new_tokens_planned:
+            lens = batch.extend_seq_lens_cpu
             with self._guard.amid_forward():
-                self._plan_new_tokens(q, k, v, batch)
+                _plan_ragged(self._new_tokens, q, k, v, (lens, lens), causal=True)
+            self._new_tokens_planned = True
         return Partial(
             *self._new_tokens.forward_return_lse(
                 q.contiguous(),
@@ -93,7 +104,32 @@ class FlashInferBackend(PlannedBackend):
     def extend_paged_prefix(
         self, q: torch.Tensor, layer: RadixAttention, local: ForwardBatch
     ) -> Partial:
+        if not self._prefix_planned:
+            with self._guard.amid_forward():
+                self._plan_prefix(local)
+            self._prefix_planned = True
         return self._paged(self._prefix, q, layer, causal=False)
+
+    def extend_ragged(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        batch: ForwardBatch,
+        keys: RaggedKeys,
+    ) -> Partial:
+        """Attend to a prefix only, which is the same for all layers of a forward."""
+        assert keys.prefix_chunk is not None, "the plan is not causal"
+        if self._gathered is None:
+            self._gathered = self._make_ragged()
+        if not self._prefix_planned:
+            lens = batch.extend_seq_lens_cpu, keys.lens
+            with self._guard.amid_forward():
+                _plan_ragged(self._gathered, q, k, v, lens, causal=False)
+            self._prefix_planned = True
+        how = dict(causal=False, sm_scale=layer.scaling)
+        return Partial(*self._gathered.forward_return_lse(q.contiguous(), k, v, **how))
 
     def _paged(
         self, wrapper: Any, q: torch.Tensor, layer: RadixAttention, **how: bool
@@ -110,22 +146,6 @@ class FlashInferBackend(PlannedBackend):
                 **how,
             )
         )
-
-    def _plan_new_tokens(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: ForwardBatch
-    ) -> None:
-        where = indptr(batch.extend_seq_lens_cpu)
-        self._new_tokens.plan(
-            where,
-            where,
-            q.shape[1],
-            k.shape[1],
-            q.shape[2],
-            head_dim_vo=v.shape[2],
-            causal=True,
-            q_data_type=q.dtype,
-        )
-        self._new_tokens_planned = True
 
     def _plan_prefix(self, local: ForwardBatch) -> None:
         sizes = self._inner.indices_updater_prefill
@@ -159,6 +179,27 @@ class FlashInferBackend(PlannedBackend):
             table.stride(0),
         )
         return slots
+
+
+def _plan_ragged(
+    wrapper: Any,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lens: tuple[Iterable[int], Iterable[int]],
+    *,
+    causal: bool,
+) -> None:
+    """Plan for rows request after request; `lens` are those of queries and of keys."""
+    wrapper.plan(
+        *map(indptr, lens),
+        q.shape[1],
+        k.shape[1],
+        q.shape[2],
+        head_dim_vo=v.shape[2],
+        causal=causal,
+        q_data_type=q.dtype,
+    )
 
 
 def indptr(lens: Iterable[int]) -> torch.Tensor:

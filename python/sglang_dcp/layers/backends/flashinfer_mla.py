@@ -12,7 +12,12 @@ from typing import TYPE_CHECKING, Any, Callable, Optional, Sequence
 import torch
 
 from sglang_dcp.layers.backends.attention_calls import as_stored, split_latent
-from sglang_dcp.layers.backends.base import InnerBackend, MhaKeys, Partial, local_pages
+from sglang_dcp.layers.backends.base import (
+    InnerBackend,
+    Partial,
+    RaggedKeys,
+    local_pages,
+)
 from sglang_dcp.layers.backends.capabilities import BackendCapabilities
 from sglang_dcp.layers.backends.flashinfer_guard import PlanGuard
 from sglang_dcp.layers.backends.flashinfer_plan import (
@@ -166,14 +171,14 @@ class FlashInferMlaBackend(InnerBackend):
         ]
         return _side_by_side(parts)
 
-    def extend_expanded(
+    def extend_ragged(
         self,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
         layer: RadixAttention,
         batch: ForwardBatch,
-        keys: MhaKeys,
+        keys: RaggedKeys,
     ) -> Partial:
         chunk, causal = keys.prefix_chunk, keys.prefix_chunk is None
         if chunk not in self._mha:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Iterable
 
 import torch
 
-from sglang_dcp.layers.backends.base import InnerBackend, Partial
+from sglang_dcp.layers.backends.base import InnerBackend, Partial, RaggedKeys
 from sglang_dcp.layers.backends.capabilities import BackendCapabilities
 from sglang_dcp.ops.attention_torch import attention_with_lse_torch
 
@@ -59,6 +59,22 @@ class TorchNativeBackend(InnerBackend):
         return _join(
             attention_with_lse_torch(*qkv, scaling=layer.scaling, causal=True)
             for qkv in zip(q.split(lens), k.split(lens), v.split(lens))
+        )
+
+    def extend_ragged(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        batch: ForwardBatch,
+        keys: RaggedKeys,
+    ) -> Partial:
+        queries, lens = list(batch.extend_seq_lens_cpu), list(keys.lens)
+        causal = keys.prefix_chunk is None
+        return _join(
+            attention_with_lse_torch(*qkv, scaling=layer.scaling, causal=causal)
+            for qkv in zip(q.split(queries), k.split(lens), v.split(lens))
         )
 
     def _paged(

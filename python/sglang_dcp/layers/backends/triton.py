@@ -6,7 +6,12 @@ from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 
-from sglang_dcp.layers.backends.base import Partial, PlannedBackend, kv_scales
+from sglang_dcp.layers.backends.base import (
+    Partial,
+    PlannedBackend,
+    RaggedKeys,
+    kv_scales,
+)
 from sglang_dcp.layers.backends.capabilities import BackendCapabilities
 
 if TYPE_CHECKING:
@@ -82,8 +87,10 @@ class TritonBackend(PlannedBackend):
             k.contiguous(),
             v.contiguous(),
             layer,
+            self._kv(layer),
             kv_indptr=self._no_prefix,
             kv_indices=plan.kv_indices[:0],
+            page_size=self._inner.page_size,
             is_causal=True,
             skip_prefix=True,
         )
@@ -91,16 +98,45 @@ class TritonBackend(PlannedBackend):
     def extend_paged_prefix(
         self, q: torch.Tensor, layer: RadixAttention, local: ForwardBatch
     ) -> Partial:
-        plan = self._inner.forward_metadata
+        plan, cache = self._inner.forward_metadata, self._kv(layer)
+        return self._to_prefix(
+            q, layer, cache, plan.kv_indptr, plan.kv_indices, self._inner.page_size
+        )
+
+    def extend_ragged(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        batch: ForwardBatch,
+        keys: RaggedKeys,
+    ) -> Partial:
+        """Attend to a prefix only: the kernel takes its rows for pages of one."""
+        assert keys.prefix_chunk is not None, "the kernel masks new tokens alone"
+        rows = torch.arange(len(k), device=k.device)
+        return self._to_prefix(q, layer, (k, v), keys.ends, rows, 1)
+
+    def _to_prefix(
+        self,
+        q: torch.Tensor,
+        layer: RadixAttention,
+        cache: tuple[torch.Tensor, torch.Tensor],
+        kv_indptr: torch.Tensor,
+        kv_indices: torch.Tensor,
+        page_size: int,
+    ) -> Partial:
         # The kernel reads the number of K/V heads, and so the GQA ratio, from new keys.
-        kv_heads = layer.tp_k_head_num
+        keys, values = cache
         return self._extend(
             q,
-            q.new_empty(0, kv_heads, layer.qk_head_dim),
-            q.new_empty(0, kv_heads, layer.v_head_dim),
+            q.new_empty(0, *keys.shape[1:]),
+            q.new_empty(0, *values.shape[1:]),
             layer,
-            kv_indptr=plan.kv_indptr,
-            kv_indices=plan.kv_indices,
+            cache,
+            kv_indptr=kv_indptr,
+            kv_indices=kv_indices,
+            page_size=page_size,
             is_causal=False,
             skip_extend=True,
         )
@@ -111,9 +147,11 @@ class TritonBackend(PlannedBackend):
         k: torch.Tensor,
         v: torch.Tensor,
         layer: RadixAttention,
+        cache: tuple[torch.Tensor, torch.Tensor],
         *,
         kv_indptr: Optional[torch.Tensor],
         kv_indices: torch.Tensor,
+        page_size: int,
         is_causal: bool,
         skip_prefix: bool = False,
         skip_extend: bool = False,
@@ -121,7 +159,7 @@ class TritonBackend(PlannedBackend):
         inner, plan = self._inner, self._inner.forward_metadata
         out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
         lse = q.new_empty(q.shape[:2], dtype=torch.float32)
-        keys, values = self._kv(layer)
+        keys, values = cache
         inner.extend_attention_fwd(
             q.contiguous(),
             k,
@@ -141,7 +179,7 @@ class TritonBackend(PlannedBackend):
             lse_extend=lse,
             skip_prefix=skip_prefix,
             skip_extend=skip_extend,
-            page_size=inner.page_size,
+            page_size=page_size,
         )
         return Partial(out, lse)
 

@@ -10,15 +10,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from sglang_dcp.layers.mla.rates import Rates
+from sglang_dcp.layers.prefix.cost import (
+    FLOPS,
+    Requests,
+    exchange_seconds,
+    gather_seconds,
+    ragged_attention_seconds,
+    tiled_pairs,
+)
+from sglang_dcp.layers.prefix.rates import Rates
 
-_FLOPS = 2  # of a multiplication and its addition
 # Copies of the latents in memory: taken from the pool, received, put in order. Each is
 # written and read once.
 _GATHER_PASSES = 6
-# The same of queries and partial outputs: packed, received, merged.
-_EXCHANGE_PASSES = 6
-_LSE_BYTES = 4
 
 
 class MlaSizes(NamedTuple):
@@ -57,23 +61,10 @@ class MlaSizes(NamedTuple):
         return self.nope + self.rope + self.v
 
 
-class Requests(NamedTuple):
-    """Requests of a prefill: logical positions, the same on all ranks.
-
-    Attributes
-    ----------
-    new : new tokens of each request
-    prefix : cached positions of each request
-    """
-
-    new: Sequence[int]
-    prefix: Sequence[int]
-
-
 def in_place_seconds(requests: Requests, sizes: MlaSizes, rates: Rates) -> float:
     """Time the absorbed form: queries travel, the prefix stays."""
     causal = sum(new * new for new in requests.new) / 2
-    flops = _FLOPS * causal * sizes.local_heads * sizes.absorbed_dims
+    flops = FLOPS * causal * sizes.local_heads * sizes.absorbed_dims
     new = flops / rates.absorbed_flops + _expand_flops(requests.new, sizes) / (
         rates.gemm_flops
     )
@@ -85,7 +76,7 @@ def one_shot_seconds(requests: Requests, sizes: MlaSizes, rates: Rates) -> float
     positions = [sum(both) for both in zip(*requests)]
     # A causal call skips the keys behind each query.
     skipped = sum(new * new for new in requests.new) / 2
-    pairs = _tiled_pairs(requests.new, positions, rates.expanded_tile)
+    pairs = tiled_pairs(requests.new, positions, rates.expanded_tile)
     return (
         _gather_seconds(sum(positions), sizes, rates)
         + _expand_seconds(positions, sizes, rates)
@@ -118,9 +109,9 @@ def prefix_in_place_seconds(requests: Requests, sizes: MlaSizes, rates: Rates) -
         return 0.0
     tile = rates.absorbed_tile
     rows = [new * sizes.group_heads for new in requests.new]
-    pairs = _tiled_pairs(rows, requests.prefix, tile) / sizes.dcp_size
+    pairs = tiled_pairs(rows, requests.prefix, tile) / sizes.dcp_size
     full = rates.sms * tile * max(requests.prefix) / sizes.dcp_size
-    flop = _FLOPS * sizes.absorbed_dims
+    flop = FLOPS * sizes.absorbed_dims
     attention = flop * min(
         pairs / rates.absorbed_split_flops, max(pairs, full) / rates.absorbed_flops
     )
@@ -139,7 +130,7 @@ def prefix_gathered_seconds(
         return 0.0
     chunks = -(-prefix // capacity)
     longest = chunks * min(max(requests.prefix), capacity, prefix)
-    pairs = _tiled_pairs(requests.new, requests.prefix, rates.expanded_tile)
+    pairs = tiled_pairs(requests.new, requests.prefix, rates.expanded_tile)
     host = rates.gather_host_s + (chunks - 1) * rates.chunk_host_s
     return (
         _gather_seconds(prefix, sizes, rates)
@@ -149,23 +140,17 @@ def prefix_gathered_seconds(
     )
 
 
-def _tiled_pairs(new: Sequence[int], keys: Sequence[int], tile: int) -> int:
-    """Count pairs of query and key, with each request's queries in whole tiles."""
-    return sum(-(-queries // tile) * tile * n for queries, n in zip(new, keys))
-
-
 def _expanded_attention(
     pairs: float, longest: int, sizes: MlaSizes, rates: Rates
 ) -> float:
-    """Time attention to expanded keys. Keys of one tile are not split over SMs."""
-    flops = _FLOPS * sizes.expanded_dims
-    chain = rates.sms * rates.expanded_tile * longest
-    return flops * max(pairs * sizes.local_heads, chain) / rates.expanded_flops
+    """Time attention to expanded keys."""
+    rows = pairs * sizes.local_heads
+    return ragged_attention_seconds(rows, longest, sizes.expanded_dims, rates)
 
 
 def _expand_flops(positions: Sequence[int], sizes: MlaSizes) -> float:
     heads = sizes.local_heads * (sizes.nope + sizes.v)
-    return float(_FLOPS * sum(positions) * sizes.latent * heads)
+    return float(FLOPS * sum(positions) * sizes.latent * heads)
 
 
 def _expand_seconds(positions: Sequence[int], sizes: MlaSizes, rates: Rates) -> float:
@@ -180,19 +165,13 @@ def _expand_seconds(positions: Sequence[int], sizes: MlaSizes, rates: Rates) -> 
 
 
 def _gather_seconds(positions: int, sizes: MlaSizes, rates: Rates) -> float:
-    stored = positions * (sizes.latent + sizes.rope) * sizes.stored_itemsize
-    received = stored * (sizes.dcp_size - 1) / sizes.dcp_size
-    return received / rates.gather_bytes + _GATHER_PASSES * stored / rates.memory_bytes
+    row = (sizes.latent + sizes.rope) * sizes.stored_itemsize
+    return gather_seconds(row, positions, sizes.dcp_size, _GATHER_PASSES, rates)
 
 
 def _exchange_seconds(new: int, sizes: MlaSizes, rates: Rates) -> float:
     """Time the gather of queries and the exchange of partial outputs."""
     query = (sizes.latent + sizes.rope) * sizes.itemsize
-    partial = sizes.latent * sizes.itemsize + _LSE_BYTES
-    peers = sizes.group_heads - sizes.local_heads
-    every = new * sizes.group_heads * (query + partial)
-    return (
-        new * peers * query / rates.gather_bytes
-        + new * peers * partial / rates.exchange_bytes
-        + _EXCHANGE_PASSES / 2 * every / rates.memory_bytes
-    )
+    out = sizes.latent * sizes.itemsize
+    rows = new * sizes.local_heads
+    return exchange_seconds(rows, sizes.dcp_size, query, out, rates)

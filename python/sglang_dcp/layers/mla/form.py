@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from sglang_dcp.layers.mla import cost
 from sglang_dcp.layers.mla.cost import MlaSizes, Requests
-from sglang_dcp.layers.mla.rates import HOPPER, Rates
+from sglang_dcp.layers.prefix.rates import HOPPER, Rates
 
 # Each prefix chunk keeps a plan for the whole forward, and FlashInfer a wrapper for ever.
 # Requests that share a prefix each gather it, so the size of the pool is no bound.

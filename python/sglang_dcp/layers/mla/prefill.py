@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any, Optional, Union
 import torch
 
 from sglang_dcp.layers.backends.attention_calls import first_rows, padded_rows
-from sglang_dcp.layers.backends.base import MhaKeys, cumulated
+from sglang_dcp.layers.backends.base import RaggedKeys, cumulated
 from sglang_dcp.layers.mla.form import PrefillForm
-from sglang_dcp.layers.mla.latents import (
-    LatentPlan,
-    gather_latents,
-    plan_latents,
+from sglang_dcp.layers.mla.latents import gather_latents
+from sglang_dcp.layers.prefix.gather import (
+    GatherPlan,
+    empty_rows,
+    plan_gather,
     split_into_chunks,
 )
 
@@ -59,8 +60,8 @@ class MlaPrefill:
         self._exchange = exchange
         self._pool = kv_pool
         # By index of the prefix chunk, None for other keys. The first layer fills them.
-        self._keys: dict[Optional[int], tuple[MhaKeys, Optional[torch.Tensor]]] = {}
-        self._plans: dict[Optional[int], LatentPlan] = {}
+        self._keys: dict[Optional[int], tuple[RaggedKeys, Optional[torch.Tensor]]] = {}
+        self._plans: dict[Optional[int], GatherPlan] = {}
         self._form: Optional[PrefillForm] = None
         self._logged = False
 
@@ -140,17 +141,17 @@ class MlaPrefill:
         chunk = batch.prefix_chunk_idx if batch.attn_attend_prefix_cache else None
         if chunk not in self._keys:
             keys = _keys_of(chunk, batch)
-            self._keys[chunk] = keys, _empty_rows(keys, batch)
-        keys, empty_rows = self._keys[chunk]
+            self._keys[chunk] = keys, empty_rows(keys, batch)
+        keys, empty = self._keys[chunk]
         rows, tokens = q.shape[0], sum(batch.extend_seq_lens_cpu)
         q = q[:tokens].view(tokens, -1, layer.qk_head_dim)
         # Keys of a prefix are those of requests. New tokens may be padded as queries are.
         k, v = first_rows(sum(keys.lens), k, v)
-        out, lse = self._backend.extend_expanded(q, k, v, layer, batch, keys)
-        if empty_rows is not None:
+        out, lse = self._backend.extend_ragged(q, k, v, layer, batch, keys)
+        if empty is not None:
             # A kernel may leave anything in these rows.
-            out = out.masked_fill(empty_rows[:, None, None], 0.0)
-            lse = lse.masked_fill(empty_rows[:, None], -math.inf)
+            out = out.masked_fill(empty[:, None, None], 0.0)
+            lse = lse.masked_fill(empty[:, None], -math.inf)
         out = padded_rows(out, rows)
         if not batch.mha_return_lse:
             return out
@@ -176,14 +177,14 @@ class MlaPrefill:
         )
         return latent.to(dtype), rope.to(dtype).unsqueeze(1)
 
-    def _plan(self, chunk: Optional[int], batch: ForwardBatch) -> LatentPlan:
+    def _plan(self, chunk: Optional[int], batch: ForwardBatch) -> GatherPlan:
         if chunk is None:
             lens = torch.tensor(_whole(batch))
             starts = torch.zeros_like(lens)
         else:
             starts = batch.prefix_chunk_starts_cpu[chunk]
             lens = batch.prefix_chunk_seq_lens_cpu[chunk]
-        return plan_latents(self._shard, batch.req_pool_indices, starts, lens)
+        return plan_gather(self._shard, batch.req_pool_indices, starts, lens)
 
 
 def _whole(batch: ForwardBatch) -> Sequence[int]:
@@ -192,19 +193,10 @@ def _whole(batch: ForwardBatch) -> Sequence[int]:
     return [prefix + new for prefix, new in lens]
 
 
-def _keys_of(chunk: Optional[int], batch: ForwardBatch) -> MhaKeys:
+def _keys_of(chunk: Optional[int], batch: ForwardBatch) -> RaggedKeys:
     if chunk is not None:
         lens = batch.prefix_chunk_seq_lens_cpu[chunk].tolist()
-        return MhaKeys(chunk, lens, batch.prefix_chunk_cu_seq_lens[chunk])
+        return RaggedKeys(chunk, lens, batch.prefix_chunk_cu_seq_lens[chunk])
     lens = _whole(batch) if batch.mha_one_shot else batch.extend_seq_lens_cpu
     counts = batch.seq_lens if batch.mha_one_shot else batch.extend_seq_lens
-    return MhaKeys(None, lens, cumulated(counts))
-
-
-def _empty_rows(keys: MhaKeys, batch: ForwardBatch) -> Optional[torch.Tensor]:
-    """Mark [tokens] new tokens whose request has no key; None if every request has one."""
-    if all(keys.lens):
-        return None
-    tokens = sum(batch.extend_seq_lens_cpu)
-    without = keys.ends.diff() == 0
-    return without.repeat_interleave(batch.extend_seq_lens, output_size=tokens)
+    return RaggedKeys(None, lens, cumulated(counts))

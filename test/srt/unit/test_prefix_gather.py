@@ -1,4 +1,4 @@
-"""Which rows of which rank make up a chunk of the requests' latents, by brute force.
+"""Which rows of which rank make up a chunk of the requests' prefixes, by brute force.
 
 Only this file sees each row of the plan. In its cases a rank holds nothing of a chunk, or
 fewer rows than others. A chunk begins amid a turn of the owners, or a request has no
@@ -17,11 +17,8 @@ import torch
 
 from helpers.attention_oracle import Served
 from sglang_dcp.layers.local_batch import Shard
-from sglang_dcp.layers.mla.latents import (
-    gather_latents,
-    plan_latents,
-    split_into_chunks,
-)
+from sglang_dcp.layers.mla.latents import gather_latents
+from sglang_dcp.layers.prefix.gather import plan_gather, split_into_chunks
 
 DIM, LATENT = 4, 3
 # Start and length of the chunk, by request.
@@ -58,7 +55,7 @@ def gathered(
     rows = torch.tensor([batch.rows[name] for name, _ in zip("abcdef", chunk)])
     # SGLang's are int32.
     starts, lens = torch.tensor(chunk, dtype=torch.int32).unbind(1)
-    plans = [plan_latents(shard_of(batch, r), rows, starts, lens) for r in range(dcp)]
+    plans = [plan_gather(shard_of(batch, r), rows, starts, lens) for r in range(dcp)]
     pools = [pool_of(batch, rank, dtype) for rank in range(dcp)]
     sent = [pool[plan.slots].flatten(1) for plan, pool in zip(plans, pools)]
     assert len({len(own) for own in sent}) == 1, "ranks send different sizes"
@@ -109,6 +106,27 @@ def test_each_request_has_its_positions_in_order(dcp: int, page: int) -> None:
     for chunk in cases:
         for got in gathered(chunk, dcp, page, torch.float32):
             assert torch.equal(got, wanted(chunk)), chunk
+
+
+@pytest.mark.parametrize("dcp", [2, 3, 4])
+def test_own_rows_first_are_the_same_rows(dcp: int) -> None:
+    """An exchange between peers leaves a rank's own rows where they are."""
+    chunk = [(0, 9), (0, 0), (5, 1), (2, 7)]
+    batch = served(chunk, dcp, 4)
+    rows = torch.tensor([batch.rows[name] for name, _ in zip("abcdef", chunk)])
+    starts, lens = torch.tensor(chunk).unbind(1)
+    plans = [
+        plan_gather(shard_of(batch, rank), rows, starts, lens, own_first=True)
+        for rank in range(dcp)
+    ]
+    sent = [
+        pool_of(batch, rank, torch.float32)[plan.slots].flatten(1)
+        for rank, plan in enumerate(plans)
+    ]
+    for rank, plan in enumerate(plans):
+        order = [rank, *(peer for peer in range(dcp) if peer != rank)]
+        every = torch.cat([sent[peer] for peer in order])
+        assert torch.equal(every[plan.order], wanted(chunk))
 
 
 def test_fp8_latents_stay_as_they_are() -> None:

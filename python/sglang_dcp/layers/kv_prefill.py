@@ -1,0 +1,176 @@
+"""A prefill that gathers the K/V heads of its cached prefix.
+
+Each rank receives the K and V that its local query heads need, from all ranks. So no query
+and no partial output leaves its rank.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional
+
+import torch
+
+from sglang_dcp.distributed.exchange.base import mask_empty_rows
+from sglang_dcp.layers.backends.base import Partial, RaggedKeys, cumulated
+from sglang_dcp.layers.heads import is_mla, kv_head_counts
+from sglang_dcp.layers.prefix import kv_form
+from sglang_dcp.layers.prefix.cost import Requests
+from sglang_dcp.layers.prefix.gather import GatherPlan, empty_rows, plan_gather
+from sglang_dcp.layers.prefix.kv_form import KvSizes, gathers_prefix
+from sglang_dcp.ops.layout import kv_heads_by_peer, kv_index_in_window
+from sglang_dcp.releases.api import sglang_api
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+    from sglang_dcp.config import DcpConfig
+    from sglang_dcp.distributed.exchange import Exchange
+    from sglang_dcp.layers.backends.base import InnerBackend
+    from sglang_dcp.layers.local_batch_types import Shard
+
+logger = logging.getLogger(__name__)
+
+
+class KvPlan(NamedTuple):
+    """The plan of one forward, for all its layers."""
+
+    gather: GatherPlan
+    keys: RaggedKeys
+    empty_rows: Optional[torch.Tensor]  # [tokens] bool
+
+
+class KvPrefill:
+    """The prefill over gathered K and V of one backend.
+
+    Parameters
+    ----------
+    backend : InnerBackend
+    shard : Shard
+    exchange : Exchange
+        The exchange over the DCP group.
+    kv_pool
+        SGLang's pool of this rank.
+    sizes : KvSizes, optional
+        None if a prefix always stays in place.
+    """
+
+    def __init__(
+        self,
+        backend: InnerBackend,
+        shard: Shard,
+        exchange: Exchange,
+        kv_pool: Any,
+        sizes: Optional[KvSizes],
+    ) -> None:
+        self._backend = backend
+        self._shard = shard
+        self._exchange = exchange
+        self._pool = kv_pool
+        self._sizes = sizes
+        self._plan: Optional[KvPlan] = None
+        self._logged = False
+
+    @property
+    def gathers(self) -> bool:
+        """Whether this forward gathers its prefix."""
+        return self._plan is not None
+
+    def init_forward_metadata(self, batch: ForwardBatch) -> None:
+        """Choose the form of a forward and plan it, once for all layers."""
+        self._plan = None
+        if self._sizes is None or not batch.forward_mode.is_extend():
+            return
+        requests = Requests(batch.extend_seq_lens_cpu, batch.extend_prefix_lens_cpu)
+        if gathers_prefix(requests, self._sizes):
+            self._plan = self._planned(batch)
+            self._log_once(sum(requests.prefix))
+
+    def _planned(self, batch: ForwardBatch) -> KvPlan:
+        prefix = batch.extend_prefix_lens_cpu
+        lens = torch.tensor(prefix)
+        where = batch.req_pool_indices, torch.zeros_like(lens), lens
+        keys = RaggedKeys(0, prefix, cumulated(batch.extend_prefix_lens))
+        gather = plan_gather(self._shard, *where, own_first=True)
+        return KvPlan(gather, keys, empty_rows(keys, batch))
+
+    def _log_once(self, positions: int) -> None:
+        if not self._logged and self._shard.dcp_rank == 0:
+            logger.info("DCP prefill gathers K and V of %d positions", positions)
+        self._logged = True
+
+    def attend(
+        self, q: torch.Tensor, layer: RadixAttention, batch: ForwardBatch
+    ) -> Partial:
+        """Attend with new tokens to the whole prefix, not causally.
+
+        `q` is [tokens, local heads, qk_dim]. The LSE is -inf for tokens without a prefix.
+        A collective over the DCP group. Never captured.
+        """
+        assert self._plan is not None, "this forward keeps its prefix in place"
+        k, v = self._gather(self._plan.gather, q.shape[1], layer.layer_id)
+        keys = self._plan.keys
+        out, lse = self._backend.extend_ragged(q, k, v, layer, batch, keys)
+        return Partial(out, mask_empty_rows(lse, self._plan.empty_rows))
+
+    def _gather(
+        self, plan: GatherPlan, own_q: int, layer_id: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gather K and V for local query heads: [positions, K/V heads, dim] each."""
+        keys = self._pool.get_key_buffer(layer_id)
+        values = self._pool.get_value_buffer(layer_id)
+        ranks = self._shard.dcp_size, self._shard.dcp_rank
+        sizes = (own_q, keys.shape[1], *ranks, keys.device)
+        heads = kv_heads_by_peer(*sizes)
+        # No name holds what was received, so that copies may use its memory.
+        rows = self._swapped(plan, keys, values, heads).flatten(0, 1)[plan.order]
+        at = heads.shape[1] * keys.shape[2]
+        k = rows[:, :at].unflatten(1, (-1, keys.shape[2]))
+        v = rows[:, at:].unflatten(1, (-1, values.shape[2]))
+        kept = kv_index_in_window(*sizes)
+        return k[:, kept], v[:, kept]
+
+    def _swapped(
+        self,
+        plan: GatherPlan,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        heads: torch.Tensor,
+    ) -> torch.Tensor:
+        """Send each peer its heads: [ranks, rows, K and V], this rank's own rows first."""
+        at = plan.slots[:, None], heads[:, None]
+        parts = [rows[at].flatten(2) for rows in (keys, values)]
+        ranks, held, width = *parts[0].shape[:2], sum(p.shape[2] for p in parts)
+        peers = ranks - 1
+        # For peers, this rank's own, from peers. The last two are put in order as one.
+        blocks = keys.new_empty(ranks + peers, held, width)
+        torch.cat(parts, dim=2, out=blocks[:ranks])
+        self._exchange.swap_rows(blocks[:peers], blocks[ranks:])
+        return blocks[peers:]
+
+
+def kv_sizes_of(runner: Any, config: DcpConfig) -> Optional[KvSizes]:
+    """Return the sizes by which a runner's prefill chooses its form, or None.
+
+    None means that a prefix always stays in place:
+
+    - latents have a form of their own (`layers/mla`);
+    - K and V in fp8 would be attended to with other scales and dtypes than in place, and
+      FlashInfer's and Triton's calls for rows outside the pool take no fp8 here;
+    - on a GPU, the backend is not in `kv_form.SERVED`.
+    """
+    model, stored = runner.model_config, runner.token_to_kv_pool.dtype
+    if is_mla(model) or stored != runner.dtype or config.dcp_size == 1:
+        return None
+    args = sglang_api().resolved(runner.server_args)
+    if runner.device != "cpu" and args.attention_backend not in kv_form.SERVED:
+        return None
+    return KvSizes(
+        local_heads=model.num_attention_heads // config.tp_size,
+        kv_heads=config.layout.kv_heads_per_rank(kv_head_counts(model)[0]),
+        dcp_size=config.dcp_size,
+        qk=model.head_dim,
+        v=model.v_head_dim,
+        itemsize=stored.itemsize,
+    )

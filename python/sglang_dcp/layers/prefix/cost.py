@@ -1,0 +1,77 @@
+"""What the parts of a prefill over a cached prefix cost: pure functions of logical lengths.
+
+All times are seconds of one layer on one rank: an estimate to compare forms by, not to
+predict a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from sglang_dcp.layers.prefix.rates import Rates
+
+FLOPS = 2  # of a multiplication and its addition
+# Copies of queries and partial outputs in memory: packed, received, merged. Each is
+# written and read once.
+_EXCHANGE_PASSES = 6
+_LSE_BYTES = 4
+
+
+class Requests(NamedTuple):
+    """Requests of a prefill: logical positions, the same on all ranks.
+
+    Attributes
+    ----------
+    new : new tokens of each request
+    prefix : cached positions of each request
+    """
+
+    new: Sequence[int]
+    prefix: Sequence[int]
+
+
+def tiled_pairs(rows: Sequence[int], keys: Sequence[int], tile: int) -> int:
+    """Count pairs of query row and key, with each request's rows in whole tiles."""
+    return sum(-(-queries // tile) * tile * n for queries, n in zip(rows, keys))
+
+
+def ragged_attention_seconds(
+    pairs: float, longest: int, dims: int, rates: Rates
+) -> float:
+    """Time attention to keys that are not split over SMs.
+
+    Parameters
+    ----------
+    pairs : pairs of query row and key
+    longest : most keys that one tile of rows goes through
+    dims : multiplications for each pair
+    """
+    chain = rates.sms * rates.expanded_tile * longest
+    return FLOPS * dims * max(pairs, chain) / rates.expanded_flops
+
+
+def gather_seconds(
+    row_bytes: float, positions: int, dcp_size: int, passes: int, rates: Rates
+) -> float:
+    """Time the gather of stored rows that are copied in memory `passes` times."""
+    stored = positions * row_bytes
+    received = stored * (dcp_size - 1) / dcp_size
+    return received / rates.gather_bytes + passes * stored / rates.memory_bytes
+
+
+def exchange_seconds(
+    rows: int, dcp_size: int, query_bytes: int, out_bytes: int, rates: Rates
+) -> float:
+    """Time the gather of queries and the exchange of partial outputs.
+
+    `rows` is new tokens x local heads, the bytes are those of a row.
+    """
+    partial_bytes = out_bytes + _LSE_BYTES
+    peers = rows * (dcp_size - 1)
+    every = rows * dcp_size * (query_bytes + partial_bytes)
+    return (
+        peers * query_bytes / rates.gather_bytes
+        + peers * partial_bytes / rates.exchange_bytes
+        + _EXCHANGE_PASSES / 2 * every / rates.memory_bytes
+    )

@@ -1,0 +1,121 @@
+"""Whether a prefill gathers the K/V heads of its prefix: pure functions of logical lengths.
+
+In place, queries are gathered, each rank attends to its part of the prefix, and partial
+outputs are exchanged. Gathered, each rank receives the K and V that its local query heads
+need, and attends to the whole prefix. Logical lengths are the same on all ranks, so all
+ranks choose the same form and issue the same collectives.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from sglang_dcp.layers.prefix.cost import (
+    FLOPS,
+    Requests,
+    exchange_seconds,
+    gather_seconds,
+    ragged_attention_seconds,
+    tiled_pairs,
+)
+from sglang_dcp.layers.prefix.rates import HOPPER, Rates
+from sglang_dcp.ops.layout import kv_windows, most_kept_kv_heads
+
+# Attention backends whose servers with gathered K/V were compared with tp 1 on GPUs. None
+# was yet. CPUs gather whatever stands here.
+SERVED: frozenset[str] = frozenset()
+
+# Of the K and V that a layer attends to. With those sent and received, a layer holds up to
+# three times this: not more than FA3's splits and the exchange take in place. A chunk of
+# 8192 tokens seldom gathers more by the estimate below either.
+MOST_GATHERED_BYTES = 128 << 20
+
+# K and V are taken from the pool, packed, received, put in order. Each copy is written and
+# read once.
+_GATHER_PASSES = 8
+
+
+class KvSizes(NamedTuple):
+    """Sizes of a rank's attention to K/V heads.
+
+    Attributes
+    ----------
+    local_heads : query heads of the rank
+    kv_heads : K/V heads in the rank's pool
+    dcp_size : ranks that hold the same K/V heads
+    qk, v : dims of a head
+    itemsize : bytes of a number of queries and outputs, and of the pool
+    """
+
+    local_heads: int
+    kv_heads: int
+    dcp_size: int
+    qk: int
+    v: int
+    itemsize: int = 2
+
+    @property
+    def window(self) -> int:
+        """K/V heads that a rank receives."""
+        return kv_windows(self.local_heads, self.kv_heads, self.dcp_size)[0]
+
+    @property
+    def kept(self) -> int:
+        """K/V heads that attention reads at most, copies included."""
+        return most_kept_kv_heads(self.local_heads, self.kv_heads, self.dcp_size)
+
+    def row_bytes(self, kv_heads: int) -> int:
+        """Return the bytes of K and V of one position."""
+        return kv_heads * (self.qk + self.v) * self.itemsize
+
+    @property
+    def most_positions(self) -> int:
+        """Most cached positions of a batch that may be gathered."""
+        return MOST_GATHERED_BYTES // self.row_bytes(max(self.window, self.kept))
+
+
+def gathers_prefix(
+    requests: Requests, sizes: KvSizes, *, rates: Rates = HOPPER
+) -> bool:
+    """Choose the form of a prefill. The result is the same on all ranks of the DCP group.
+
+    A batch takes one form for all its requests, decoded tokens of mixed chunks included.
+    """
+    prefix = sum(requests.prefix)
+    if not 0 < prefix <= sizes.most_positions:
+        return False
+    gathered = gathered_seconds(requests, sizes, rates)
+    return gathered <= in_place_seconds(requests, sizes, rates)
+
+
+def in_place_seconds(requests: Requests, sizes: KvSizes, rates: Rates) -> float:
+    """Time attention to a prefix that stays on its ranks, and the exchange.
+
+    Kernels may split the keys, so all SMs have work.
+    """
+    group = sizes.local_heads * sizes.dcp_size // sizes.kv_heads
+    pairs = _pairs(requests, group, sizes, rates) * sizes.kv_heads / sizes.dcp_size
+    attention = FLOPS * (sizes.qk + sizes.v) * pairs / rates.expanded_flops
+    stored = sum(requests.prefix) * sizes.row_bytes(sizes.kv_heads) / sizes.dcp_size
+    rows = sum(requests.new) * sizes.local_heads
+    numbers = sizes.qk * sizes.itemsize, sizes.v * sizes.itemsize
+    exchange = exchange_seconds(rows, sizes.dcp_size, *numbers, rates)
+    read = stored / rates.memory_bytes
+    return max(attention, read) + exchange + rates.kv_in_place_host_s
+
+
+def gathered_seconds(requests: Requests, sizes: KvSizes, rates: Rates) -> float:
+    """Time the gather of a prefix, and attention to it. Kernels do not split its keys."""
+    positions, kept = sum(requests.prefix), sizes.kept
+    pairs = _pairs(requests, -(-sizes.local_heads // kept), sizes, rates) * kept
+    row = sizes.row_bytes(sizes.window)
+    gather = gather_seconds(row, positions, sizes.dcp_size, _GATHER_PASSES, rates)
+    dims, longest = sizes.qk + sizes.v, max(requests.prefix)
+    attention = ragged_attention_seconds(pairs, longest, dims, rates)
+    return gather + attention + rates.kv_gather_host_s
+
+
+def _pairs(requests: Requests, group: int, sizes: KvSizes, rates: Rates) -> int:
+    """Count pairs of query row and key for one K/V head, which serves `group` heads."""
+    rows = [new * group for new in requests.new]
+    return tiled_pairs(rows, requests.prefix, rates.expanded_tile)

@@ -1,0 +1,109 @@
+"""Live servers whose prefills gather K and V of a cached prefix.
+
+DCP keeps these prefixes in place on GPUs until this file has run there (`SERVED` in
+`layers/prefix/kv_form.py`). The plugin of its servers opens that door. Only here do
+kernels over gathered rows, NCCL, prefill graphs and prefixes of earlier chunks meet in one
+server.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from helpers import kv_form_door, prefill_graph_door, teacher_forcing
+from helpers.gpu_cases import (
+    BACKENDS,
+    TP2_DCP2,
+    TP4_ATTN2,
+    TP4_DCP4,
+    Case,
+    assert_within_spread,
+    chosen_kinds,
+    exchange_case,
+    fleet_fixture,
+    params,
+)
+from helpers.gpu_servers import Fleet
+from helpers.nccl_ranks import needs_gpus
+from helpers.prefill_graph import HAS_PREFILL_GRAPHS
+
+pytestmark = [pytest.mark.server, needs_gpus(2)]
+
+KINDS = ("llama-2kv-d128", "qwen3-moe-d128")
+EXCHANGES = tuple(itertools.product(("a2a", "symm_a2a", "ag_rs"), (False, True)))
+MIXED = "--enable-mixed-chunk"
+SHAPES = (
+    ("page1", "--page-size 1"),
+    ("page64-chunks", "--page-size 64 --chunked-prefill-size 1024"),
+    ("page1-chunks", "--page-size 1 --chunked-prefill-size 1024"),
+    ("page64", "--page-size 64"),
+    ("page16-mixed", f"--page-size 16 --chunked-prefill-size 1024 {MIXED}"),
+)
+LINE = "DCP prefill gathers K and V of"
+
+
+def matrix(kind: str) -> Iterator[Case]:
+    """The shapes rotate, so that each backend and each exchange sees several."""
+    for b, backend in enumerate(BACKENDS):
+        for e, exchange in enumerate(EXCHANGES):
+            for number, layout in enumerate((TP2_DCP2, TP4_ATTN2, TP4_DCP4)):
+                shape = SHAPES[(b + e + 2 * number) % len(SHAPES)]
+                yield exchange_case(kind, layout, backend, exchange, shape)
+
+
+def behind_door(case: Case) -> Case:
+    return replace(case, plugin=kv_form_door.opened(case.numbers.plugin))
+
+
+def in_graphs(case: Case) -> Case:
+    """The same with prefills in breakable graphs."""
+    plugin = prefill_graph_door.opened(kv_form_door.opened(case.numbers.plugin))
+    return replace(case, label=f"{case.label}-in-graphs", plugin=plugin)
+
+
+def graph_cases() -> Iterator[Case]:
+    for kind, backend in itertools.product(chosen_kinds(KINDS), BACKENDS):
+        yield in_graphs(
+            exchange_case(kind, TP2_DCP2, backend, ("a2a", True), SHAPES[2])
+        )
+
+
+def cases() -> Iterator[Case]:
+    for kind in chosen_kinds(KINDS):
+        yield from map(behind_door, matrix(kind))
+    if HAS_PREFILL_GRAPHS:
+        yield from graph_cases()
+
+
+FP8 = behind_door(
+    Case(
+        "llama-2kv-d128",
+        TP2_DCP2,
+        "fp8-in-place",
+        "--attention-backend fa3 --kv-cache-dtype fp8_e4m3 --chunked-prefill-size 1024",
+    )
+)
+
+fleet = fleet_fixture(teacher_forcing.build_waves)
+
+
+@pytest.mark.parametrize("case", params(cases()))
+def test_within_the_spread_of_tp(case: Case, fleet: Fleet) -> None:
+    assert_within_spread(case, fleet)
+    run = fleet.run(case.spec)
+    assert LINE in run.log
+    if case.label.endswith("in-graphs"):
+        assert any(batch.cached_tokens for batch in run.prefill_batches(graph=True))
+
+
+def test_fp8_stays_in_place(fleet: Fleet) -> None:
+    assert LINE not in fleet.run(FP8.spec).log
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__, "-s"]))
