@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import pytest
 
-from helpers import kv_form_door, prefill_graph_door, teacher_forcing
+from helpers import kv_form_door, teacher_forcing
 from helpers.gpu_cases import (
     BACKENDS,
     TP2_DCP2,
@@ -60,24 +60,19 @@ def behind_door(case: Case) -> Case:
     return replace(case, plugin=kv_form_door.opened(case.numbers.plugin))
 
 
-def in_graphs(case: Case) -> Case:
-    """The same with prefills in breakable graphs."""
-    plugin = prefill_graph_door.opened(kv_form_door.opened(case.numbers.plugin))
-    return replace(case, label=f"{case.label}-in-graphs", plugin=plugin)
-
-
-def graph_cases() -> Iterator[Case]:
+def eager_cases() -> Iterator[Case]:
+    """The other servers prefill in breakable graphs where the release has them."""
     for kind, backend in itertools.product(chosen_kinds(KINDS), BACKENDS):
-        yield in_graphs(
-            exchange_case(kind, TP2_DCP2, backend, ("a2a", True), SHAPES[2])
-        )
+        case = exchange_case(kind, TP2_DCP2, backend, ("a2a", True), SHAPES[2])
+        flags = f"{case.flags} --disable-prefill-cuda-graph"
+        yield replace(case, label=f"{case.label}-eager-prefill", flags=flags)
 
 
 def cases() -> Iterator[Case]:
     for kind in chosen_kinds(KINDS):
         yield from map(behind_door, matrix(kind))
     if HAS_PREFILL_GRAPHS:
-        yield from graph_cases()
+        yield from map(behind_door, eager_cases())
 
 
 FP8 = behind_door(
@@ -97,8 +92,9 @@ def test_within_the_spread_of_tp(case: Case, fleet: Fleet) -> None:
     assert_within_spread(case, fleet)
     run = fleet.run(case.spec)
     assert LINE in run.log
-    if case.label.endswith("in-graphs"):
-        assert any(batch.cached_tokens for batch in run.prefill_batches(graph=True))
+    if HAS_PREFILL_GRAPHS:
+        graph = not case.label.endswith("eager-prefill")
+        assert any(batch.cached_tokens for batch in run.prefill_batches(graph=graph))
 
 
 def test_fp8_stays_in_place(fleet: Fleet) -> None:
