@@ -32,7 +32,7 @@ class RaggedKeys(NamedTuple):
     Attributes
     ----------
     prefix_chunk : int, optional
-        Index of the prefix chunk; a prefix in one piece is chunk 0. If it is None, the
+        Index of the prefix chunk; a prefix that is not cut is chunk 0. If it is None, the
         keys end with the new tokens, and attention is causal: a request's last key is its
         last new token.
     lens : sequence of int
