@@ -7,6 +7,7 @@ and no partial output leaves its rank.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 import torch
@@ -18,6 +19,7 @@ from sglang_dcp.layers.prefix import kv_form
 from sglang_dcp.layers.prefix.cost import Requests
 from sglang_dcp.layers.prefix.gather import GatherPlan, empty_rows, plan_gather
 from sglang_dcp.layers.prefix.kv_form import KvSizes, gathers_prefix
+from sglang_dcp.ops.kv_rows import order_kv_rows, pack_kv_rows
 from sglang_dcp.ops.layout import kv_heads_by_peer, kv_index_in_window
 from sglang_dcp.releases.api import sglang_api
 
@@ -39,6 +41,24 @@ class KvPlan(NamedTuple):
     gather: GatherPlan
     keys: RaggedKeys
     empty_rows: Optional[torch.Tensor]  # [tokens] bool
+
+
+class LayersAhead(NamedTuple):
+    """Gathered K and V of layers in a row, from layer `first` on.
+
+    `keys` and `values` are [layers, positions, K/V heads, dim].
+    """
+
+    first: int
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    @property
+    def last(self) -> int:
+        return self.first + len(self.keys) - 1
+
+    def holds(self, layer_id: int) -> bool:
+        return self.first <= layer_id <= self.last
 
 
 class KvPrefill:
@@ -70,6 +90,7 @@ class KvPrefill:
         self._pool = kv_pool
         self._sizes = sizes
         self._plan: Optional[KvPlan] = None
+        self._ahead: Optional[LayersAhead] = None
         self._logged = False
 
     @property
@@ -79,7 +100,7 @@ class KvPrefill:
 
     def init_forward_metadata(self, batch: ForwardBatch) -> None:
         """Choose the form of a forward and plan it, once for all layers."""
-        self._plan = None
+        self._plan = self._ahead = None
         if self._sizes is None or not batch.forward_mode.is_extend():
             return
         requests = Requests(batch.extend_seq_lens_cpu, batch.extend_prefix_lens_cpu)
@@ -106,47 +127,69 @@ class KvPrefill:
         """Attend with new tokens to the whole prefix, not causally.
 
         `q` is [tokens, local heads, qk_dim]. The LSE is -inf for tokens without a prefix.
-        A collective over the DCP group. Never captured.
+        In the first of some layers it is a collective over the DCP group. Never captured.
         """
         assert self._plan is not None, "this forward keeps its prefix in place"
-        k, v = self._gather(self._plan.gather, q.shape[1], layer.layer_id)
+        k, v = self._of_layer(self._plan.gather, q.shape[1], layer.layer_id)
         keys = self._plan.keys
         out, lse = self._backend.extend_ragged(q, k, v, layer, batch, keys)
         return Partial(out, mask_empty_rows(lse, self._plan.empty_rows))
 
-    def _gather(
+    def _of_layer(
         self, plan: GatherPlan, own_q: int, layer_id: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gather K and V for local query heads: [positions, K/V heads, dim] each."""
-        keys = self._pool.get_key_buffer(layer_id)
-        values = self._pool.get_value_buffer(layer_id)
+        """Return K and V for local query heads: [positions, K/V heads, dim] each."""
+        if self._ahead is None or not self._ahead.holds(layer_id):
+            # Freed before the next layers are gathered.
+            self._ahead = None
+            self._ahead = self._gather(plan, own_q, layer_id)
+        ahead = self._ahead
+        if layer_id == ahead.last:
+            self._ahead = None
+        return ahead.keys[layer_id - ahead.first], ahead.values[layer_id - ahead.first]
+
+    def _gather(self, plan: GatherPlan, own_q: int, first: int) -> LayersAhead:
+        """Gather K and V of layer `first` and of as many after it as memory is meant for.
+
+        A prefix is in the pool before its forward starts. Fewer, larger collectives and
+        copies take less of the host.
+        """
+        layers = range(first, first + self._layers_at_once(plan, first))
+        keys = [self._pool.get_key_buffer(layer) for layer in layers]
+        values = [self._pool.get_value_buffer(layer) for layer in layers]
         ranks = self._shard.dcp_size, self._shard.dcp_rank
-        sizes = (own_q, keys.shape[1], *ranks, keys.device)
+        sizes = (own_q, keys[0].shape[1], *ranks, keys[0].device)
         heads = kv_heads_by_peer(*sizes)
+        dims = heads.shape[1], keys[0].shape[2], values[0].shape[2]
         # No name holds what was received, so that copies may use its memory.
-        rows = self._swapped(plan, keys, values, heads).flatten(0, 1)[plan.order]
-        at = heads.shape[1] * keys.shape[2]
-        k = rows[:, :at].unflatten(1, (-1, keys.shape[2]))
-        v = rows[:, at:].unflatten(1, (-1, values.shape[2]))
+        found = order_kv_rows(
+            self._swapped(plan, keys, values, heads), plan.order, *dims
+        )
         kept = kv_index_in_window(*sizes)
-        return k[:, kept], v[:, kept]
+        return LayersAhead(first, *(part[:, :, kept] for part in found))
+
+    def _layers_at_once(self, plan: GatherPlan, first: int) -> int:
+        assert self._sizes is not None
+        left = self._pool.start_layer + self._pool.layer_num - first
+        return min(left, self._sizes.layers_at_once(len(plan.order)))
 
     def _swapped(
         self,
         plan: GatherPlan,
-        keys: torch.Tensor,
-        values: torch.Tensor,
+        keys: Sequence[torch.Tensor],
+        values: Sequence[torch.Tensor],
         heads: torch.Tensor,
     ) -> torch.Tensor:
-        """Send each peer its heads: [ranks, rows, K and V], this rank's own rows first."""
-        at = plan.slots[:, None], heads[:, None]
-        parts = [rows[at].flatten(2) for rows in (keys, values)]
-        ranks, held, width = *parts[0].shape[:2], sum(p.shape[2] for p in parts)
+        """Send each peer its heads: [ranks, layers, rows, K and V], own rows first."""
+        (ranks, window), rows = heads.shape, len(plan.slots)
+        width = window * (keys[0].shape[2] + values[0].shape[2])
         peers = ranks - 1
         # For peers, this rank's own, from peers. The last two are put in order as one.
-        blocks = keys.new_empty(ranks + peers, held, width)
-        torch.cat(parts, dim=2, out=blocks[:ranks])
-        self._exchange.swap_rows(blocks[:peers], blocks[ranks:])
+        blocks = keys[0].new_empty(ranks + peers, len(keys), rows, width)
+        pack_kv_rows(keys, values, plan.slots, heads, blocks[:ranks])
+        self._exchange.swap_rows(
+            blocks[:peers].flatten(1, 2), blocks[ranks:].flatten(1, 2)
+        )
         return blocks[peers:]
 
 

@@ -57,6 +57,9 @@ BATCHES = {
     "one-and-none": [(0, 2), (1, 1), (0, 1)],
 }
 QK, V = 3, 2
+LAYERS = (2, 3, 4)
+# Added to each number of a layer's pool.
+LAYER = 100_000
 
 
 class Spread:
@@ -68,7 +71,8 @@ class Spread:
         self.served = Served(page, self.dcp)
         for name, (prefix, new) in zip("abcdef", self.lens):
             self.served.grow(name, prefix + new)
-        self.sent: dict[int, Tensor] = {}
+        self.sent: dict[int, list[Tensor]] = {}
+        self.delivers = False
 
     def number(self, request: int, position: int, head: int) -> int:
         return (request * 64 + position) * 16 + head
@@ -82,7 +86,10 @@ class Spread:
                     keys[slot, head] = self.number(request, position, head)
         values = -keys[..., :V]
         return SimpleNamespace(
-            get_key_buffer=lambda layer: keys, get_value_buffer=lambda layer: values
+            get_key_buffer=lambda layer: keys + layer * LAYER,
+            get_value_buffer=lambda layer: values - layer * LAYER,
+            start_layer=LAYERS[0],
+            layer_num=len(LAYERS),
         )
 
     def batch(self) -> Any:
@@ -99,18 +106,21 @@ class Spread:
 
     def swap(self, rank: int) -> Any:
         peers = [peer for peer in range(self.dcp) if peer != rank]
+        turns = itertools.count()
 
         def swap_rows(sent: Tensor, received: Tensor) -> None:
             assert sent.is_contiguous() and received.is_contiguous()
-            self.sent[rank] = sent.clone()
-            if len(self.sent) == self.dcp:
-                for place, peer in enumerate(peers):
-                    received[place] = self.sent[peer][rank - (rank > peer)]
+            if not self.delivers:
+                self.sent.setdefault(rank, []).append(sent.clone())
+                return
+            turn = next(turns)
+            for place, peer in enumerate(peers):
+                received[place] = self.sent[peer][turn][rank - (rank > peer)]
 
         return SimpleNamespace(swap_rows=swap_rows)
 
-    def gathered(self) -> list[tuple[Tensor, Tensor]]:
-        """K and V of each rank. The first round only tells what is sent."""
+    def gathered(self) -> list[list[tuple[Tensor, Tensor]]]:
+        """K and V of each rank and layer. The first round only tells what is sent."""
         sizes = KvSizes(self.own_q, self.kv_heads, self.dcp, QK, V, 4)
         table, page = self.served.table, self.served.page_size
         prefills = []
@@ -122,11 +132,16 @@ class Spread:
         for prefill in prefills:
             prefill.init_forward_metadata(self.batch())
             assert prefill.gathers
-        for _ in range(2):
+        for self.delivers in (False, True):
             found = [
-                prefill._gather(prefill._plan.gather, self.own_q, 0)  # type: ignore
+                [
+                    prefill._of_layer(prefill._plan.gather, self.own_q, n)  # type: ignore
+                    for n in LAYERS
+                ]
                 for prefill in prefills
             ]
+        # No layer's K and V outlive the forward.
+        assert all(prefill._ahead is None for prefill in prefills)
         return found
 
     def wanted(self, rank: int) -> Tensor:
@@ -148,19 +163,23 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("always")
-@pytest.mark.parametrize("page", [1, 4])
+@pytest.mark.parametrize("page, at_once", [(1, 1), (4, 2), (4, 3), (1, 9)])
 @pytest.mark.parametrize("heads, batch", itertools.product(HEADS, BATCHES))
 def test_each_query_head_meets_its_positions_in_order(
-    heads: str, batch: str, page: int
+    heads: str, batch: str, page: int, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(KvSizes, "layers_at_once", lambda sizes, positions: at_once)
     spread = Spread(heads, batch, page)
-    for rank, (k, v) in enumerate(spread.gathered()):
-        # As a kernel reads them: equally many query heads for each K/V head.
-        assert spread.own_q % k.shape[1] == 0
-        by_query = k.repeat_interleave(spread.own_q // k.shape[1], 1)
-        assert by_query.shape[2] == QK and v.shape[1:] == (k.shape[1], V)
-        assert torch.equal(by_query, spread.wanted(rank)[..., None].expand(-1, -1, QK))
-        assert torch.equal(v, -k[..., :V])
+    for rank, layers in enumerate(spread.gathered()):
+        assert len(spread.sent[rank]) == -(-len(LAYERS) // at_once)
+        for layer, (k, v) in zip(LAYERS, layers):
+            # As a kernel reads them: equally many query heads for each K/V head.
+            assert spread.own_q % k.shape[1] == 0
+            by_query = k.repeat_interleave(spread.own_q // k.shape[1], 1)
+            assert by_query.shape[2] == QK and v.shape[1:] == (k.shape[1], V)
+            wanted = spread.wanted(rank)[..., None] + layer * LAYER
+            assert torch.equal(by_query, wanted.expand(-1, -1, QK))
+            assert torch.equal(v, -k[..., :V])
 
 
 @pytest.mark.usefixtures("always")
@@ -174,8 +193,8 @@ def test_no_more_heads_travel_than_a_window(heads: str) -> None:
         sum(len(range(r, prefix, dcp)) for prefix, _ in BATCHES["ragged"])
         for r in range(dcp)
     )
-    shapes = {tuple(sent.shape) for sent in spread.sent.values()}
-    assert shapes == {(dcp - 1, rows, window * (QK + V))}
+    shapes = {tuple(sent.shape) for [sent] in spread.sent.values()}
+    assert shapes == {(dcp - 1, len(LAYERS) * rows, window * (QK + V))}
     group = own_q * dcp / kv_heads
     most = max(
         int((r + 1) * own_q / group - 1e-9) - int(r * own_q / group) + 1
@@ -217,7 +236,7 @@ def test_tokens_without_a_prefix_are_masked() -> None:
     prefill = KvPrefill(backend, shard, spread.swap(0), spread.pool(0), sizes)
     batch = spread.batch()
     prefill.init_forward_metadata(batch)
-    layer: Any = SimpleNamespace(layer_id=0)
+    layer: Any = SimpleNamespace(layer_id=LAYERS[0])
     found = prefill.attend(torch.zeros(4, 4, QK), layer, batch).lse
     # Two tokens, one over a prefix, and one.
     empty = torch.tensor([True, True, False, True])

@@ -25,8 +25,8 @@ from sglang_dcp.ops.layout import kv_windows, most_kept_kv_heads
 # was yet. CPUs gather whatever stands here.
 SERVED: frozenset[str] = frozenset()
 
-# Of the K and V that a layer attends to. With those sent and received, a layer holds up to
-# three times this: not more than FA3's splits and the exchange take in place. A chunk of
+# Of the K and V that the layers of one gather attend to. With those sent and received they
+# hold up to three times this: not more than FA3's splits and the exchange take in place. A chunk of
 # 8192 tokens seldom gathers more by the estimate below either.
 MOST_GATHERED_BYTES = 128 << 20
 
@@ -72,6 +72,10 @@ class KvSizes(NamedTuple):
     def most_positions(self) -> int:
         """Most cached positions of a batch that may be gathered."""
         return MOST_GATHERED_BYTES // self.row_bytes(max(self.window, self.kept))
+
+    def layers_at_once(self, positions: int) -> int:
+        """Return how many layers a batch with so many cached positions gathers at once."""
+        return max(1, self.most_positions // positions)
 
 
 def gathers_prefix(

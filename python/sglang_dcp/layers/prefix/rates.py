@@ -57,7 +57,7 @@ class Rates(NamedTuple):
 # links at 7/9 and 2/3. The rate of products is taken from the same prefills.
 # Of K/V heads (Qwen3-30B-A3B/4, tp 2, chunks of 8192 tokens of 8 prompts of 32,768): a
 # chunk took 23 ms more than plain TP's over 48 layers, of which 4 ms are bytes. Gathering
-# was not timed: it makes 7 calls in a layer where in place makes 10.
+# was not timed. It makes fewer calls: those of the gather serve several layers.
 HOPPER = Rates(
     absorbed_flops=640e12,
     absorbed_split_flops=200e12,
