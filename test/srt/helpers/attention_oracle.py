@@ -140,6 +140,7 @@ class FakePool:
         self, shape: Shape, kv_heads: int, slots: int, page_size: int, dtype: Any
     ) -> None:
         sizes = (LAYERS, slots, kv_heads)
+        self.start_layer, self.layer_num = 0, LAYERS
         self._page_size = page_size
         self._latent, self._v_dim, self.dtype = shape.latent, shape.v_dim, dtype
         self.keys = torch.full((*sizes, shape.qk_dim), NAN, dtype=dtype)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Optional
 from unittest import mock
 
 import torch
@@ -317,14 +317,15 @@ def run_steps(group: Group, steps: Sequence[Step], run: Callable[..., None]) -> 
 def serve(
     case: Case,
     steps: Sequence[Step] = SCRIPT,
-    replays: Sequence[Step] = REPLAYS,
+    replays: Optional[Sequence[Step]] = REPLAYS,
     make_backend: Callable[[Case, Any], Any] = real_backend,
     *,
     speculates: bool = False,
 ) -> Group:
-    """A life of requests in eager forwards, then in captured decode steps, if any.
+    """A life of requests in eager forwards, then in captured decode steps.
 
-    If it `speculates`, verifications follow, eager and captured.
+    Nothing is captured if `replays` is None. If it `speculates`, verifications follow,
+    eager and captured.
     """
     rule = mock.patch(
         "sglang_dcp.layers.kv_prefill.gathers_prefix",
@@ -334,7 +335,7 @@ def serve(
         with attention_width(case.dcp_size):
             group = Group(case, make_backend)
             run_steps(group, steps, group.eager)
-            if replays:
+            if replays is not None:
                 run_steps(group, replays, Graphs(group).replay)
             if speculates:
                 run_steps(group, VERIFICATIONS, group.eager)

@@ -429,11 +429,13 @@ class Rank:
             return ["replicated"] * replicated + each * LAYERS
         prefix = [where.start for where in new.values()]
         of_layer = ["break"] * self.case.in_graph
+        chosen = ["sharded"] * replicated
         if GATHERS[self.case.form](prefix):
-            of_layer += ["swap"]
-        elif any(prefix):
+            # The first layer gathers for all.
+            return chosen + of_layer + ["swap"] + of_layer * (LAYERS - 1)
+        if any(prefix):
             of_layer += ["gather", "reduce"]
-        return ["sharded"] * replicated + of_layer * LAYERS
+        return chosen + of_layer * LAYERS
 
     def pool_contents(self) -> Iterator[tuple[str, Any, Any]]:
         """Each owned position at its slot, and NaN everywhere else."""

@@ -317,7 +317,7 @@ def no_event(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("make", [fa3, flashinfer, native], ids=lambda m: m.__name__)
 @pytest.mark.parametrize("name", CASES)
 def test_equals_float64_over_all_keys(name: str, make: Any) -> None:
-    serve(CASES[name], STEPS, [], make)
+    serve(CASES[name], STEPS, None, make)
 
 
 INTERPRETED = ("dcp2-page16", "uneven-12-3")
@@ -345,7 +345,7 @@ def fault_of(name: str) -> str:
     case = replace(CASES[name], dtype=torch.float16)
     steps = [extend(a=1, b=7, c=30), mixed(a=5, b=1, d=20, c=9), mixed(d=1, a=2)]
     try:
-        serve(case, steps, [], triton)
+        serve(case, steps, None, triton)
     except AssertionError as error:
         return str(error)
     return ""
