@@ -17,19 +17,21 @@ def pack_kv_rows_torch(
 ) -> None:
     """Do what ``pack_kv_rows`` does."""
     at = slots[:, None], heads[:, None]
-    for layer, pools in enumerate(zip(keys, values)):
-        parts = [pool[at].flatten(2) for pool in pools]
-        packed[:, layer] = torch.cat(parts, dim=2)
+    border = heads.shape[1] * keys[0].shape[2]
+    for layer, (key, value) in enumerate(zip(keys, values)):
+        packed[:, layer, :, :border] = key[at].flatten(2)
+        packed[:, layer, :, border:] = value[at].flatten(2)
 
 
 def order_kv_rows_torch(
     packed: Tensor, order: Tensor, window: int, qk: int, v: int
 ) -> tuple[Tensor, Tensor]:
     """Do what ``order_kv_rows`` does."""
-    rows = packed.transpose(0, 1).flatten(1, 2)[:, order]
-    parts = rows.tensor_split([window * qk], dim=2)
-    keys, values = (
-        part.unflatten(2, (window, dim)).contiguous()
-        for part, dim in zip(parts, (qk, v))
-    )
+    layers, positions = packed.shape[1], len(order)
+    keys = packed.new_empty(layers, positions, window, qk)
+    values = packed.new_empty(layers, positions, window, v)
+    for layer in range(layers):
+        rows = packed[:, layer].flatten(0, 1)
+        for out, part in zip((keys, values), rows.tensor_split([window * qk], dim=1)):
+            torch.index_select(part, 0, order, out=out[layer].flatten(1))
     return keys, values

@@ -216,6 +216,8 @@ def test_a_gathered_prefix_takes_what_is_told(name: str) -> None:
         attention_width(case.dcp_size),
         allocating_kernels(),
         mock.patch("sglang_dcp.layers.kv_prefill.gathers_prefix", lambda *args: True),
+        # As where one layer fills what several may take.
+        mock.patch.object(KvSizes, "layers_at_once", lambda *args: 1),
     ):
         at_work = Served(case, "a2a")
         silent: Any = SilentGroup(case.dcp_size)
