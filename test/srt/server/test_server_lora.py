@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import random
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -133,7 +133,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return lambda kind: make_tiny_model(root / kind, kind)
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def _params() -> Iterator[object]:
+    for name, case in CASES.items():
+        # CI has no time for four ranks.
+        marks = [pytest.mark.long] if "tp4" in name else []
+        yield pytest.param(case, id=name, marks=marks)
+
+
+@pytest.mark.parametrize("case", list(_params()))
 def test_adapters_equal_to_merged_weights(
     case: Case, models: Callable[[str], Path], tmp_path: Path
 ) -> None:

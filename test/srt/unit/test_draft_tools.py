@@ -80,7 +80,11 @@ def test_flags_say_what_a_corpus_is_told() -> None:
     assert speculation.told(flags, speculation.knowing("some")) == ("some", 8)
 
 
-KINDS = ("llama-2kv+shallow", "mla-moe+shallow", "mla-v3+shallow-mtp")
+KINDS = (
+    "llama-2kv+shallow",
+    pytest.param("mla-moe+shallow", marks=pytest.mark.long),
+    pytest.param("mla-v3+shallow-mtp", marks=pytest.mark.long),
+)
 
 
 @pytest.mark.parametrize("kind", KINDS)

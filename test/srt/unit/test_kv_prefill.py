@@ -332,6 +332,7 @@ def interpreted() -> dict[str, str]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", INTERPRETED)
 def test_tritons_kernel_takes_gathered_rows(
     name: str, interpreted: dict[str, str]
