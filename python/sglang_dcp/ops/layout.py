@@ -128,6 +128,7 @@ def kv_index_of_local_q(
     return slice(first, last + 1) if even else torch.tensor(heads, device=device)
 
 
+@cache
 def most_kept_kv_heads(own_q: int, local_kv: int, dcp_size: int) -> int:
     """Count the K/V heads that `kv_index_of_local_q` takes, at most of all ranks.
 
@@ -140,7 +141,8 @@ def most_kept_kv_heads(own_q: int, local_kv: int, dcp_size: int) -> int:
     return max(counts)
 
 
-def kv_windows(own_q: int, local_kv: int, dcp_size: int) -> tuple[int, list[int]]:
+@cache
+def kv_windows(own_q: int, local_kv: int, dcp_size: int) -> tuple[int, tuple[int, ...]]:
     """Return how many K/V heads in a row each rank of a DCP group receives, and the first.
 
     A window holds all heads that serve the rank's local query heads. All windows have the
@@ -151,7 +153,7 @@ def kv_windows(own_q: int, local_kv: int, dcp_size: int) -> tuple[int, list[int]
         kv_heads_of_local_q(own_q, local_kv, dcp_size, rank) for rank in range(dcp_size)
     ]
     width = max(heads[-1] - heads[0] + 1 for heads in served)
-    return width, [min(heads[0], local_kv - width) for heads in served]
+    return width, tuple(min(heads[0], local_kv - width) for heads in served)
 
 
 @cache
