@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import pytest
 
-from helpers import kv_form_door, teacher_forcing
+from helpers import teacher_forcing
 from helpers.gpu_cases import (
     BACKENDS,
     TP2_DCP2,
@@ -23,6 +23,7 @@ from helpers.gpu_cases import (
     TP4_DCP4,
     Case,
     assert_within_spread,
+    behind_door,
     chosen_kinds,
     exchange_case,
     fleet_fixture,
@@ -56,8 +57,8 @@ def matrix(kind: str) -> Iterator[Case]:
                 yield exchange_case(kind, layout, backend, exchange, shape)
 
 
-def behind_door(case: Case) -> Case:
-    return replace(case, plugin=kv_form_door.opened(case.numbers.plugin))
+def gathering(case: Case) -> Case:
+    return behind_door(case, "kv_form_door")
 
 
 def eager_cases() -> Iterator[Case]:
@@ -70,12 +71,12 @@ def eager_cases() -> Iterator[Case]:
 
 def cases() -> Iterator[Case]:
     for kind in chosen_kinds(KINDS):
-        yield from map(behind_door, matrix(kind))
+        yield from map(gathering, matrix(kind))
     if HAS_PREFILL_GRAPHS:
-        yield from map(behind_door, eager_cases())
+        yield from map(gathering, eager_cases())
 
 
-FP8 = behind_door(
+FP8 = gathering(
     Case(
         "llama-2kv-d128",
         TP2_DCP2,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 
 import pytest
 
@@ -20,6 +19,7 @@ from helpers.gpu_cases import (
     TP4_ATTN2,
     Case,
     assert_within_spread,
+    behind_door,
     chosen_kinds,
     exchange_case,
     exchange_flags,
@@ -29,7 +29,6 @@ from helpers.gpu_cases import (
 from helpers.gpu_servers import Fleet, Run
 from helpers.nccl_ranks import needs_gpus
 from helpers.prefill_graph import HAS_PREFILL_GRAPHS
-from helpers.prefill_graph_door import opened
 
 pytestmark = [
     pytest.mark.server,
@@ -72,7 +71,7 @@ def cases() -> Iterator[Case]:
             flags = "--attention-backend fa3 --ep-size 2 --chunked-prefill-size 4096 "
             flags += exchange_flags("a2a", replicated=False)
             case = Case(kind, TP4_ATTN2, "fa3-a2a-ep2", flags)
-            yield replace(case, plugin=opened(case.numbers.plugin))
+            yield behind_door(case, "prefill_graph_door")
 
 
 LATENTS = Case("mla-moe-d512", TP2_DCP2, "eager-latents", "--attention-backend fa3")

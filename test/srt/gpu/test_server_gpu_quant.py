@@ -27,6 +27,7 @@ from helpers.gpu_cases import (
     Case,
     Numbers,
     assert_within_spread,
+    behind_door,
     exchange_case,
     exchange_flags,
     fleet_fixture,
@@ -36,7 +37,6 @@ from helpers.gpu_servers import Fleet
 from helpers.nccl_ranks import needs_gpus
 from helpers.quantized import FORMATS, ONLINE_FP8
 from helpers.quantized_checkpoint import QUANTIZED_KINDS
-from helpers.replication_door import opened
 from helpers.teacher_forcing import Prompt, Wave
 from helpers.weight_updates import (
     Update,
@@ -137,7 +137,7 @@ def kv_scales() -> Iterator[Case]:
 
 def behind_the_door() -> Iterator[Case]:
     for case in (*cases(), *kv_scales(), *on_one_gpu()):
-        yield replace(case, plugin=opened(case.numbers.plugin))
+        yield behind_door(case, "replication_door")
 
 
 fleet = fleet_fixture(build_waves)
@@ -166,7 +166,7 @@ def test_updated_weights_answer_as_loaded_ones(
     """Of the other formats, SGLang itself takes no weights once it has repacked them."""
     exchange = "symm_a2a", True
     case = exchange_case(kind, TP2_DCP2, "fa3", exchange, ("updated", ""))
-    old = replace(case, plugin=opened(case.numbers.plugin)).spec
+    old = behind_door(case, "replication_door").spec
     assert_answers_as_loaded(old, replace(old, name="loaded", seed=1), update, tmp_path)
 
 

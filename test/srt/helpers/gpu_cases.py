@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 
 from helpers import one_gpu, teacher_forcing
+from helpers.doors import with_door
 from helpers.gpu_servers import PER_RANK, POOL, Fleet, Run, Spec, run_fleet, selected
 from helpers.nccl_ranks import needs_gpus
 from sglang_dcp.demo.tiny_model import KINDS
@@ -172,6 +173,11 @@ def chosen_kinds(known: Iterable[str]) -> list[str]:
     if unknown := [kind for kind in chosen if kind not in KINDS]:
         raise ValueError(f"SGLANG_DCP_TEST_KIND: no model kind {', '.join(unknown)}")
     return [kind for kind in known if kind in chosen]
+
+
+def behind_door(case: Case, door: str) -> Case:
+    """The case with servers that open `door`, a module of `helpers`."""
+    return replace(case, plugin=with_door(case.numbers.plugin, door))
 
 
 def params(cases: Iterable[Case]) -> list[object]:

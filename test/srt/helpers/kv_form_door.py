@@ -6,8 +6,6 @@ server opens that door in its processes only. The rule by lengths stays.
 
 from __future__ import annotations
 
-from helpers.doors import with_door
-
 OPENED = frozenset({"fa3", "flashinfer", "triton"})
 
 
@@ -16,8 +14,3 @@ def open_door() -> None:
     from sglang_dcp.layers.prefix import kv_form
 
     kv_form.SERVED = OPENED  # type: ignore[misc]
-
-
-def opened(plugin: str) -> str:
-    """Return the source of `plugin`, which also opens the door."""
-    return with_door(plugin, "kv_form_door")

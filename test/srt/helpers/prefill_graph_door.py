@@ -6,8 +6,6 @@ opens that door in its processes only.
 
 from __future__ import annotations
 
-from helpers.doors import with_door
-
 
 def open_door() -> None:
     """Let servers of this process keep prefill graphs with `--ep-size`."""
@@ -15,8 +13,3 @@ def open_door() -> None:
 
     rows = prefill_graphs.EAGER_PREFILL
     prefill_graphs.EAGER_PREFILL = tuple(r for r in rows if r.flag != "--ep-size")
-
-
-def opened(plugin: str) -> str:
-    """Return the source of `plugin`, which also opens the door."""
-    return with_door(plugin, "prefill_graph_door")

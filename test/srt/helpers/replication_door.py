@@ -6,8 +6,6 @@ server opens that door in its processes only.
 
 from __future__ import annotations
 
-from helpers.doors import with_door
-
 # The formats of `helpers.quantized`, as `support.quantization.format_of` names them.
 OPENED = frozenset(
     {
@@ -34,8 +32,3 @@ def open_door() -> None:
 
     quantization.GQA_PASSED = OPENED
     quantization.MLA_PASSED = OPENED
-
-
-def opened(plugin: str) -> str:
-    """Return the source of `plugin`, which also opens the door."""
-    return with_door(plugin, "replication_door")

@@ -21,10 +21,10 @@ import pytest
 import sglang
 from sglang.srt.model_executor.cuda_graph_config import CudaGraphConfig
 
+from helpers.doors import with_door
 from helpers.gloo_ranks import python_path, run_python
 from helpers.gpu_servers import Run
 from helpers.prefill_graph import HAS_PREFILL_GRAPHS
-from helpers.prefill_graph_door import opened
 from sglang_dcp.config import DcpConfig, Replicas, resolve_config
 from sglang_dcp.distributed.topology import Layout
 from sglang_dcp.hooks import server_args
@@ -191,7 +191,8 @@ def test_the_plugin_of_a_server_opens_the_door(monkeypatch: pytest.MonkeyPatch) 
     args = fine(ep_size=2)
     assert not keeps_prefill_graphs(args, NEW, on_gpu=True)
     plugin: dict[str, Any] = {}
-    exec(opened("def load():\n    loaded.append(1)\nloaded = []"), plugin)
+    source = "def load():\n    loaded.append(1)\nloaded = []"
+    exec(with_door(source, "prefill_graph_door"), plugin)
     plugin["load"]()
     assert plugin["loaded"] == [1] and keeps_prefill_graphs(args, NEW, on_gpu=True)
     assert not keeps_prefill_graphs(fine(enable_lora=True), NEW, on_gpu=True)

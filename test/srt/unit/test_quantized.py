@@ -17,9 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from helpers.doors import with_door
 from helpers.quantized import FORMATS, GROUP, pack, unpack
 from helpers.quantized_checkpoint import QUANTIZED_KINDS, make_quantized, tiny_model
-from helpers.replication_door import opened
 from sglang_dcp.config import DcpConfigError
 from sglang_dcp.support import quantization
 
@@ -77,7 +77,8 @@ def test_door_for_replicated_q(
     with pytest.raises(DcpConfigError):
         quantization.check_replicated_q(model, "cuda")
     plugin: dict[str, Any] = {}
-    exec(opened("def load():\n    loaded.append(1)\nloaded = []"), plugin)
+    source = "def load():\n    loaded.append(1)\nloaded = []"
+    exec(with_door(source, "replication_door"), plugin)
     plugin["load"]()
     assert plugin["loaded"] == [1]
     quantization.check_replicated_q(model, "cuda")
