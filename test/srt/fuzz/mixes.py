@@ -94,6 +94,11 @@ class Ask:
         """Whether the answer may be cut by an abort or a lost connection."""
         return bool(self.abort_after or self.disconnect_after)
 
+    @property
+    def has_grammar(self) -> bool:
+        """Whether the request waits until its grammar is compiled."""
+        return bool(self.regex or self.json_schema)
+
     def __str__(self) -> str:
         """What is not at its default, and the prompt's length."""
         chosen = {

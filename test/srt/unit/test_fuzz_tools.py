@@ -170,6 +170,23 @@ def test_an_aborted_answer_is_compared_as_far_as_it_came() -> None:
     assert not judge.faults(mix, [Answer(200, [part])], [Answer(200, [OUTPUT])])
 
 
+def test_the_one_token_after_an_abort_at_its_grammar_is_not_compared() -> None:
+    ask = replace(ASK, regex="[A-C]+", stream=True)
+    one = replace(OUTPUT, ids=[58], logprobs=[], top=[], finish="abort")
+    mix = Mix(0, (ask,), (Pause(0.0, "abort", 0.1),))
+
+    def found(*outputs: Output, status: int = 400, of: Mix = mix) -> list[str]:
+        got = Answer(status, list(outputs), "Aborted by AbortReq.")
+        return Judge(250, TOLERANCE).faults(of, [got], [Answer(200, [OUTPUT])])
+
+    assert not found(one) and not found()
+    assert found(replace(one, ids=[58, 38])) and found(replace(one, finish="length"))
+    # A request that runs has its grammar, and is aborted with another status.
+    assert found(one, status=200)
+    assert found(one, of=replace(mix, asks=(replace(ask, regex=""),)))
+    assert found(one, of=replace(mix, pauses=()))
+
+
 def test_only_the_pools_end_may_cut_an_answer() -> None:
     part = replace(OUTPUT, ids=[65, 66], logprobs=OUTPUT.logprobs[:2], text="AB")
     long = replace(ASK, ids=(7,) * 249)
