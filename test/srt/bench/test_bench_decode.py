@@ -28,6 +28,7 @@ from decode_models import MODELS, default_model, kv_copies, write_model
 from decode_ranks import received
 from decode_report import step_table
 from helpers.gloo_ranks import python_path, run_python
+from live_servers import server_flags
 
 BENCHMARK = Path(__file__).parents[3] / "benchmark"
 
@@ -141,7 +142,7 @@ def test_serving_starts_the_first_layout_alone() -> None:
     options = bench_serving.parse(words)
     assert [layout.name for layout in options.layouts] == ["2:symm_a2a:q"]
     [upstream] = bench_serving.parse([*words, "--layouts", "upstream:2"]).layouts
-    flags = " ".join(bench_serving.server_flags(options, upstream))
+    flags = " ".join(server_flags(options, upstream))
     assert "--dcp-size 2" in flags and "--attention-backend triton" in flags
     assert "comm-backend" not in flags and "replicate" not in flags
 
