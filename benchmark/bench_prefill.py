@@ -4,16 +4,18 @@
 
 One server after the other: plain tensor parallelism, then each of `--layouts` (as in
 `bench_decode.py`), with dummy weights and token ids, so that neither a tokenizer nor a
-network is needed. For each of `--prefixes` a server gets
+network is needed. `--start-together` starts all at once, and one is measured while the
+others idle. For each of `--prefixes` a server gets
 
 - one whole prompt of that length at a time, with nothing cached;
 - for each of `--turns` and `--batches`: that many requests at once, each with that many new
   tokens on a cached prefix of its own.
 
 A request asks for one token, so its time is the one to the first token, as a client on the
-same machine sees it. The first repeat warms up and is not counted. A size that the KV
-pool cannot hold is a line without a time. A prefix that was not found in the cache makes
-the exit status 1. Not measured: real weights, tokenization, other requests that decode.
+same machine sees it. The first repeat warms up and is not counted; of whole prompts, that of
+the first length alone. Prefixes are prefilled once for all `--turns` of a batch. A size that
+the KV pool cannot hold is a line without a time. A prefix that was not found in the cache
+makes the exit status 1. Not measured: real weights, tokenization, other requests that decode.
 """
 
 from __future__ import annotations
@@ -35,14 +37,15 @@ from typing import NamedTuple
 
 import torch
 
-from bench_serving import say, server_flags
 from decode_layouts import Layout
 from decode_models import vocab_size, write_model
 from decode_options import add_engine_options, fill_engine_defaults
+from decode_quantization import PLAIN, config_entries
 from decode_report import markdown
+from live_servers import add_server_options, measure_servers, new_server, say
 from prefill_report import FIELDS, Row, ratio_table, read, summary
 from sglang_dcp.demo.client import http_json
-from sglang_dcp.demo.server import ServerFailed, ServerProcess
+from sglang_dcp.demo.server import ServerProcess
 
 Ids = list[int]
 # SGLang keeps the last tokens of a full pool for itself.
@@ -69,15 +72,19 @@ class Answer(NamedTuple):
     cached: int
 
 
-def sizes(options: argparse.Namespace) -> Iterator[list[Size]]:
-    """Yield the sizes of each prefix: the whole prompt first, then turns on it."""
+Answers = list[Answer]
+
+
+def groups(options: argparse.Namespace) -> Iterator[list[Size]]:
+    """Yield sizes that share what is cached: the whole prompt, then turns on it."""
     for prefix in options.prefixes:
-        turns = [
-            Size(prefix, new, batch)
-            for batch in options.batches
-            for new in options.turns
-        ]
-        yield [Size(0, prefix, 1), *turns]
+        whole = [Size(0, prefix, 1)] if options.whole_repeats else []
+        for batch in sorted({1, *options.batches}):
+            wanted = options.turns if batch in options.batches else []
+            turns = [Size(prefix, new, batch) for new in wanted]
+            if group := [*whole, *turns]:
+                yield group
+            whole = []
 
 
 class Asked:
@@ -115,7 +122,7 @@ class Asked:
                 time.sleep(0.1)
         raise RuntimeError("the cache could not be flushed")
 
-    def together(self, prompts: Sequence[Ids]) -> list[Answer]:
+    def together(self, prompts: Sequence[Ids]) -> Answers:
         """Send all at once, and wait for all."""
         with ThreadPoolExecutor(len(prompts)) as pool:
             return list(pool.map(self._one, prompts))
@@ -131,60 +138,101 @@ class Asked:
         return Answer(seconds, int(found["meta_info"]["cached_tokens"]))
 
 
-def measure(asked: Asked, size: Size, repeats: int) -> list[Answer]:
-    """Return the answers of the counted repeats; `size` fits the pool."""
+def cache_prefixes(asked: Asked, size: Size) -> list[Ids]:
+    """Return new prefixes, one a request, that are all the cache holds."""
     asked.flush()
     prefixes = [asked.ids(size.prefix) for _ in range(size.batch)]
-    if size.prefix:
-        for prefix in prefixes:
-            asked.together([prefix])
-    answers: list[Answer] = []
+    for prefix in prefixes:
+        asked.together([prefix])
+    return prefixes
+
+
+def measure_turns(
+    asked: Asked, size: Size, prefixes: list[Ids], repeats: int
+) -> Answers:
+    """Return the answers of the counted repeats of turns on cached `prefixes`."""
+    answers: Answers = []
     for repeat in range(1 + repeats):
-        if not size.prefix:
-            asked.flush()
         found = asked.together([prefix + asked.ids(size.new) for prefix in prefixes])
         answers += found if repeat else []
     return answers
 
 
-def serve(
+def measure_whole(
+    asked: Asked, size: Size, options: argparse.Namespace
+) -> tuple[list[Ids], Answers]:
+    """Return the last whole prompt, which the cache holds now, and the counted answers."""
+    # Longer prompts find the kernels warm.
+    warm_ups = int(size.new == options.prefixes[0])
+    answers: Answers = []
+    for _ in range(warm_ups + options.whole_repeats):
+        asked.flush()
+        prompts = [asked.ids(size.new)]
+        answers += asked.together(prompts)
+    return prompts, answers[warm_ups:]
+
+
+def measure_group(
+    asked: Asked, group: Sequence[Size], options: argparse.Namespace, room: int
+) -> Iterator[tuple[Size, Answers]]:
+    """Yield what came for each size of `groups`, nothing for one that exceeds `room`.
+
+    A prefix is prefilled once for all turns; those of one request are on the last whole
+    prompt. What turns leave in the cache is older than the prefixes, which every turn uses,
+    so a full pool drops it first.
+    """
+    prefixes: list[Ids] = []
+    for size in group:
+        if size.tokens > room:
+            yield size, []
+        elif not size.prefix:
+            prefixes, answers = measure_whole(asked, size, options)
+            yield size, answers
+        else:
+            prefixes = prefixes or cache_prefixes(asked, size)
+            yield size, measure_turns(asked, size, prefixes, options.repeats)
+
+
+def make_server(
     options: argparse.Namespace, layout: Layout, model: Path
-) -> Iterator[tuple[Size, list[Answer]]]:
-    """Yield what one server gave for each size, nothing for one that does not fit."""
-    log = options.csv.with_name(f"{options.csv.stem}-{layout.name}.log")
-    flags = [*server_flags(options, layout), "--skip-tokenizer-init"]
-    flags += ["--chunked-prefill-size", str(options.chunk)]
-    env = {"SGLANG_PLUGINS": options.off_plugins} if layout.is_upstream else {}
-    say(f"{layout.name}: starting its server")
-    with ServerProcess(
-        model,
-        flags,
-        log_path=log.with_name(log.name.replace(":", "-")),
-        env=env,
-        device=options.device,
-        grace=5.0,
-    ) as server:
-        say(f"{layout.name}: ready after {server.wait_ready(options.ready_s):.0f} s")
-        asked = Asked(server.base_url, vocab_size(options.model))
-        room = asked.pool_tokens() - SPARE_TOKENS
-        for of_prefix in sizes(options):
-            for size in of_prefix:
-                fits = size.tokens <= room
-                yield size, measure(asked, size, options.repeats) if fits else []
-        if server.returncode is not None:
-            raise ServerFailed(f"the server ended:\n{server.log_tail()}")
+) -> ServerProcess:
+    flags = ["--skip-tokenizer-init", "--chunked-prefill-size", str(options.chunk)]
+    return new_server(options, layout, model, options.csv, flags, {})
 
 
-def rows_of(options: argparse.Namespace, layout: Layout, model: Path) -> Iterator[Row]:
+def rows_of(options: argparse.Namespace, layout: Layout, url: str) -> Iterator[Row]:
+    """Yield what one server gave for each size."""
     on_gpu = options.device == "cuda"
     gpu = torch.cuda.get_device_name() if on_gpu else platform.machine()
-    for size, answers in serve(options, layout, model):
-        say(f"{layout.name}: {size.batch} x {size.prefix} + {size.new}")
-        yield summary(
-            (options.model, options.tp, gpu, layout.name, layout.attention),
-            size,
-            [answer.seconds for answer in answers],
-            min((answer.cached for answer in answers), default=0),
+    who = (options.model, options.tp, gpu, layout.name, layout.attention)
+    asked = Asked(url, vocab_size(options.model))
+    room = asked.pool_tokens() - SPARE_TOKENS
+    for group in groups(options):
+        for size, answers in measure_group(asked, group, options, room):
+            say(f"{layout.name}: {size.batch} x {size.prefix} + {size.new}")
+            seconds = [answer.seconds for answer in answers]
+            cached = min((answer.cached for answer in answers), default=0)
+            yield summary(who, size, seconds, cached, options.quantization or PLAIN)
+
+
+def record(options: argparse.Namespace, model: Path) -> list[str]:
+    """Measure every server, rows into the CSV as they come; a line for each that failed."""
+    with options.csv.open("w", newline="") as lines:
+        table = csv.writer(lines)
+        table.writerow(FIELDS)
+        # A run that is ended before its first row leaves the head.
+        lines.flush()
+
+        def measure(layout: Layout, server: ServerProcess) -> None:
+            for row in rows_of(options, layout, server.base_url):
+                table.writerow(row)
+                lines.flush()
+
+        return measure_servers(
+            options,
+            (options.plain, *options.layouts),
+            lambda layout: make_server(options, layout, model),
+            measure,
         )
 
 
@@ -195,15 +243,20 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("csv", type=Path, help="where the results go; server logs beside it")
     add_engine_options(parser)
+    add_server_options(parser)
     add("--prefixes", type=int, nargs="+", default=[32768, 131072, 262144])
     add("--turns", type=int, nargs="*", default=[1, 64], help="new tokens on a prefix")
     add("--batches", type=int, nargs="+", default=[1, 16], help="turns at once")
     add("--repeats", type=int, default=3)
+    add("--whole-repeats", type=int, help="of whole prompts; 0 leaves them out")
     add("--chunk", type=int, default=8192, help="--chunked-prefill-size")
-    add("--ready-s", type=float, default=200.0, help="for a server to start")
     options = parser.parse_args(argv)
     if options.repeats < 1:
         parser.error(f"--repeats {options.repeats}: 1 or more")
+    if options.whole_repeats is None:
+        options.whole_repeats = options.repeats
+    if options.whole_repeats < 0:
+        parser.error(f"--whole-repeats {options.whole_repeats}: 0 or more")
     options.csv = options.csv.absolute()
     # What `server_flags` takes for the most requests at once.
     options.concurrency = options.batches
@@ -217,31 +270,23 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     options.csv.parent.mkdir(parents=True, exist_ok=True)
-    errors: list[str] = []
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        options.csv.open("w", newline="") as lines,
-    ):
+    with tempfile.TemporaryDirectory() as folder:
         longest = max(options.prefixes) + max([0, *options.turns]) + 16
-        model = write_model(Path(folder), options.model, longest)
-        table = csv.writer(lines)
-        table.writerow(FIELDS)
-        for layout in (options.plain, *options.layouts):
-            try:
-                for row in rows_of(options, layout, model):
-                    table.writerow(row)
-                    lines.flush()
-            except (ServerFailed, RuntimeError, OSError) as error:
-                # The other servers are worth their time all the same.
-                errors.append(f"{layout.name}: {error}")
-                say(errors[-1])
+        more = config_entries(options.quantization)
+        errors = record(
+            options, write_model(Path(folder), options.model, longest, more)
+        )
     rows = read(options.csv)
     errors += [
         f"{row.layout}: {row.cached} of {row.prefix} tokens came from the cache"
         for row in rows
         if row.median_s and row.cached < row.prefix - options.page_size * options.tp
     ]
-    print(f"\n{options.model}, tp {options.tp}, seconds to the first token\n")
+    weights = options.quantization or PLAIN
+    print(
+        f"\n{options.model}, {weights} weights, tp {options.tp}, "
+        "seconds to the first token\n"
+    )
     print(markdown(ratio_table(rows)))
     print("\n" + ("\n".join(errors) or "every request was answered"))
     return 1 if errors else 0

@@ -22,14 +22,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -37,19 +34,16 @@ from decode_layouts import Layout
 from decode_models import vocab_size, write_model
 from decode_options import add_engine_options, fill_engine_defaults
 from decode_profile import Profile
+from decode_quantization import PLAIN, config_entries
 from decode_report import markdown
+from live_servers import add_server_options, measure_servers, new_server, say
 from serving_profile import generator_flags, read_profile, tables
-from sglang_dcp.demo.server import ServerFailed, ServerProcess
+from sglang_dcp.demo.server import ServerProcess
 
-BEGAN = time.perf_counter()
 SERVER_LOG_LINES = 15
 # Folder beside the model's.
 TOKENIZER = "tokenizer"
 Result = dict[str, Any]
-
-
-def say(text: str) -> None:
-    print(f"[{time.perf_counter() - BEGAN:5.0f} s] {text}", flush=True)
 
 
 def write_tokenizer(folder: Path, size: int) -> None:
@@ -68,28 +62,6 @@ def write_tokenizer(folder: Path, size: int) -> None:
         "pad_token": "w0",
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings) + "\n")
-
-
-def server_flags(options: argparse.Namespace, layout: Layout) -> list[str]:
-    flags = ["--load-format", "dummy", "--dtype", "bfloat16", "--random-seed", "0"]
-    flags += ["--tp", str(options.tp), "--page-size", str(options.page_size)]
-    flags += ["--attention-backend", layout.attention]
-    flags += ["--kv-cache-dtype", options.kv_cache_dtype]
-    flags += ["--mem-fraction-static", str(options.mem_fraction)]
-    most = max(options.concurrency)
-    flags += ["--max-running-requests", str(most), "--sampling-backend", "pytorch"]
-    if options.max_total_tokens:
-        flags += ["--max-total-tokens", str(options.max_total_tokens)]
-    if options.device == "cuda":
-        flags += ["--cuda-graph-max-bs-decode", str(most)]
-    if layout.dcp_size > 1:
-        flags += ["--dcp-size", str(layout.dcp_size)]
-    if layout.dcp_size > 1 and not layout.is_upstream:
-        flags += ["--dcp-comm-backend", layout.comm]
-    if layout.q == "replicated":
-        flags += ["--dcp-replicate-q-proj"]
-    # As `test/srt/gpu` starts its servers; `run_gpu.sh` says which release needs what.
-    return flags + os.environ.get("SGLANG_DCP_TEST_SERVER_FLAGS", "").split()
 
 
 def load(
@@ -139,21 +111,10 @@ def load(
 def make_server(
     options: argparse.Namespace, layout: Layout, model: Path
 ) -> ServerProcess:
-    """Not started yet; its log lies beside the results."""
-    log = options.jsonl.with_name(f"{options.jsonl.stem}-{layout.name}.log")
     tokenizer = ["--tokenizer-path", str(model.with_name(TOKENIZER))]
     # By default SGLang traces every Python function, which is most of the time then.
     env = {"SGLANG_PROFILE_WITH_STACK": "false"}
-    if layout.is_upstream:
-        env["SGLANG_PLUGINS"] = options.off_plugins
-    return ServerProcess(
-        model,
-        server_flags(options, layout) + tokenizer,
-        log_path=log.with_name(log.name.replace(":", "-")),
-        env=env,
-        device=options.device,
-        grace=5.0,
-    )
+    return new_server(options, layout, model, options.jsonl, tokenizer, env)
 
 
 def serve(
@@ -163,43 +124,20 @@ def serve(
     profiles: list[Profile],
     errors: list[str],
 ) -> list[Result]:
-    """Results of servers that are up at the same time, each loaded alone.
+    """Results of all servers, each loaded alone.
 
     A server that fails leaves a line in `errors`, and the results that it gave before in the
     file. The others go on. With `--profile`, what was traced is appended to `profiles`.
     """
     results: list[Result] = []
 
-    def failed(layout: Layout, error: Exception) -> None:
-        errors.append(f"{layout.name}: {error}")
-        say(errors[-1])
+    def measure(layout: Layout, server: ServerProcess) -> None:
+        for result in ask(options, layout, server, model, profiles):
+            results.append(result)
 
-    with ExitStack() as stack:
-        starting = []
-        began = time.monotonic()
-        for layout in layouts:
-            say(f"{layout.name}: starting its server")
-            try:
-                server = make_server(options, layout, model)
-                starting.append((layout, stack.enter_context(server)))
-            except ServerFailed as error:
-                failed(layout, error)
-        ready = []
-        for layout, server in starting:
-            try:
-                server.wait_ready(max(1.0, began + options.ready_s - time.monotonic()))
-                ready.append((layout, server))
-                say(f"{layout.name}: ready after {time.monotonic() - began:.0f} s")
-            except ServerFailed as error:
-                failed(layout, error)
-                # It would still load and capture while others are measured.
-                server.stop()
-        for layout, server in ready:
-            try:
-                for result in ask(options, layout, server, model, profiles):
-                    results.append(result)
-            except (ServerFailed, RuntimeError) as error:
-                failed(layout, error)
+    errors += measure_servers(
+        options, layouts, lambda layout: make_server(options, layout, model), measure
+    )
     return results
 
 
@@ -219,6 +157,7 @@ def ask(
             traces = log.with_name("-".join(map(str, (log.stem, *size, "traces"))))
             result = load(options, server.base_url, model, client, traces, size)
             result = {"layout": layout.name, "model": options.model, **result}
+            result["weights"] = options.quantization or PLAIN
             # The same long list of arguments in every line.
             del result["server_info"]
             wanted = concurrency * options.rounds
@@ -237,8 +176,6 @@ def ask(
                     traces, options.profile, options.device, layout.name, size
                 )
                 profiles.append(profile)
-    if server.returncode is not None:
-        raise ServerFailed(f"the server ended:\n{server.log_tail()}")
 
 
 def table(results: Sequence[Result]) -> str:
@@ -262,19 +199,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("jsonl", type=Path, help="where the results go; server logs beside it")
     add_engine_options(parser)
+    add_server_options(parser)
     add("--concurrency", type=int, nargs="+", default=[8, 64])
     add("--input-lens", type=int, nargs="+", default=[4096, 32768])
     add("--output-len", type=int, default=128)
     add("--rounds", type=int, default=2, help="requests for each of those at once")
     add("--without-plain", action="store_true", help="servers with DCP alone")
-    add(
-        "--start-together",
-        action="store_true",
-        help="start all servers, load one by one",
-    )
     add("--profile", type=int, metavar="STEPS", help="trace so many steps of each run")
     add("--profile-host", action="store_true", help="trace the host too, for a viewer")
-    add("--ready-s", type=float, default=200.0, help="for a server to start")
     options = parser.parse_args(argv)
     if options.profile is not None and options.profile < 1:
         parser.error(f"--profile {options.profile}: 1 step or more")
@@ -292,7 +224,6 @@ def main() -> int:
     options = parse()
     options.jsonl.parent.mkdir(parents=True, exist_ok=True)
     options.jsonl.write_text("")
-    results: list[Result] = []
     errors: list[str] = []
     profiles: list[Profile] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -300,21 +231,23 @@ def main() -> int:
         longest = max(options.input_lens) + options.output_len + 16
         model = Path(folder) / options.model.replace("/", "-")
         model.mkdir()
-        write_model(model, options.model, longest)
+        write_model(model, options.model, longest, config_entries(options.quantization))
         # Beside a config.json its model type would choose the tokenizer's class.
         (Path(folder) / TOKENIZER).mkdir()
         write_tokenizer(Path(folder) / TOKENIZER, vocab_size(options.model))
         layouts = [options.plain] * (not options.without_plain) + options.layouts
-        together = [layouts] if options.start_together else [[one] for one in layouts]
-        for group in together:
-            results += serve(options, group, model, profiles, errors)
+        results = serve(options, layouts, model, profiles, errors)
     for result in results:
         if result["failed"] or result["short"]:
             errors.append(
                 f"{result['layout']}: {result['failed']} requests failed, "
                 f"{result['short']} output tokens missing"
             )
-    print(f"\n{options.model}, tp {options.tp}, {options.output_len} output tokens\n")
+    weights = options.quantization or PLAIN
+    print(
+        f"\n{options.model}, {weights} weights, tp {options.tp}, "
+        f"{options.output_len} output tokens\n"
+    )
     print(table(results))
     if profiles:
         print("\n" + tables(profiles))

@@ -21,6 +21,8 @@ from decode_runner import model_runner
 WARM_STEPS = 10
 PROFILED_STEPS = 5
 PREFILL_CHUNK = 8192
+# Of such logits a router may give every token the same experts, which makes a step shorter.
+NOT_FINITE = "logits not finite"
 
 
 class Row(NamedTuple):
@@ -33,6 +35,7 @@ class Row(NamedTuple):
     package: str  # "in" or "out" of the rank's process
     pool_tokens: int  # of the whole layout
     pool_tokens_rank: int  # held by one rank
+    weight_bytes: int  # held by one rank
     status: str = "ok"
     median_ms: Optional[float] = None
     p95_ms: Optional[float] = None
@@ -42,9 +45,14 @@ class Row(NamedTuple):
         size = f"context {self.context:>7} batch {self.batch:>3} {self.fill}: "
         if self.median_ms is None:
             return size + self.status
-        return size + (
-            f"{self.median_ms:.3f} ms, p95 {self.p95_ms:.3f}, "
-            f"host {self.host_ms:.3f}, pool {self.pool_tokens}"
+        return (
+            size
+            + (
+                f"{self.median_ms:.3f} ms, p95 {self.p95_ms:.3f}, "
+                f"host {self.host_ms:.3f}, pool {self.pool_tokens}, "
+                f"weights {self.weight_bytes / 1e9:.3f} GB"
+            )
+            + (f", {self.status}" if self.status != "ok" else "")
         )
 
 
@@ -53,7 +61,7 @@ class Engine:
 
     def __init__(self, args: Any, nccl_port: int, rank: int, vocab: int) -> None:
         self.rank, self._vocab, self._device = rank, vocab, args.device
-        self.runner = model_runner(args, nccl_port, rank)
+        self.runner, self._weight_bytes = model_runner(args, nccl_port, rank)
         # Ranks hold other keys, as they would of a real text.
         self._noise = torch.Generator(self._device).manual_seed(rank)
         self._fill_pool()
@@ -67,7 +75,8 @@ class Engine:
         # where `max_total_num_tokens` is one rank's.
         tokens = self.runner.token_to_kv_pool_allocator.size
         of_rank = self.runner.token_to_kv_pool.size
-        row = Row(layout, batch, context, fill, package, tokens, of_rank)
+        weights = self._weight_bytes
+        row = Row(layout, batch, context, fill, package, tokens, of_rank, weights)
         length = context + WARM_STEPS + steps
         needed = self._place(batch, length, scattered=fill == DIRECT)
         if needed is not None:
@@ -75,8 +84,10 @@ class Engine:
         if fill == PREFILLED:
             for request in range(batch):
                 self._prefill(request, context)
-        for _ in self._steps(batch, context, WARM_STEPS):
+        for logits in self._steps(batch, context, WARM_STEPS):
             pass
+        if not logits.isfinite().all():
+            row = row._replace(status=NOT_FINITE)
         self._barrier()
         marks, stamps = [self._mark()], [time.perf_counter()]
         for _ in self._steps(batch, context + WARM_STEPS, steps):
@@ -175,8 +186,8 @@ class Engine:
                 extend_logprob_start_lens_cpu=[count],
             )
 
-    def _steps(self, batch: int, context: int, count: int) -> Iterator[None]:
-        """Enqueue `count` decode steps; yields after each."""
+    def _steps(self, batch: int, context: int, count: int) -> Iterator[Tensor]:
+        """Enqueue `count` decode steps; yields the logits of each."""
         table = self.runner.req_to_token_pool.req_to_token
         # Row 0 of the table is SGLang's, for padding.
         rows = torch.arange(1, batch + 1, device=self._device)
@@ -185,7 +196,7 @@ class Engine:
         ids = self._ids(context, count, batch)
         for step in range(count):
             lens = lens + 1
-            replayed = self._forward(
+            output = self._forward(
                 "DECODE",
                 input_ids=ids[step],
                 req_pool_indices=rows,
@@ -194,12 +205,12 @@ class Engine:
                 out_cache_loc=table[rows, lens - 1].long(),
                 positions=lens - 1,
             )
-            if self._device == "cuda" and not replayed:
+            if self._device == "cuda" and not output.can_run_graph:
                 raise RuntimeError(f"batch {batch} was not replayed as a CUDA graph")
-            yield
+            yield output.logits_output.next_token_logits
 
-    def _forward(self, mode: str, **fields: Any) -> bool:
-        """Run the model once; true if a CUDA graph was replayed."""
+    def _forward(self, mode: str, **fields: Any) -> Any:
+        """Run the model once, and return SGLang's output."""
         from sglang.srt.model_executor import forward_batch_info as info
         from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
@@ -214,7 +225,7 @@ class Engine:
                 **fields,
             },
         )
-        return bool(self.runner.forward(batch).can_run_graph)
+        return self.runner.forward(batch)
 
     def _gather(self, values: list[float]) -> list[list[float]]:
         """`values` of all ranks."""

@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 _QWEN3_30B_A3B = {
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -196,8 +196,17 @@ def vocab_size(model: str) -> int:
     return int(MODELS[model]["vocab_size"])
 
 
-def write_model(folder: Path, model: str, context_length: int) -> Path:
-    """Write config.json for `--load-format dummy` into `folder` and return `folder`."""
+def write_model(
+    folder: Path,
+    model: str,
+    context_length: int,
+    more: Optional[Mapping[str, Any]] = None,
+) -> Path:
+    """Write config.json for `--load-format dummy` into `folder` and return `folder`.
+
+    `more` is what it says beside the model's dimensions.
+    """
     config = {**_COMMON, **MODELS[model], "max_position_embeddings": context_length}
+    config.update(more or {})
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return folder

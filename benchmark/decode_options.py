@@ -9,6 +9,7 @@ import torch
 
 from decode_layouts import Layout, default_layouts, impossible
 from decode_models import MODELS, default_model, query_heads
+from decode_quantization import QUANTIZATIONS, why_not
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +28,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     add("--page-size", type=int, default=64)
     add("--attention-backend", help="default: fa3, on a CPU torch_native")
     add("--kv-cache-dtype", default="auto")
+    add("--quantization", choices=QUANTIZATIONS, help="of the weights; default: bf16")
     add("--mem-fraction", type=float, default=0.8)
     add("--max-total-tokens", type=int, help="of one rank's pool; default: what fits")
     add("--device", choices=("cuda", "cpu"), default="cuda" if gpus else "cpu")
@@ -46,6 +48,8 @@ def fill_engine_defaults(
             f"--tp {options.tp} does not divide the {query_heads(options.model)} query "
             f"heads of {options.model}"
         )
+    if reason := why_not(options.quantization, options.model, options.tp):
+        parser.error(reason)
     on_cpu = options.device == "cpu"
     if options.attention_backend is None:
         # SGLang's own choice on Hopper, and ours, for latents too.

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from decode_quantization import PLAIN
 from decode_report import Record, read, unique
 
 MARKERS = "osD^vP*X"
@@ -47,7 +48,8 @@ def plot(records: Sequence[Record], png: Path) -> None:
     figure.legend(handles, names, loc="lower center", ncols=columns, frameon=False)
     first = records[0]
     figure.suptitle(
-        f"{first['model']} dimensions, {first['tp']} x {first['gpu']}, "
+        f"{first['model']} dimensions, {first.get('weights', PLAIN)}, "
+        f"{first['tp']} x {first['gpu']}, "
         f"{first['attention']}, page {first['page']}"
     )
     below = 0.02 + 0.06 * -(-len(names) // columns)

@@ -19,6 +19,7 @@ from decode_layouts import Layout
 from decode_models import write_model
 from decode_peer import run_upstream
 from decode_profile import Profile
+from decode_quantization import PLAIN, config_entries
 from decode_ranks import Message, run_layout
 
 BEGAN = time.perf_counter()
@@ -35,6 +36,7 @@ def _stamp(options: argparse.Namespace) -> dict[str, Any]:
         "tp": options.tp,
         "page": options.page_size,
         "kv_dtype": options.kv_cache_dtype,
+        "weights": options.quantization or PLAIN,
         "gpu": torch.cuda.get_device_name() if on_gpu else platform.machine(),
         "steps": options.steps,
     }
@@ -56,7 +58,8 @@ def record(options: argparse.Namespace, file: Path) -> Outcome:
     outcome = Outcome([], [])
     length = max(options.contexts) + WARM_STEPS + options.steps + 1
     with tempfile.TemporaryDirectory() as folder, file.open("w", newline="") as lines:
-        model = write_model(Path(folder), options.model, length)
+        more = config_entries(options.quantization)
+        model = write_model(Path(folder), options.model, length, more)
         table = csv.writer(lines)
         table.writerow((*stamp, *Layout._fields, *Row._fields[1:]))
         for layout in (options.plain, *options.layouts):

@@ -54,6 +54,11 @@ def step_table(records: Sequence[Record]) -> list[list[str]]:
         table.append([context, batch, *(_cell(r, fastest) for r in found)])
     pools = {r["name"]: int(r["pool_tokens"]) for r in records}
     table.append(["KV tokens", "", *(f"{pools[name]:,}" for name in layouts)])
+    held = {r["name"]: int(r["weight_bytes"]) for r in records if "weight_bytes" in r}
+    if held:
+        # Of one rank; earlier files do not say it.
+        cells = [f"{held[name] / 1e9:.3f}" for name in layouts]
+        table.append(["weights, GB", "", *cells])
     return table
 
 

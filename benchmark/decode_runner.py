@@ -8,6 +8,8 @@ from typing import Any
 
 import bench_release
 from decode_layouts import Layout
+from decode_memory import weight_bytes
+from decode_quantization import flag_value
 
 
 def server_args(options: argparse.Namespace, layout: Layout, model: Path) -> Any:
@@ -31,6 +33,7 @@ def server_args(options: argparse.Namespace, layout: Layout, model: Path) -> Any
         load_format="dummy",
         skip_tokenizer_init=True,
         dtype="bfloat16",
+        quantization=flag_value(options.quantization),
         device=options.device,
         tp_size=options.tp,
         attention_backend=layout.attention,
@@ -81,11 +84,20 @@ def stop_fused_write() -> None:
         module.enable_fused_set_kv_buffer = lambda forward_batch: False
 
 
-def model_runner(args: Any, nccl_port: int, rank: int) -> Any:
-    """SGLang's runner with pools and graphs, made as a scheduler makes it."""
+def model_runner(args: Any, nccl_port: int, rank: int) -> tuple[Any, int]:
+    """SGLang's runner with pools and graphs, made as a scheduler makes it.
+
+    Returns
+    -------
+    runner
+    int
+        Bytes of the weights of this rank.
+    """
     bench_release.enter_scheduler(args, rank)
     runner = bench_release.new_runner(args, nccl_port, rank)
+    # Before there are pools and workspaces.
+    weights = weight_bytes(runner.model, args.device)
     runner.alloc_memory_pool()
     runner.init_attention_backends()
     runner.init_cuda_graphs()
-    return runner
+    return runner, weights

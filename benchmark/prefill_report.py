@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from decode_quantization import PLAIN
 from decode_report import markdown
 
 WHOLE = "whole"
@@ -30,6 +31,7 @@ class Row(NamedTuple):
     median_s, p95_s : seconds to the first token, over all requests of all repeats
     requests : how many requests these are of
     cached : the fewest tokens that a request got from the cache
+    weights : format of the weights; earlier files do not say it
     """
 
     model: str
@@ -44,6 +46,7 @@ class Row(NamedTuple):
     p95_s: float
     requests: int
     cached: int
+    weights: str = PLAIN
 
 
 FIELDS = Row._fields
@@ -55,12 +58,13 @@ def summary(
     size: tuple[int, int, int],
     seconds: Sequence[float],
     cached: int,
+    weights: str = PLAIN,
 ) -> Row:
     """Sum up the requests of one size; without any, the size did not fit."""
     if not seconds:
-        return Row(*who, *size, 0.0, 0.0, 0, cached)
-    median = round(statistics.median(seconds), 5)
-    return Row(*who, *size, median, round(p95(seconds), 5), len(seconds), cached)
+        return Row(*who, *size, 0.0, 0.0, 0, cached, weights)
+    times = (round(statistics.median(seconds), 5), round(p95(seconds), 5))
+    return Row(*who, *size, *times, len(seconds), cached, weights)
 
 
 def p95(values: Sequence[float]) -> float:
@@ -81,15 +85,36 @@ def _row(line: dict[str, str]) -> Row:
 
 
 def ratio_table(rows: Sequence[Row]) -> list[list[str]]:
-    """Median and 95th percentile of each layout, and the ratio to the first layout."""
-    layouts = list(dict.fromkeys(row.layout for row in rows))
+    """Median and 95th percentile of each layout, and the ratio to its plain layout."""
+    plain = plain_layouts(rows)
     found = {(row.layout, row.prefix, row.new, row.batch): row for row in rows}
-    table = [["prefix", "new", "at once", *layouts]]
+    table = [["prefix", "new", "at once", *plain]]
     for size in dict.fromkeys((row.prefix, row.new, row.batch) for row in rows):
-        plain = found.get((layouts[0], *size))
-        cells = [_cell(found.get((layout, *size)), plain) for layout in layouts]
+        cells = [
+            _cell(found.get((layout, *size)), found.get((other, *size)))
+            for layout, other in plain.items()
+        ]
         table.append([f"{number:,}" for number in size] + cells)
+    if len(set(plain.values())) > 1:
+        # Else a reader could take all ratios for ones to the first column.
+        table.append(["ratio to", "", "", *plain.values()])
     return table
+
+
+def plain_layouts(rows: Sequence[Row]) -> dict[str, str]:
+    """For each layout the one without DCP to compare it with, itself where it is one.
+
+    That is the one of the same attention backend where there is one, else the first, else
+    the first of all layouts.
+    """
+    attention = {row.layout: row.attention for row in rows}
+    plain = [layout for layout in attention if layout.partition("@")[0] == "tp"]
+    first = next(iter(plain or attention), "")
+    by_backend = {attention[layout]: layout for layout in reversed(plain)}
+    return {
+        layout: layout if layout in plain else by_backend.get(backend, first)
+        for layout, backend in attention.items()
+    }
 
 
 def _cell(row: Row | None, plain: Row | None) -> str:
@@ -118,7 +143,9 @@ def plot(rows: Sequence[Row], png: Path) -> None:
     panels[0][0].set_ylabel("seconds to the first token (median)")
     panels[0][0].legend(frameon=False)
     first = rows[0]
-    figure.suptitle(f"{first.model} dimensions, {first.tp} x {first.gpu}")
+    figure.suptitle(
+        f"{first.model} dimensions, {first.weights}, {first.tp} x {first.gpu}"
+    )
     figure.tight_layout()
     figure.savefig(png, dpi=110)
     pyplot.close(figure)

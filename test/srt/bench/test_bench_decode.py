@@ -23,9 +23,12 @@ import bench_serving
 import decode_engine
 import decode_peer
 from decode_layouts import Layout, default_layouts
+from decode_memory import weight_bytes
 from decode_models import MODELS, default_model, kv_copies, write_model
 from decode_ranks import received
+from decode_report import step_table
 from helpers.gloo_ranks import python_path, run_python
+from live_servers import server_flags
 
 BENCHMARK = Path(__file__).parents[3] / "benchmark"
 
@@ -139,7 +142,7 @@ def test_serving_starts_the_first_layout_alone() -> None:
     options = bench_serving.parse(words)
     assert [layout.name for layout in options.layouts] == ["2:symm_a2a:q"]
     [upstream] = bench_serving.parse([*words, "--layouts", "upstream:2"]).layouts
-    flags = " ".join(bench_serving.server_flags(options, upstream))
+    flags = " ".join(server_flags(options, upstream))
     assert "--dcp-size 2" in flags and "--attention-backend triton" in flags
     assert "comm-backend" not in flags and "replicate" not in flags
 
@@ -204,7 +207,7 @@ def engine_over(tokens: int, page: int, rank_tokens: int) -> decode_engine.Engin
         # One rank's page in SGLang's own DCP, a logical one beside this package.
         server_args=SimpleNamespace(page_size=PAGE),
     )
-    with patch.object(decode_engine, "model_runner", lambda *_: runner):
+    with patch.object(decode_engine, "model_runner", lambda *_: (runner, 7)):
         return decode_engine.Engine(SimpleNamespace(device="cpu"), 0, 0, 100)
 
 
@@ -233,6 +236,7 @@ def test_what_does_not_fit_is_counted_in_logical_tokens() -> None:
     assert engine._place(5, 1700, scattered=True) == 5 * 1728
     row = engine.measure(Layout.parse("upstream:2"), 5, 1700 - 11, 1)
     assert (row.pool_tokens, row.pool_tokens_rank) == (TOKENS * DCP_SIZE, TOKENS)
+    assert row.weight_bytes == 7
     assert row.status == "does not fit (needs 8640, pool 8192)"
 
 
@@ -283,6 +287,29 @@ def test_a_peer_that_ends_early_is_an_error() -> None:
     assert next(every) == "a"
     with pytest.raises(RuntimeError, match="upstream:2"):
         next(every)
+
+
+def test_weights_are_counted_once_and_without_the_rotary_tables() -> None:
+    # No other test has tensors on this device, and bytes need no memory there.
+    model = torch.nn.Linear(4, 3, bias=False, device="meta", dtype=torch.bfloat16)
+    rotary = torch.nn.Module()
+    rotary.register_buffer("cos_sin_cache", torch.empty(1000, device="meta"))
+    model.rotary = rotary
+    absorbed = torch.empty(6, 5, device="meta", dtype=torch.float8_e4m3fn)
+    # As a rank's own `w_kc`, which is a view of that of all ranks.
+    model.w_kc = absorbed[:3]
+    assert weight_bytes(model, "meta") == 4 * 3 * 2 + 6 * 5
+
+
+def test_the_table_tells_the_weights_of_a_rank() -> None:
+    record = {"context": "8", "batch": "1", "name": "tp", "median_ms": "1.5"}
+    record |= {"p95_ms": "2.5", "pool_tokens": "1000"}
+    rows = [["context", "batch", "tp"], ["8", "1", "**1.50** (2.50)"]]
+    rows += [["KV tokens", "", "1,000"]]
+    # As files before the column was there.
+    assert step_table([record]) == rows
+    weights = ["weights, GB", "", "2.346"]
+    assert step_table([{**record, "weight_bytes": "2345678901"}]) == [*rows, weights]
 
 
 def test_default_layouts_of_one_rank() -> None:

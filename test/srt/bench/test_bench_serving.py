@@ -11,32 +11,10 @@ import pytest
 
 import bench_serving
 from decode_layouts import Layout
-from sglang_dcp.demo.server import ServerFailed
+from helpers.server_stand_in import Server
 
 WORDS = "--device cuda --tp 2 --layouts 2:a2a 2:ag_rs --concurrency 4 --input-lens 8"
-
-
-class Server:
-    """Tells `events` what is asked of it. One that is `broken` never gets ready."""
-
-    def __init__(self, name: str, events: list[str], broken: bool, log: Path) -> None:
-        self._name, self._events, self._broken = name, events, broken
-        self.base_url, self.log_path, self.returncode = name, log, None
-
-    def __enter__(self) -> Server:
-        self._events.append(f"start {self._name}")
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._events.append(f"end {self._name}")
-
-    def stop(self) -> None:
-        self._events.append(f"stop {self._name}")
-
-    def wait_ready(self, timeout: float) -> float:
-        if self._broken:
-            raise ServerFailed("not ready")
-        return 0.0
+WORDS += " --start-together"
 
 
 @pytest.fixture
