@@ -14,6 +14,10 @@ for DCP 2 there (attn-tp 4). Three things differ:
 - Embedding and LM head are cut 2 ways instead of 8, so a rank reads four times as much of
   the LM head.
 - DCP over all ranks is 2 instead of 8.
+
+`+MTP` is no published model either: DeepSeek-V2-Lite's dimensions under the architecture of
+DeepSeek-V3, which alone has a layer that drafts. The target computes what it computes as
+DeepSeek-V2-Lite.
 """
 
 from __future__ import annotations
@@ -111,6 +115,12 @@ _DEEPSEEK_V2_LITE = {
     "vocab_size": 102400,
     "rope_theta": 10000.0,
 }
+# SGLang makes a draft of the model type and of the architecture alone.
+_WITH_MTP = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "model_type": "deepseek_v3",
+    "num_nextn_predict_layers": 1,
+}
 # No published model: for trying the scripts on a CPU.
 _TINY = {
     "architectures": ["LlamaForCausalLM"],
@@ -158,8 +168,10 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
     "Qwen2.5-7B": _QWEN2_5_7B,
     "Llama-3.1-8B": _LLAMA_3_1_8B,
     "DeepSeek-V2-Lite": _DEEPSEEK_V2_LITE,
+    "DeepSeek-V2-Lite+MTP": {**_DEEPSEEK_V2_LITE, **_WITH_MTP},
     "tiny": _TINY,
     "tiny-mla": _TINY_MLA,
+    "tiny-mla+MTP": {**_TINY_MLA, **_WITH_MTP},
 }
 
 # How a KV pool was filled: random numbers in scattered pages, or by the model.
@@ -206,7 +218,11 @@ def write_model(
 
     `more` is what it says beside the model's dimensions.
     """
-    config = {**_COMMON, **MODELS[model], "max_position_embeddings": context_length}
-    config.update(more or {})
+    return write_config(folder, {**MODELS[model], **(more or {})}, context_length)
+
+
+def write_config(folder: Path, sizes: Mapping[str, Any], context_length: int) -> Path:
+    """Write the config.json of a model that has these `sizes`; return `folder`."""
+    config = {**_COMMON, **sizes, "max_position_embeddings": context_length}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return folder
