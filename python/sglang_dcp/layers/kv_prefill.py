@@ -22,6 +22,7 @@ from sglang_dcp.layers.prefix.kv_form import KvSizes, gathers_prefix
 from sglang_dcp.ops.kv_rows import order_kv_rows, pack_kv_rows
 from sglang_dcp.ops.layout import kv_heads_by_peer, kv_index_in_window
 from sglang_dcp.releases.api import sglang_api
+from sglang_dcp.releases.installed import in_range, sglang_version
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -201,13 +202,13 @@ def kv_sizes_of(runner: Any, config: DcpConfig) -> Optional[KvSizes]:
     - latents have a form of their own (`layers/mla`);
     - K and V in fp8 would be attended to with other scales and dtypes than in place, and
       FlashInfer's and Triton's calls for rows outside the pool take no fp8 here;
-    - on a GPU, the backend is not in `kv_form.SERVED`.
+    - on a GPU, the backend or the release of SGLang was not compared (`kv_form.SERVED`).
     """
     model, stored = runner.model_config, runner.token_to_kv_pool.dtype
     if is_mla(model) or stored != runner.dtype or config.dcp_size == 1:
         return None
     args = sglang_api().resolved(runner.server_args)
-    if runner.device != "cpu" and args.attention_backend not in kv_form.SERVED:
+    if runner.device != "cpu" and not _is_compared(args.attention_backend):
         return None
     return KvSizes(
         local_heads=model.num_attention_heads // config.tp_size,
@@ -217,3 +218,8 @@ def kv_sizes_of(runner: Any, config: DcpConfig) -> Optional[KvSizes]:
         v=model.v_head_dim,
         itemsize=stored.itemsize,
     )
+
+
+def _is_compared(backend: str) -> bool:
+    since = in_range(sglang_version(), kv_form.SERVED_SINCE, None)
+    return since and backend in kv_form.SERVED

@@ -26,6 +26,7 @@ _PASSED_SINCE = "0.5.23"
 MLA_PASSED = frozenset(
     {
         "compressed-tensors-float-quantized-8bit-channel",
+        "fp8-block",
         "fp8-tensor-dynamic",
         "modelopt_fp8",
     }
@@ -34,7 +35,6 @@ GQA_PASSED = MLA_PASSED | {
     "awq_marlin-4bit",
     "compressed-tensors-int-quantized-8bit-channel",
     "compressed-tensors-pack-quantized-4bit-group",
-    "fp8-block",
     "fp8-online",
     "gptq_marlin-4bit",
 }

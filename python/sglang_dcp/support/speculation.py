@@ -8,15 +8,22 @@ from __future__ import annotations
 
 from typing import Any, Optional
 
-from sglang_dcp.support.rules import DROP, Unsupported, Value, above, given
+from sglang_dcp.support.rules import (
+    DROP,
+    Unsupported,
+    Value,
+    above,
+    given,
+    runs_on_gpu,
+)
 
-# Algorithms whose servers on GPUs passed the comparison with tp 1 on all backends. None has.
-SERVED: tuple[str, ...] = ()
+# Algorithms whose servers on GPUs passed the comparison with tp 1 on all attention backends.
+# SGLang has no kernels for a CPU that verify.
+SERVED: tuple[str, ...] = ("NGRAM",)
+SERVED_ON_CPU: tuple[str, ...] = ()
 
 _TREE = "a row of a verification sees all rows before it, so drafts must be chains"
-_UNPROVEN = (
-    "it has not passed the comparison with tp 1 on GPUs on all attention backends"
-)
+_UNPROVEN = "servers with it were not compared with tp 1 on all attention backends"
 
 
 def _algorithm(args: Any) -> Optional[str]:
@@ -32,7 +39,8 @@ def _algorithm(args: Any) -> Optional[str]:
 
 def _unserved(args: Any) -> Optional[str]:
     name = _algorithm(args)
-    return None if name in (None, *SERVED) else args.speculative_algorithm
+    served = SERVED if runs_on_gpu(args.device) else SERVED_ON_CPU
+    return None if name in (None, *served) else args.speculative_algorithm
 
 
 def _while_speculating(value: Value, *algorithms: str) -> Value:

@@ -1,7 +1,6 @@
 """Live servers whose prefills gather K and V of a cached prefix.
 
-DCP keeps these prefixes in place on GPUs until this file has run there (`SERVED` in
-`layers/prefix/kv_form.py`). The plugin of its servers opens that door. Only here do
+`SERVED` in `layers/prefix/kv_form.py` names the attention backends that passed. Only here do
 kernels over gathered rows, NCCL, prefill graphs and prefixes of earlier chunks meet in one
 server.
 """
@@ -23,7 +22,6 @@ from helpers.gpu_cases import (
     TP4_DCP4,
     Case,
     assert_within_spread,
-    behind_door,
     chosen_kinds,
     exchange_case,
     fleet_fixture,
@@ -32,8 +30,17 @@ from helpers.gpu_cases import (
 from helpers.gpu_servers import Fleet
 from helpers.nccl_ranks import needs_gpus
 from helpers.prefill_graph import HAS_PREFILL_GRAPHS
+from sglang_dcp.layers.prefix import kv_form
+from sglang_dcp.releases.installed import in_range, sglang_version
 
-pytestmark = [pytest.mark.server, needs_gpus(2)]
+pytestmark = [
+    pytest.mark.server,
+    needs_gpus(2),
+    pytest.mark.skipif(
+        not in_range(sglang_version(), kv_form.SERVED_SINCE, None),
+        reason="DCP gathers K and V on GPUs with SGLang 0.5.23 on",
+    ),
+]
 
 KINDS = ("llama-2kv-d128", "qwen3-moe-d128")
 EXCHANGES = tuple(itertools.product(("a2a", "symm_a2a", "ag_rs"), (False, True)))
@@ -57,10 +64,6 @@ def matrix(kind: str) -> Iterator[Case]:
                 yield exchange_case(kind, layout, backend, exchange, shape)
 
 
-def gathering(case: Case) -> Case:
-    return behind_door(case, "kv_form_door")
-
-
 def eager_cases() -> Iterator[Case]:
     """The other servers prefill in breakable graphs where the release has them."""
     for kind, backend in itertools.product(chosen_kinds(KINDS), BACKENDS):
@@ -71,18 +74,16 @@ def eager_cases() -> Iterator[Case]:
 
 def cases() -> Iterator[Case]:
     for kind in chosen_kinds(KINDS):
-        yield from map(gathering, matrix(kind))
+        yield from matrix(kind)
     if HAS_PREFILL_GRAPHS:
-        yield from map(gathering, eager_cases())
+        yield from eager_cases()
 
 
-FP8 = gathering(
-    Case(
-        "llama-2kv-d128",
-        TP2_DCP2,
-        "fp8-in-place",
-        "--attention-backend fa3 --kv-cache-dtype fp8_e4m3 --chunked-prefill-size 1024",
-    )
+FP8 = Case(
+    "llama-2kv-d128",
+    TP2_DCP2,
+    "fp8-in-place",
+    "--attention-backend fa3 --kv-cache-dtype fp8_e4m3 --chunked-prefill-size 1024",
 )
 
 fleet = fleet_fixture(teacher_forcing.build_waves)

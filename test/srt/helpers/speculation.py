@@ -1,7 +1,7 @@
 """Plugins of servers that speculate, with drafts that a test knows.
 
-DCP refuses speculation at start until GPU servers have shown it right. The plugin allows
-it in the processes of one test. It can also take the place of NGRAM's corpus, so
+DCP refuses an algorithm until GPU servers have shown it right, and all on CPUs. The plugin
+allows it in the processes of one test. It can also take the place of NGRAM's corpus, so
 that a test knows which drafts are right: all, none, or some of them.
 """
 
@@ -125,7 +125,7 @@ def open_door() -> None:
     from sglang_dcp.support import speculation
 
     served = tuple(os.environ.get(SERVED, "").split(","))
-    speculation.SERVED = served  # type: ignore[misc]
+    speculation.SERVED = speculation.SERVED_ON_CPU = served  # type: ignore[misc]
 
 
 def install() -> None:

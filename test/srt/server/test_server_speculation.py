@@ -73,7 +73,10 @@ ALGORITHMS = {
 
 @dataclass(frozen=True)
 class Case:
-    """`right` says which drafts of NGRAM are right; `draft` what else makes them."""
+    """`right` says which drafts of NGRAM are right; `draft` what else makes them.
+
+    Without either, SGLang's own corpus drafts.
+    """
 
     kind: str
     flags: str
@@ -102,6 +105,8 @@ CASES = {
         "some",
         max_total_tokens=360,
     ),
+    # SGLang's own corpus, which knows what was said before.
+    "ngram-own-llama-tp2-page4": Case("llama-2kv", f"{A2A2} --page-size 4"),
     "ngram-some-qwen3-tp4-attn2": Case("qwen3", "--tp 4 --attn-tp-size 2", "some"),
     "standalone-itself-llama-tp2-a2a-page4": Case(
         "llama-2kv", f"{A2A2} --page-size 4 --chunked-prefill-size 64", draft="itself"

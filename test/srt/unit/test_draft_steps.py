@@ -174,7 +174,7 @@ def test_an_exchange_has_room_for_all_rows(
     assert rows_per_request(server_args(tp_size=2, dcp_size=2)) == 1
     if not in_range(sglang_version(), "0.5.23", None):
         return
-    monkeypatch.setattr(refused, "SERVED", ("STANDALONE",))
+    monkeypatch.setattr(refused, "SERVED_ON_CPU", ("STANDALONE",))
     args = server_args(
         tp_size=2,
         dcp_size=2,

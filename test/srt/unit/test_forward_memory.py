@@ -101,6 +101,9 @@ CASES = {
 EXPANDED = Expansion(512, 64, 128, 128, 1 << 17)
 LITE = ForwardSizes("fa3", 8, 2, 1, 1, 576, 512, 2, 2, latent=True, expansion=EXPANDED)
 QWEN = ForwardSizes("fa3", 8, 2, 1, 1, 128, 128, 2, 2)
+GATHERS = in_range(sglang_version(), kv_form.SERVED_SINCE, None)
+# What a server of this release takes, by the rule of the form.
+QWEN_SERVED = QWEN._replace(gathered=MOST_GATHERED_BYTES // 512 * GATHERS)
 
 
 def total(parts: dict[str, int]) -> int:
@@ -523,13 +526,12 @@ def test_free_memory_is_of_this_gpu_or_the_least_of_all() -> None:
 
 def test_sizes_are_those_of_the_runner() -> None:
     with started(None):
-        sizes = forward_sizes(Runner(), CONFIG)
-        assert sizes == QWEN
         runner = Runner(enable_deterministic_inference=True)
         runner.token_to_kv_pool.dtype = FP8
-        changed = forward_sizes(runner, replace(CONFIG, replicate_q_proj=True))
-        gathering = mock.patch.object(kv_form, "SERVED", frozenset({"fa3"}))
-        with gathering:
+        with mock.patch.object(kv_form, "SERVED", frozenset()):
+            assert forward_sizes(Runner(), CONFIG) == QWEN
+            changed = forward_sizes(runner, replace(CONFIG, replicate_q_proj=True))
+        with mock.patch.object(kv_form, "SERVED_SINCE", "0.5.16"):
             gathers = forward_sizes(Runner(), CONFIG)
             quantized = forward_sizes(runner, CONFIG)
     wanted = QWEN._replace(stored_itemsize=1, splits=False, replicated_q=True)
@@ -546,7 +548,7 @@ def test_the_number_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
             assert admitted(runner) == 1 << 20
         context.clear_context()
     [line] = caplog.messages
-    prefill, decode_step = prefill_parts(QWEN, 8192), decode_parts(QWEN, 32)
+    prefill, decode_step = prefill_parts(QWEN_SERVED, 8192), decode_parts(QWEN_SERVED, 32)
     number = total(prefill) + total(decode_step) + 5
     assert [r.dcp_forward_memory for r in runners] == [number, number]  # type: ignore
     assert f"{number / 1e9:.2f} GB" in line and "prefill of 8192 tokens" in line
@@ -554,7 +556,7 @@ def test_the_number_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_too_little_memory_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    needed = total(prefill_parts(QWEN, 8192))
+    needed = total(prefill_parts(QWEN_SERVED, 8192))
     with started(needed):
         admitted(Runner())
     assert not caplog.messages
@@ -566,7 +568,7 @@ def test_too_little_memory_is_warned_of(caplog: pytest.LogCaptureFixture) -> Non
 
 
 def test_without_chunks_a_prompt_must_fit_into_what_is_left() -> None:
-    free = total(prefill_parts(QWEN, 200_000))
+    free = total(prefill_parts(QWEN_SERVED, 200_000))
     runner = Runner(chunked_prefill_size=-1)
     with started(free):
         assert admitted(runner) == 200_000
@@ -595,9 +597,9 @@ def test_without_chunks_and_cache_no_prefix_is_counted(
     runner = Runner(**{**whole, **changes})
     with started(None):
         sizes = forward_sizes(runner, CONFIG)
-    assert sizes == QWEN._replace(has_prefix=has_prefix)
+    assert sizes == QWEN_SERVED._replace(has_prefix=has_prefix)
     new, over_prefix = (
-        total(prefill_parts(QWEN._replace(has_prefix=has), 5000))
+        total(prefill_parts(QWEN_SERVED._replace(has_prefix=has), 5000))
         for has in (False, True)
     )
     assert 0 < new < over_prefix

@@ -35,7 +35,6 @@ from sglang_dcp.layers.backends.torch_native import TorchNativeBackend
 from sglang_dcp.layers.backends.triton import TritonBackend
 from sglang_dcp.layers.kv_prefill import KvPrefill, kv_sizes_of
 from sglang_dcp.layers.local_batch import Shard
-from sglang_dcp.layers.prefix import kv_form
 from sglang_dcp.layers.prefix.kv_form import KvSizes
 from sglang_dcp.releases.api import sglang_api
 
@@ -403,10 +402,12 @@ def test_quantized_kv_latents_and_plain_tp_stay_in_place() -> None:
 def test_gpus_gather_only_with_backends_that_were_compared(
     backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert kv_sizes_of(Runner("cuda", backend), CONFIG) is None
-    monkeypatch.setattr(kv_form, "SERVED", frozenset({backend}))
+    monkeypatch.setattr(kv_prefill, "sglang_version", lambda: "0.5.23")
     assert kv_sizes_of(Runner("cuda", backend), CONFIG) is not None
-    assert kv_sizes_of(Runner("cuda", "other"), CONFIG) is None
+    assert kv_sizes_of(Runner("cuda", "torch_native"), CONFIG) is None
+    monkeypatch.setattr(kv_prefill, "sglang_version", lambda: "0.5.16")
+    assert kv_sizes_of(Runner("cuda", backend), CONFIG) is None
+    assert kv_sizes_of(Runner("cpu", backend), CONFIG) is not None
 
 
 if __name__ == "__main__":

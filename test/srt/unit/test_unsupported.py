@@ -389,7 +389,7 @@ def server_subject(flag: str, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespac
     if flag.startswith("SGLANG_"):
         monkeypatch.setenv(flag, "1")
     if "specul" in str(CASES[flag]) and flag != "--speculative-algorithm":
-        monkeypatch.setattr(speculation, "SERVED", ALGORITHMS)
+        monkeypatch.setattr(speculation, "SERVED_ON_CPU", ALGORITHMS)
     return fine_server(**CASES[flag][0])
 
 
@@ -566,7 +566,7 @@ def test_an_algorithm_that_only_names_a_capture_of_hidden_states() -> None:
 
 @since("enable_return_aux_hidden_states")
 @pytest.mark.parametrize("name", ["EAGLE", "EAGLE3", "NEXTN", "ngram", "STANDALONE"])
-def test_no_algorithm_is_served_yet(name: str) -> None:
+def test_no_algorithm_is_served_on_a_cpu(name: str) -> None:
     with pytest.raises(DcpConfigError, match=f"^--speculative-algorithm {name} does"):
         check_server_args(fine_server(speculative_algorithm=name))
 
@@ -586,10 +586,19 @@ def test_chains_would_be_served(
     changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of algorithms whose servers have been compared."""
-    monkeypatch.setattr(speculation, "SERVED", ALGORITHMS)
+    monkeypatch.setattr(speculation, "SERVED_ON_CPU", ALGORITHMS)
     check_server_args(fine_server(**changes))
     with pytest.raises(DcpConfigError, match="--speculative-algorithm DFLASH does"):
         check_server_args(fine_server(speculative_algorithm="DFLASH"))
+
+
+@since("speculative_adaptive")
+def test_gpus_speculate_with_algorithms_that_were_compared() -> None:
+    ngram = {"speculative_algorithm": "NGRAM", "speculative_ngram_max_bfs_breadth": 1}
+    check_server_args(fine_server(device="cuda", attention_backend="fa3", **ngram))
+    for changes in (ngram, speculating(device="cuda", attention_backend="fa3")):
+        with pytest.raises(DcpConfigError, match="--speculative-algorithm .*compared"):
+            check_server_args(fine_server(**changes))
 
 
 @pytest.mark.parametrize("name", DRAFT_ARCHITECTURES)
@@ -1042,6 +1051,7 @@ QUANTIZED: tuple[tuple[str, dict[str, Any] | None, str], ...] = (
 # What `test/srt/gpu/test_server_gpu_quant.py` showed on GPUs.
 RAN_WITH_LATENTS = {
     "compressed-tensors-float-quantized-8bit-channel",
+    "fp8-block",
     "fp8-tensor-dynamic",
     "modelopt_fp8",
 }
@@ -1049,7 +1059,6 @@ RAN = RAN_WITH_LATENTS | {
     "awq_marlin-4bit",
     "compressed-tensors-int-quantized-8bit-channel",
     "compressed-tensors-pack-quantized-4bit-group",
-    "fp8-block",
     "fp8-online",
     "gptq_marlin-4bit",
 }
@@ -1212,7 +1221,7 @@ def test_draft_model(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A draft is checked at start too, and may be of an architecture of its own."""
-    monkeypatch.setattr(speculation, "SERVED", ALGORITHMS)
+    monkeypatch.setattr(speculation, "SERVED_ON_CPU", ALGORITHMS)
     config = json.loads((Path(tiny_llama) / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
     arguments = dict(

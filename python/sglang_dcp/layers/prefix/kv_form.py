@@ -21,9 +21,10 @@ from sglang_dcp.layers.prefix.cost import (
 from sglang_dcp.layers.prefix.rates import HOPPER, Rates
 from sglang_dcp.ops.layout import kv_windows, most_kept_kv_heads
 
-# Attention backends whose servers with gathered K/V were compared with tp 1 on GPUs. None
-# was yet. CPUs gather whatever stands here.
-SERVED: frozenset[str] = frozenset()
+# Attention backends whose servers with gathered K/V were compared with tp 1 on GPUs, and the
+# first release on which they were. CPUs gather whatever stands here.
+SERVED = frozenset({"fa3", "flashinfer", "triton"})
+SERVED_SINCE = "0.5.23"
 
 # Of the K and V that the layers of one gather attend to. With those sent and received they
 # hold up to three times this: not more than FA3's splits and the exchange take in place. A chunk of
