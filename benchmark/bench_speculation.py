@@ -46,9 +46,9 @@ from typing import NamedTuple
 import torch
 
 from bench_prefill import Asked
-from live_servers import say, server_flags
 from decode_models import vocab_size, write_model
 from decode_options import add_engine_options, fill_engine_defaults
+from live_servers import say, server_flags
 from sglang_dcp.demo.server import ServerFailed, ServerProcess
 from speculation_drafts import (
     ALGORITHMS,

@@ -168,9 +168,7 @@ def known_verifications(case: Case, *, overlaps: bool) -> dict[str, int]:
     """
     right, width = speculation.told(case.spec.flags, dict(case.env))
     return {
-        p.name: speculation.known_verifications(
-            right, len(p.ids), p.new_tokens, width
-        )
+        p.name: speculation.known_verifications(right, len(p.ids), p.new_tokens, width)
         for wave in (WAVES[:-1] if overlaps else WAVES)
         for p in wave
     }

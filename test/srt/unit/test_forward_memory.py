@@ -548,7 +548,9 @@ def test_the_number_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
             assert admitted(runner) == 1 << 20
         context.clear_context()
     [line] = caplog.messages
-    prefill, decode_step = prefill_parts(QWEN_SERVED, 8192), decode_parts(QWEN_SERVED, 32)
+    prefill, decode_step = prefill_parts(QWEN_SERVED, 8192), decode_parts(
+        QWEN_SERVED, 32
+    )
     number = total(prefill) + total(decode_step) + 5
     assert [r.dcp_forward_memory for r in runners] == [number, number]  # type: ignore
     assert f"{number / 1e9:.2f} GB" in line and "prefill of 8192 tokens" in line

@@ -364,7 +364,9 @@ def test_soak_prints_its_counts(at_rest: None, capsys: Any) -> None:
     client: Any = Sampled(healthy=1 << 30)
     found = asyncio.run(soak(client, 1, 2, 60, 0.005))
     assert found.requests == client.asked > USERS
-    counts = re.findall(r"0 minutes left of the round: (\d+) requests", capsys.readouterr().out)
+    counts = re.findall(
+        r"0 minutes left of the round: (\d+) requests", capsys.readouterr().out
+    )
     # Answers that were under way then came later.
     assert counts and 0 < int(counts[0]) <= found.requests
 
