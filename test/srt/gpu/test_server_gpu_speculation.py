@@ -81,12 +81,11 @@ EXCHANGES = (
     ("symm_a2a", False),
     ("a2a", True),
 )
-NO_OVERLAP = "--disable-overlap-schedule"
 SHAPES = (
     ("page1", "--page-size 1"),
     ("page64", "--page-size 64 --chunked-prefill-size 1000"),
     ("eager", "--page-size 1 --disable-cuda-graph --chunked-prefill-size 2000"),
-    ("page16-no-overlap", f"--page-size 16 {NO_OVERLAP}"),
+    ("page16-no-overlap", "--page-size 16 --disable-overlap-schedule"),
 )
 
 
@@ -147,33 +146,18 @@ def test_ngram_within_the_spread_of_plain_speculation(case: Case, fleet: Fleet) 
     assert_within_spread(case, fleet)
     plain, _ = case.plain
     ours, theirs = (verifications(fleet.run(spec)) for spec in (case.spec, plain))
-    print(f"{case.name}: {sum(ours.values())} verifications, {sum(theirs.values())}")
-    for spec, counts in ((case.spec, ours), (plain, theirs)):
-        known = known_verifications(case, overlaps=NO_OVERLAP not in spec.flags)
-        assert {name: counts[name] for name in known} == known
-    if NO_OVERLAP not in case.spec.flags:
-        # Other chunks of prefill lie between the verifications of the two servers.
-        assert abs(sum(ours.values()) - sum(theirs.values())) < 0.03 * sum(
-            theirs.values()
-        )
-
-
-def known_verifications(case: Case, *, overlaps: bool) -> dict[str, int]:
-    """Count those of each request whose drafts are known.
-
-    The history is forced and the corpus knows it, so nothing may be off by one. But with the
-    overlap scheduler, SGLang tells its corpus some tokens twice where it prefilled between
-    two verifications. So drafts of requests that came together are then off at times, with
-    DCP and without.
-    """
     right, width = speculation.told(case.spec.flags, dict(case.env))
-    return {
-        p.name: speculation.known_verifications(
-            right, len(p.ids), p.new_tokens, width
+    # The history is forced and the corpus knows it, so nothing may be off by one.
+    known = {
+        prompt.name: speculation.known_verifications(
+            right, len(prompt.ids), prompt.new_tokens, width
         )
-        for wave in (WAVES[:-1] if overlaps else WAVES)
-        for p in wave
+        for wave in WAVES
+        for prompt in wave
     }
+    print(f"{case.name}: {sum(ours.values())} verifications")
+    assert ours == known
+    assert theirs == known
 
 
 def verifications(run: Run) -> dict[str, int]:
