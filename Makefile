@@ -1,7 +1,7 @@
 # make demo | test | test-fast | test-hooks | test-gpu | mutations | fuzz | soak | lint | format | ci
 #      clean
-#      bench | bench-checks | bench-exchange | bench-prefill | bench-serving | eval-accuracy
-#      patch-lint | patch-export
+#      bench | bench-checks | bench-exchange | bench-prefill | bench-serving | bench-speculation
+#      eval-accuracy | patch-lint | patch-export
 #
 # demo and test install what they need into .venv first.
 
@@ -27,8 +27,8 @@ HOOK_TESTS := test/srt/patch $(foreach name,attention_calls backends backends_ml
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-fast test-hooks test-gpu mutations fuzz soak lint format ci clean \
-	bench bench-checks bench-exchange bench-prefill bench-serving eval-accuracy patch-lint \
-	patch-export
+	bench bench-checks bench-exchange bench-prefill bench-serving bench-speculation \
+	eval-accuracy patch-lint patch-export
 
 demo: $(STAMP)
 	$(BIN)/python -m sglang_dcp.demo
@@ -83,7 +83,11 @@ bench-prefill: $(STAMP)
 	$(BIN)/python benchmark/bench_prefill.py $(OUT)/prefill.csv $(ARGS)
 
 bench-serving: $(STAMP)
-	$(BIN)/python benchmark/bench_serving.py $(OUT)/serving.jsonl
+	$(BIN)/python benchmark/bench_serving.py $(OUT)/serving.jsonl $(ARGS)
+
+# By the plugin of the tests, since DCP refuses speculation until they have passed on GPUs.
+bench-speculation: $(STAMP)
+	$(BIN)/python benchmark/bench_speculation.py $(OUT)/speculation.csv --tests-plugin $(ARGS)
 
 eval-accuracy: $(TRAINED)
 	$(BIN)/python benchmark/eval_accuracy.py $(OUT)/accuracy.json $(ARGS)

@@ -9,11 +9,11 @@ others idle. For each of `--prefixes` a server gets
 
 - one whole prompt of that length at a time, with nothing cached;
 - for each of `--turns` and `--batches`: that many requests at once, each with that many new
-  tokens on a cached prefix of its own.
+  tokens on a cached prefix of its own (a turn, as of a conversation).
 
 A request asks for one token, so its time is the one to the first token, as a client on the
-same machine sees it. The first repeat warms up and is not counted; of whole prompts, that of
-the first length alone. Prefixes are prefilled once for all `--turns` of a batch. A size that
+same machine sees it. A first repeat warms up and is not counted. Whole prompts have it for
+the first length only. Prefixes are prefilled once for all `--turns` of a batch. A size that
 the KV pool cannot hold is a line without a time. A prefix that was not found in the cache
 makes the exit status 1. Not measured: real weights, tokenization, other requests that decode.
 """
@@ -21,36 +21,32 @@ makes the exit status 1. Not measured: real weights, tokenization, other request
 from __future__ import annotations
 
 import argparse
-import csv
-import http
-import platform
-import random
 import sys
 import tempfile
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
-
-import torch
 
 from decode_layouts import Layout
 from decode_models import vocab_size, write_model
 from decode_options import add_engine_options, fill_engine_defaults
 from decode_quantization import PLAIN, config_entries
 from decode_report import markdown
-from live_servers import add_server_options, measure_servers, new_server, say
+from live_client import Answers, Client, Ids, cache_misses
+from live_servers import (
+    add_server_options,
+    groups_of,
+    log_beside,
+    new_server,
+    record_servers,
+    say,
+    who,
+)
 from prefill_report import FIELDS, Row, ratio_table, read, summary
-from sglang_dcp.demo.client import http_json
 from sglang_dcp.demo.server import ServerProcess
 
-Ids = list[int]
 # SGLang keeps the last tokens of a full pool for itself.
 SPARE_TOKENS = 8
-FLUSH_TRIES = 50
 
 
 class Size(NamedTuple):
@@ -65,16 +61,6 @@ class Size(NamedTuple):
         return self.batch * (self.prefix + self.new + 1)
 
 
-class Answer(NamedTuple):
-    """Seconds of one request, and how many of its tokens came from the cache."""
-
-    seconds: float
-    cached: int
-
-
-Answers = list[Answer]
-
-
 def groups(options: argparse.Namespace) -> Iterator[list[Size]]:
     """Yield sizes that share what is cached: the whole prompt, then turns on it."""
     for prefix in options.prefixes:
@@ -87,93 +73,42 @@ def groups(options: argparse.Namespace) -> Iterator[list[Size]]:
             whole = []
 
 
-class Asked:
-    """Sends requests to one server.
-
-    Parameters
-    ----------
-    url : str
-    vocabulary : int
-        Ids are drawn below it. The same run draws the same ids.
-    """
-
-    def __init__(self, url: str, vocabulary: int) -> None:
-        self._url = url
-        self._draw = random.Random(0)
-        self._vocabulary = vocabulary
-
-    def ids(self, count: int) -> Ids:
-        return self._draw.choices(range(2, self._vocabulary), k=count)
-
-    def pool_tokens(self) -> int:
-        return int(http_json(f"{self._url}/server_info")["max_total_num_tokens"])
-
-    def flush(self) -> None:
-        """Empty the radix cache. It waits until the last request is put away."""
-        # The server is on this machine, so a proxy of the environment must not be used.
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        for _ in range(FLUSH_TRIES):
-            try:
-                opener.open(f"{self._url}/flush_cache", data=b"").close()
-                return
-            except urllib.error.HTTPError as error:
-                if error.code != http.HTTPStatus.BAD_REQUEST:
-                    raise
-                time.sleep(0.1)
-        raise RuntimeError("the cache could not be flushed")
-
-    def together(self, prompts: Sequence[Ids]) -> Answers:
-        """Send all at once, and wait for all."""
-        with ThreadPoolExecutor(len(prompts)) as pool:
-            return list(pool.map(self._one, prompts))
-
-    def _one(self, ids: Ids) -> Answer:
-        payload = {
-            "input_ids": ids,
-            "sampling_params": {"temperature": 0, "max_new_tokens": 1},
-        }
-        began = time.perf_counter()
-        found = http_json(f"{self._url}/generate", payload)
-        seconds = time.perf_counter() - began
-        return Answer(seconds, int(found["meta_info"]["cached_tokens"]))
-
-
-def cache_prefixes(asked: Asked, size: Size) -> list[Ids]:
+def cache_prefixes(client: Client, size: Size) -> list[Ids]:
     """Return new prefixes, one a request, that are all the cache holds."""
-    asked.flush()
-    prefixes = [asked.ids(size.prefix) for _ in range(size.batch)]
+    client.flush()
+    prefixes = [client.ids(size.prefix) for _ in range(size.batch)]
     for prefix in prefixes:
-        asked.together([prefix])
+        client.together([prefix])
     return prefixes
 
 
 def measure_turns(
-    asked: Asked, size: Size, prefixes: list[Ids], repeats: int
+    client: Client, size: Size, prefixes: list[Ids], repeats: int
 ) -> Answers:
     """Return the answers of the counted repeats of turns on cached `prefixes`."""
     answers: Answers = []
     for repeat in range(1 + repeats):
-        found = asked.together([prefix + asked.ids(size.new) for prefix in prefixes])
+        found = client.together([prefix + client.ids(size.new) for prefix in prefixes])
         answers += found if repeat else []
     return answers
 
 
 def measure_whole(
-    asked: Asked, size: Size, options: argparse.Namespace
+    client: Client, size: Size, options: argparse.Namespace
 ) -> tuple[list[Ids], Answers]:
     """Return the last whole prompt, which the cache holds now, and the counted answers."""
     # Longer prompts find the kernels warm.
     warm_ups = int(size.new == options.prefixes[0])
     answers: Answers = []
     for _ in range(warm_ups + options.whole_repeats):
-        asked.flush()
-        prompts = [asked.ids(size.new)]
-        answers += asked.together(prompts)
+        client.flush()
+        prompts = [client.ids(size.new)]
+        answers += client.together(prompts)
     return prompts, answers[warm_ups:]
 
 
 def measure_group(
-    asked: Asked, group: Sequence[Size], options: argparse.Namespace, room: int
+    client: Client, group: Sequence[Size], options: argparse.Namespace, room: int
 ) -> Iterator[tuple[Size, Answers]]:
     """Yield what came for each size of `groups`, nothing for one that exceeds `room`.
 
@@ -186,54 +121,44 @@ def measure_group(
         if size.tokens > room:
             yield size, []
         elif not size.prefix:
-            prefixes, answers = measure_whole(asked, size, options)
+            prefixes, answers = measure_whole(client, size, options)
             yield size, answers
         else:
-            prefixes = prefixes or cache_prefixes(asked, size)
-            yield size, measure_turns(asked, size, prefixes, options.repeats)
+            prefixes = prefixes or cache_prefixes(client, size)
+            yield size, measure_turns(client, size, prefixes, options.repeats)
 
 
 def make_server(
     options: argparse.Namespace, layout: Layout, model: Path
 ) -> ServerProcess:
     flags = ["--skip-tokenizer-init", "--chunked-prefill-size", str(options.chunk)]
-    return new_server(options, layout, model, options.csv, flags, {})
+    log = log_beside(options.csv, layout.name)
+    return new_server(options, layout, model, log, flags, {})
 
 
 def rows_of(options: argparse.Namespace, layout: Layout, url: str) -> Iterator[Row]:
     """Yield what one server gave for each size."""
-    on_gpu = options.device == "cuda"
-    gpu = torch.cuda.get_device_name() if on_gpu else platform.machine()
-    who = (options.model, options.tp, gpu, layout.name, layout.attention)
-    asked = Asked(url, vocab_size(options.model))
-    room = asked.pool_tokens() - SPARE_TOKENS
+    client = Client(url, vocab_size(options.model))
+    room = client.pool_tokens() - SPARE_TOKENS
     for group in groups(options):
-        for size, answers in measure_group(asked, group, options, room):
+        for size, answers in measure_group(client, group, options, room):
             say(f"{layout.name}: {size.batch} x {size.prefix} + {size.new}")
             seconds = [answer.seconds for answer in answers]
             cached = min((answer.cached for answer in answers), default=0)
-            yield summary(who, size, seconds, cached, options.quantization or PLAIN)
+            weights = options.quantization or PLAIN
+            yield summary(who(options, layout), size, seconds, cached, weights)
 
 
 def record(options: argparse.Namespace, model: Path) -> list[str]:
     """Measure every server, rows into the CSV as they come; a line for each that failed."""
-    with options.csv.open("w", newline="") as lines:
-        table = csv.writer(lines)
-        table.writerow(FIELDS)
-        # A run that is ended before its first row leaves the head.
-        lines.flush()
-
-        def measure(layout: Layout, server: ServerProcess) -> None:
-            for row in rows_of(options, layout, server.base_url):
-                table.writerow(row)
-                lines.flush()
-
-        return measure_servers(
-            options,
-            (options.plain, *options.layouts),
-            lambda layout: make_server(options, layout, model),
-            measure,
-        )
+    return record_servers(
+        options.csv,
+        FIELDS,
+        groups_of(options, (options.plain, *options.layouts)),
+        options.ready_s,
+        lambda layout: make_server(options, layout, model),
+        lambda layout, url: rows_of(options, layout, url),
+    )
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -244,11 +169,21 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("csv", type=Path, help="where the results go; server logs beside it")
     add_engine_options(parser)
     add_server_options(parser)
-    add("--prefixes", type=int, nargs="+", default=[32768, 131072, 262144])
+    add(
+        "--prefixes",
+        type=int,
+        nargs="+",
+        default=[32768, 131072, 262144],
+        help="tokens of whole prompts, and of the cached prefixes of turns",
+    )
     add("--turns", type=int, nargs="*", default=[1, 64], help="new tokens on a prefix")
     add("--batches", type=int, nargs="+", default=[1, 16], help="turns at once")
-    add("--repeats", type=int, default=3)
-    add("--whole-repeats", type=int, help="of whole prompts; 0 leaves them out")
+    add("--repeats", type=int, default=3, help="counted ones; one more warms up")
+    add(
+        "--whole-repeats",
+        type=int,
+        help="counted whole prompts, 0 for none; default: as --repeats",
+    )
     add("--chunk", type=int, default=8192, help="--chunked-prefill-size")
     options = parser.parse_args(argv)
     if options.repeats < 1:
@@ -260,10 +195,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     options.csv = options.csv.absolute()
     # What `server_flags` takes for the most requests at once.
     options.concurrency = options.batches
-    named = options.layouts is not None
-    fill_engine_defaults(parser, options)
-    if not named:
-        del options.layouts[1:]
+    fill_engine_defaults(parser, options, defaults=1)
     return options
 
 
@@ -277,11 +209,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             options, write_model(Path(folder), options.model, longest, more)
         )
     rows = read(options.csv)
-    errors += [
-        f"{row.layout}: {row.cached} of {row.prefix} tokens came from the cache"
-        for row in rows
-        if row.median_s and row.cached < row.prefix - options.page_size * options.tp
-    ]
+    errors += cache_misses(
+        [(row.layout, row.cached, row.prefix) for row in rows if row.median_s],
+        options.page_size * options.tp,
+    )
     weights = options.quantization or PLAIN
     print(
         f"\n{options.model}, {weights} weights, tp {options.tp}, "

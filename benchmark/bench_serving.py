@@ -4,9 +4,9 @@
 
 One server after the other: plain tensor parallelism (unless `--without-plain`), then each
 of `--layouts` (as in `bench_decode.py`), with dummy weights and a tokenizer made here, so
-that no network is needed. Against each, SGLang's own load generator for every concurrency
-and input length; its JSON lines go into one file. A failed request, or fewer output tokens
-than asked for, makes the exit status 1.
+that no network is needed. SGLang's own load generator runs against each, once for every
+concurrency and input length. Each run adds a line of JSON to the results. A failed request,
+or fewer output tokens than asked for, makes the exit status 1.
 
 `--start-together` starts all servers at once, which saves most of their starting time. Only
 one of them has requests at a time. `--max-total-tokens` must leave room for all pools.
@@ -36,7 +36,14 @@ from decode_options import add_engine_options, fill_engine_defaults
 from decode_profile import Profile
 from decode_quantization import PLAIN, config_entries
 from decode_report import markdown
-from live_servers import add_server_options, measure_servers, new_server, say
+from live_servers import (
+    add_server_options,
+    groups_of,
+    log_beside,
+    measure_servers,
+    new_server,
+    say,
+)
 from serving_profile import generator_flags, read_profile, tables
 from sglang_dcp.demo.server import ServerProcess
 
@@ -114,7 +121,8 @@ def make_server(
     tokenizer = ["--tokenizer-path", str(model.with_name(TOKENIZER))]
     # By default SGLang traces every Python function, which is most of the time then.
     env = {"SGLANG_PROFILE_WITH_STACK": "false"}
-    return new_server(options, layout, model, options.jsonl, tokenizer, env)
+    log = log_beside(options.jsonl, layout.name)
+    return new_server(options, layout, model, log, tokenizer, env)
 
 
 def serve(
@@ -136,7 +144,10 @@ def serve(
             results.append(result)
 
     errors += measure_servers(
-        options, layouts, lambda layout: make_server(options, layout, model), measure
+        groups_of(options, layouts),
+        options.ready_s,
+        lambda layout: make_server(options, layout, model),
+        measure,
     )
     return results
 
@@ -200,11 +211,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("jsonl", type=Path, help="where the results go; server logs beside it")
     add_engine_options(parser)
     add_server_options(parser)
-    add("--concurrency", type=int, nargs="+", default=[8, 64])
-    add("--input-lens", type=int, nargs="+", default=[4096, 32768])
-    add("--output-len", type=int, default=128)
-    add("--rounds", type=int, default=2, help="requests for each of those at once")
-    add("--without-plain", action="store_true", help="servers with DCP alone")
+    add("--concurrency", type=int, nargs="+", default=[8, 64], help="requests at once")
+    add("--input-lens", type=int, nargs="+", default=[4096, 32768], help="tokens in")
+    add("--output-len", type=int, default=128, help="tokens out, of each request")
+    add("--rounds", type=int, default=2, help="requests of a run / --concurrency")
+    add("--without-plain", action="store_true", help="no server without DCP")
     add("--profile", type=int, metavar="STEPS", help="trace so many steps of each run")
     add("--profile-host", action="store_true", help="trace the host too, for a viewer")
     options = parser.parse_args(argv)
@@ -213,10 +224,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if options.profile_host and options.profile is None:
         parser.error("--profile-host goes with --profile STEPS")
     options.jsonl = options.jsonl.absolute()
-    named = options.layouts is not None
-    fill_engine_defaults(parser, options)
-    if not named:
-        del options.layouts[1:]
+    fill_engine_defaults(parser, options, defaults=1)
     return options
 
 

@@ -6,21 +6,38 @@ A server that fails leaves a line, and the others go on.
 from __future__ import annotations
 
 import argparse
+import csv
 import os
+import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from http.client import HTTPException
 from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
 
 from decode_layouts import Layout
 from decode_quantization import flag_value
 from sglang_dcp.demo.server import ServerFailed, ServerProcess
 
 BEGAN = time.perf_counter()
-# What a server that was reached, or that answered nonsense, can end with.
-FAILURES = (RuntimeError, OSError)
-Make = Callable[[Layout], ServerProcess]
-Measure = Callable[[Layout, ServerProcess], None]
+# What a server can fail with: it does not start, is lost, ends within a reply, or answers
+# what it should not.
+FAILURES = (RuntimeError, OSError, HTTPException)
+
+
+class Named(Protocol):
+    """What a benchmark knows a server by: a `Layout`, or more than that."""
+
+    @property
+    def name(self) -> str: ...
+
+
+Served = TypeVar("Served", bound=Named)
+Make = Callable[[Served], ServerProcess]
+Measure = Callable[[Served, ServerProcess], None]
 
 
 def say(text: str) -> None:
@@ -35,8 +52,18 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
         help="start all servers at once, and measure one after the other",
     )
     parser.add_argument(
-        "--ready-s", type=float, default=200.0, help="for a server to start"
+        "--ready-s",
+        type=float,
+        default=200.0,
+        help="seconds for a server to start, or for all with --start-together",
     )
+
+
+def groups_of(
+    options: argparse.Namespace, layouts: Sequence[Layout]
+) -> list[Sequence[Layout]]:
+    """Return which servers are up together, as `add_server_options` lets a user say it."""
+    return [layouts] if options.start_together else [[one] for one in layouts]
 
 
 def server_flags(options: argparse.Namespace, layout: Layout) -> list[str]:
@@ -63,92 +90,136 @@ def server_flags(options: argparse.Namespace, layout: Layout) -> list[str]:
     return flags + os.environ.get("SGLANG_DCP_TEST_SERVER_FLAGS", "").split()
 
 
+def log_beside(results: Path, name: str) -> Path:
+    """Return the log of the server `name`, in the folder of the results."""
+    log = f"{results.stem}-{name}.log"
+    return results.with_name(log.replace(":", "-").replace(" ", "-"))
+
+
 def new_server(
     options: argparse.Namespace,
     layout: Layout,
     model: Path,
-    results: Path,
+    log: Path,
     flags: Sequence[str],
     env: Mapping[str, str],
 ) -> ServerProcess:
-    """Not started yet; its log lies beside `results`."""
-    log = results.with_name(f"{results.stem}-{layout.name}.log")
-    plugins = {"SGLANG_PLUGINS": options.off_plugins} if layout.is_upstream else {}
+    """Return a server that is not started yet; `flags` come after those of its layout."""
+    # Servers that start beside each other load at different times on each GPU.
+    more = {"SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"}
+    if layout.is_upstream:
+        more["SGLANG_PLUGINS"] = options.off_plugins
     return ServerProcess(
         model,
         [*server_flags(options, layout), *flags],
-        log_path=log.with_name(log.name.replace(":", "-")),
-        env={**env, **plugins},
+        log_path=log,
+        env={**env, **more},
         device=options.device,
         grace=5.0,
     )
 
 
+def who(options: argparse.Namespace, layout: Layout) -> tuple[str, int, str, str, str]:
+    """Return model, tp, GPU, layout and attention backend: the first columns of a CSV."""
+    on_gpu = options.device == "cuda"
+    gpu = torch.cuda.get_device_name() if on_gpu else platform.machine()
+    return options.model, options.tp, gpu, layout.name, layout.attention
+
+
+def record_servers(
+    file: Path,
+    fields: Sequence[str],
+    groups: Iterable[Sequence[Served]],
+    ready_s: float,
+    make: Make[Served],
+    rows_of: Callable[[Served, str], Iterable[Sequence[Any]]],
+) -> list[str]:
+    """Write the rows of each server into a CSV as they come; see `measure_servers`.
+
+    `rows_of` gets the server's URL.
+    """
+    with file.open("w", newline="") as lines:
+        table = csv.writer(lines)
+        table.writerow(fields)
+        # A run that is ended before its first row leaves the head.
+        lines.flush()
+
+        def measure(served: Served, server: ServerProcess) -> None:
+            for row in rows_of(served, server.base_url):
+                table.writerow(row)
+                lines.flush()
+
+        return measure_servers(groups, ready_s, make, measure)
+
+
 def measure_servers(
-    options: argparse.Namespace,
-    layouts: Sequence[Layout],
-    make: Make,
-    measure: Measure,
+    groups: Iterable[Sequence[Served]],
+    ready_s: float,
+    make: Make[Served],
+    measure: Measure[Served],
 ) -> list[str]:
     """Measure each server alone, and return a line for each that failed.
 
-    With `--start-together` they are all up meanwhile, else each starts after the last.
+    The servers of a group are up together, and idle while another one is measured. They
+    end before the next group starts. All of a group have to be ready after `ready_s`.
     """
-    together = [layouts] if options.start_together else [[one] for one in layouts]
     errors: list[str] = []
-    for group in together:
-        errors += _measure_group(group, make, measure, options.ready_s)
+    for group in groups:
+        errors += _measure_group(group, make, measure, ready_s)
     return errors
 
 
 def _measure_group(
-    layouts: Sequence[Layout], make: Make, measure: Measure, ready_s: float
+    group: Sequence[Served],
+    make: Make[Served],
+    measure: Measure[Served],
+    ready_s: float,
 ) -> list[str]:
     errors: list[str] = []
     with ExitStack() as stack:
-        for layout, server in _ready(stack, layouts, make, ready_s, errors):
+        for served, server in _ready(stack, group, make, ready_s, errors):
             try:
-                measure(layout, server)
+                measure(served, server)
                 if server.returncode is not None:
                     raise ServerFailed(f"the server ended:\n{server.log_tail()}")
             except FAILURES as error:
-                _note(errors, layout, error)
+                _note(errors, served, error)
     return errors
 
 
 def _ready(
     stack: ExitStack,
-    layouts: Sequence[Layout],
-    make: Make,
+    group: Sequence[Served],
+    make: Make[Served],
     ready_s: float,
     errors: list[str],
-) -> list[tuple[Layout, ServerProcess]]:
+) -> list[tuple[Served, ServerProcess]]:
     """Start all of them, and return those that got ready; `stack` ends them."""
     began = time.monotonic()
     found = []
-    for layout, server in list(_started(stack, layouts, make, errors)):
+    for served, server in list(_started(stack, group, make, errors)):
         try:
             server.wait_ready(max(1.0, began + ready_s - time.monotonic()))
-            found.append((layout, server))
-            say(f"{layout.name}: ready after {time.monotonic() - began:.0f} s")
+            found.append((served, server))
+            say(f"{served.name}: ready after {time.monotonic() - began:.0f} s")
         except FAILURES as error:
-            _note(errors, layout, error)
+            _note(errors, served, error)
             # It would still load and capture while others are measured.
             server.stop()
     return found
 
 
 def _started(
-    stack: ExitStack, layouts: Sequence[Layout], make: Make, errors: list[str]
-) -> Iterator[tuple[Layout, ServerProcess]]:
-    for layout in layouts:
-        say(f"{layout.name}: starting its server")
+    stack: ExitStack, group: Sequence[Served], make: Make[Served], errors: list[str]
+) -> Iterator[tuple[Served, ServerProcess]]:
+    for served in group:
+        say(f"{served.name}: starting its server")
         try:
-            yield layout, stack.enter_context(make(layout))
+            yield served, stack.enter_context(make(served))
         except FAILURES as error:
-            _note(errors, layout, error)
+            _note(errors, served, error)
 
 
-def _note(errors: list[str], layout: Layout, error: Exception) -> None:
-    errors.append(f"{layout.name}: {error}")
+def _note(errors: list[str], served: Named, error: Exception) -> None:
+    errors.append(f"{served.name}: {error}")
     say(errors[-1])

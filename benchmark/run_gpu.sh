@@ -26,12 +26,14 @@
 #                                                      speculation (choose its cases with K)
 #            accuracy                                  perplexity and greedy replies of a trained
 #                                                      model (eval_accuracy.py), servers side by side
-#            bench decode fill off serving prefill     timed, one after the other
+#            bench decode fill off serving prefill bench-speculation   timed, one after the other;
+#                                                      the last one needs RELEASE=0.5.23
 #            caches                                    what was compiled on the way, into
 #                                                      $OUT/caches.tar.xz: a next CACHE
 #          none: only unpack; default: the first four
 #   K      words of cases for pytest -k, in the groups of live servers
-#   ACCURACY_ARGS DECODE_ARGS SERVING_ARGS PREFILL_ARGS BENCH_ARGS   options of the benchmarks
+#   ACCURACY_ARGS DECODE_ARGS SERVING_ARGS PREFILL_ARGS SPECULATION_ARGS BENCH_ARGS   options of the
+#                                                      benchmarks
 #   MIXING which values of NCCL_GRAPH_MIXING_SUPPORT `bench` measures with
 #   LIMIT  seconds of the whole run (550)
 set -uo pipefail
@@ -211,6 +213,8 @@ fi
   wanted off && run_bench off $decode "$logs/off.csv" --check-off ${DECODE_ARGS:-}
   wanted prefill && run_bench prefill benchmark/bench_prefill.py "$logs/prefill.csv" ${PREFILL_ARGS:-}
   wanted serving && run_bench serving benchmark/bench_serving.py "$logs/serving.jsonl" $SERVING_ARGS
+  wanted bench-speculation && run_bench bench-speculation benchmark/bench_speculation.py \
+    "$logs/speculation.csv" --tests-plugin ${SPECULATION_ARGS:-}
 }
 if wanted caches; then
   # Without TorchInductor's, a first group of DeepSeek-V2 servers captured for 44 to 75 s.

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from decode_quantization import PLAIN
 from decode_report import markdown
 from prefill_report import p95
 from speculation_replies import Reply, time_together
@@ -29,6 +30,7 @@ class Row(NamedTuple):
     step_p95_ms : of single steps, over all requests and repeats
     token_ms : `step_ms` / `accepted`
     cached : the fewest tokens that a request got from the cache
+    weights : format of the weights; earlier files do not say it
     """
 
     model: str
@@ -47,6 +49,7 @@ class Row(NamedTuple):
     token_ms: float
     repeats: int
     cached: int
+    weights: str = PLAIN
 
 
 FIELDS = Row._fields
@@ -68,18 +71,20 @@ def summary(
     how: tuple[str, int, int],
     size: tuple[int, int, int],
     repeats: Sequence[Sequence[Reply]],
+    weights: str = PLAIN,
 ) -> Row:
     """Sum up the repeats of one size; without any, the size did not fit."""
     if not repeats:
-        return Row(*who, *how, *size, 0.0, 0.0, 0.0, 0, 0)
+        return Row(*who, *how, *size, 0.0, 0.0, 0.0, 0, 0, weights)
     timed = [time_together(replies) for replies in repeats]
     token = statistics.median(mean for one in timed for mean in one.means)
     late = p95([gap for one in timed for gap in one.gaps])
     accepted = how[-1]
     milliseconds = (token * accepted, late * accepted, token)
-    times = [round(seconds * 1e3, 4) for seconds in milliseconds]
+    step, step_p95, per_token = (round(seconds * 1e3, 4) for seconds in milliseconds)
     cached = min(reply.cached for replies in repeats for reply in replies)
-    return Row(*who, *how, *size, times[0], times[1], times[2], len(repeats), cached)
+    counts = (len(repeats), cached)
+    return Row(*who, *how, *size, step, step_p95, per_token, *counts, weights)
 
 
 def read(file: Path) -> list[Row]:

@@ -10,15 +10,16 @@ from typing import Any
 import pytest
 
 import bench_prefill
-from bench_prefill import Answer, Asked, Size, groups, measure_group, parse
+from bench_prefill import Size, groups, measure_group, parse
 from decode_layouts import Layout
 from helpers.server_stand_in import Server
+from live_client import Answer, Client
 from prefill_report import FIELDS, p95, ratio_table, read, summary
 
 WHO = ("Llama-3.1-8B", 2, "a GPU", "tp", "fa3")
 
 
-class Recorder(Asked):
+class Recorder(Client):
     """Answers at once, from a cache of what was sent before."""
 
     def __init__(self) -> None:
@@ -45,40 +46,40 @@ def options_of(folder: Path, more: str = "") -> argparse.Namespace:
 
 
 def test_turns_share_their_prefixes_and_nothing_more(tmp_path: Path) -> None:
-    asked = Recorder()
+    client = Recorder()
     turns = [Size(50, 3, 4), Size(50, 1, 4), Size(50, 900, 4)]
     options = options_of(tmp_path, "--repeats 2")
-    found = dict(measure_group(asked, turns, options, room=300))
+    found = dict(measure_group(client, turns, options, room=300))
     assert found[turns[0]] == [Answer(53, 50)] * 8
     assert found[turns[1]] == [Answer(51, 50)] * 8
     # More than there is room for.
     assert found[turns[2]] == []
     # Four prefixes, then one warm-up and two counted repeats of each turn that fits.
-    assert [len(group) for group in asked.groups] == [1] * 4 + [4] * 6
-    prefixes = {tuple(ids) for [ids] in asked.groups[:4]}
-    sent = [ids for group in asked.groups[4:] for ids in group]
+    assert [len(group) for group in client.groups] == [1] * 4 + [4] * 6
+    prefixes = {tuple(ids) for [ids] in client.groups[:4]}
+    sent = [ids for group in client.groups[4:] for ids in group]
     assert {tuple(ids[:50]) for ids in sent} == prefixes and len(prefixes) == 4
     assert len({tuple(ids[50:]) for ids in sent[:12]}) == 12
 
 
 def test_prefixes_that_no_turn_fits_are_not_prefilled(tmp_path: Path) -> None:
-    asked = Recorder()
-    [(_, answers)] = measure_group(asked, [Size(50, 1, 4)], options_of(tmp_path), 207)
-    assert answers == [] and asked.groups == []
+    client = Recorder()
+    [(_, answers)] = measure_group(client, [Size(50, 1, 4)], options_of(tmp_path), 207)
+    assert answers == [] and client.groups == []
 
 
 def test_whole_prompts_find_nothing_and_turns_find_the_last(tmp_path: Path) -> None:
-    asked = Recorder()
+    client = Recorder()
     words = "--prefixes 50 60 --repeats 1 --whole-repeats 2"
     options = options_of(tmp_path, words)
-    first = measure_group(asked, [Size(0, 50, 1), Size(50, 3, 1)], options, 54)
+    first = measure_group(client, [Size(0, 50, 1), Size(50, 3, 1)], options, 54)
     assert [answers for _, answers in first] == [[Answer(50, 0)] * 2, [Answer(53, 50)]]
     # One warm-up and two prompts, then one warm-up and one turn; no prefix beside them.
-    assert [len(ids) for [ids] in asked.groups] == [50] * 3 + [53] * 2
-    later = dict(measure_group(asked, [Size(0, 60, 1)], options, 61))
+    assert [len(ids) for [ids] in client.groups] == [50] * 3 + [53] * 2
+    later = dict(measure_group(client, [Size(0, 60, 1)], options, 61))
     assert later == {(0, 60, 1): [Answer(60, 0)] * 2}
     # The kernels are warm.
-    assert len(asked.groups) == 5 + 2
+    assert len(client.groups) == 5 + 2
 
 
 def test_every_prefix_comes_whole_first(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from typing import Any
 import pytest
 
 import bench_speculation
-from bench_speculation import ask, make_server, parse, servers, write_models
+from bench_speculation import ask, make_server, parse, prepare, servers
 from decode_models import MODELS
+from helpers.server_stand_in import Server as StandIn
 from speculation_drafts import (
     Speculation,
     default_draft,
@@ -117,8 +119,6 @@ def test_replies_are_whole_verifications(accepted: int) -> None:
 class Server:
     """Stands in for a live one: it answers as the simulation would."""
 
-    base_url, returncode = "", None
-
     def __init__(self, pool: int) -> None:
         self.pool = pool
         self.whole: list[list[int]] = []
@@ -138,7 +138,7 @@ class Server:
 @pytest.fixture
 def live(monkeypatch: pytest.MonkeyPatch) -> Server:
     found = Server(100_000)
-    monkeypatch.setattr("bench_prefill.http_json", found.info_or_prefill)
+    monkeypatch.setattr("live_client.http_json", found.info_or_prefill)
     monkeypatch.setattr(bench_speculation, "stream", found.stream)
     return found
 
@@ -148,7 +148,7 @@ def test_all_requests_share_the_prefix_that_came_before(live: Server) -> None:
     [[_, served], *_] = servers(
         options("--drafts 1:2 --without-off --at-once 2 --contexts 500")
     )
-    found = dict(ask(run, served, live))  # type: ignore[arg-type]
+    found = dict(ask(run, served, ""))
     assert [len(ids) for ids in live.whole] == [200, 500]
     assert live.whole[1][:200] == live.whole[0]
     assert list(found) == [Size(200, 1), Size(200, 3), Size(500, 1), Size(500, 3)]
@@ -164,7 +164,7 @@ def test_requests_with_prefixes_of_their_own(live: Server) -> None:
     [[served], *_] = servers(options("--drafts 1:2 --without-off --without-plain"))
     live.pool = 3 * 300 + tokens_of(run, 3)
     assert rank_pool(run, 1) >= live.pool
-    found = dict(ask(run, served, live))  # type: ignore[arg-type]
+    found = dict(ask(run, served, ""))
     assert [len(ids) for ids in live.whole] == [300] * 3 and all(found.values())
     last = [request["input_ids"][:300] for request in live.asked[-3:]]
     assert last == live.whole and len(set(map(tuple, last))) == 3
@@ -174,7 +174,7 @@ def test_what_does_not_fit_is_not_asked(live: Server) -> None:
     run = options("--contexts 200 99000 --batches 1 --repeats 1 --output-len 40")
     live.pool = 99_000
     [[served], *_] = servers(options("--drafts 1:2 --without-off --without-plain"))
-    found = dict(ask(run, served, live))  # type: ignore[arg-type]
+    found = dict(ask(run, served, ""))
     assert found[Size(99_000, 1)] == [] and len(live.whole) == 1
 
 
@@ -200,18 +200,18 @@ def test_the_pool_of_all_ranks_holds_the_largest_size() -> None:
 
 def test_servers_differ_in_layout_and_speculation_only(tmp_path: Path) -> None:
     run = options("--drafts 3:2", tmp_path)
-    folders = write_models(run, tmp_path)
+    prepared = prepare(run, tmp_path)
     [[off], [dcp], [_], [both]] = servers(run)
-    start = {one: make_server(run, one, folders).command for one in (off, dcp, both)}
+    start = {one: make_server(run, one, prepared).command for one in (off, dcp, both)}
     assert "--speculative-algorithm" not in start[off] + start[dcp]
     assert "--dcp-size" not in start[off]
     command = " ".join(start[both])
     assert "--speculative-algorithm EAGLE --speculative-num-steps 3" in command
-    assert f"--speculative-draft-model-path {folders.target}" in command
-    env = make_server(run, both, folders)._env
+    assert f"--speculative-draft-model-path {prepared.target}" in command
+    env = make_server(run, both, prepared)._env
     assert float(env["SGLANG_SIMULATE_ACC_LEN"]) == 2
-    assert "SGLANG_SIMULATE_ACC_LEN" not in make_server(run, dcp, folders)._env
-    longest = json.loads((folders.target / "config.json").read_text())
+    assert "SGLANG_SIMULATE_ACC_LEN" not in make_server(run, dcp, prepared)._env
+    longest = json.loads((prepared.target / "config.json").read_text())
     assert longest["max_position_embeddings"] > max(run.contexts) + run.output_len
 
 
@@ -225,8 +225,8 @@ def test_drafts_by_model(tmp_path: Path) -> None:
         "eagle3", "tiny-mla"
     )
     run = parse([str(tmp_path / "x.csv"), *"--device cpu --tp 2 --model tiny".split()])
-    folders = write_models(run, tmp_path)
-    head = json.loads((folders.draft / "config.json").read_text())
+    prepared = prepare(run, tmp_path)
+    head = json.loads((prepared.draft / "config.json").read_text())
     assert head["architectures"] == ["LlamaForCausalLMEagle3"]
     for name in ("hidden_size", "vocab_size", "num_key_value_heads", "head_dim"):
         assert head[name] == MODELS["tiny"][name]
@@ -284,23 +284,66 @@ def test_tables(tmp_path: Path) -> None:
     assert break_even_table(rows)[1:] == [["512", "1", "3", "2.00", "1.50"]]
 
 
-def test_a_server_that_fails_leaves_a_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def serve(run: Any, group: Any, folders: Any, errors: list[str]) -> Any:
-        for served in group:
-            if served.layout.dcp_size > 1:
-                errors.append(f"{served.name}: refused")
-                continue
-            how = ("mtp", *served.speculation)
-            yield summary(WHO, how, (4096, 1, 1), [[steady(0.0, 0.1, how[2], 61)]])
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """What happened, in order. Servers with DCP that speculate never get ready."""
+    events: list[str] = []
 
-    monkeypatch.setattr(bench_speculation, "serve", serve)
-    words = f"{tmp_path}/{WORDS} --drafts 1:2 --contexts 4096"
+    def make(run: Any, served: Any, prepared: Any) -> StandIn:
+        broken = served.layout.dcp_size > 1 and served.speculation.steps > 0
+        return StandIn(served.name, events, broken, tmp_path / "log")
+
+    def rows(run: Any, served: Any, url: str) -> Any:
+        who = (*WHO[:3], served.layout.name, "fa3")
+        how = ("mtp", *served.speculation)
+        yield summary(who, how, (4096, 1, 1), [[steady(0.0, 0.1, how[2], 61)]])
+
+    monkeypatch.setattr(bench_speculation, "make_server", make)
+    monkeypatch.setattr(bench_speculation, "rows_of", rows)
+    return events
+
+
+def test_servers_with_one_draft_are_up_together_and_one_that_fails_leaves_a_line(
+    started: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = f"{tmp_path}/{WORDS} --drafts 1:2 --contexts 4096 --at-once 2"
     assert bench_speculation.main(words.split()) == 1
+    assert started == [
+        *("start tp off", "start 2:a2a:q off", "end 2:a2a:q off", "end tp off"),
+        *("start tp k1-a2", "start 2:a2a:q k1-a2", "stop 2:a2a:q k1-a2"),
+        *("end 2:a2a:q k1-a2", "end tp k1-a2"),
+    ]
     told = capsys.readouterr().out
-    assert "2:a2a:q k1-a2: refused" in told
+    assert "2:a2a:q k1-a2: not ready" in told
     assert "tp: 512 of 4096 tokens came from the cache" in told
+    found = [(row.layout, row.steps) for row in read(tmp_path / "x.csv")]
+    assert found == [("tp", 0), ("2:a2a:q", 0), ("tp", 1)]
+
+
+def test_the_plugin_of_the_tests_is_in_all_servers_if_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/inherited")
+    run = options("--tests-plugin --drafts 1:2", tmp_path)
+    prepared = prepare(run, tmp_path)
+    for [served] in servers(run):
+        env = make_server(run, served, prepared)._env
+        first, *_, last = env["PYTHONPATH"].split(os.pathsep)
+        assert list(Path(first).glob("*.dist-info/entry_points.txt"))
+        assert last == "/inherited"
+        assert "EAGLE" in env["SGLANG_DCP_TEST_SPECULATES"].split(",")
+    (tmp_path / "without").mkdir()
+    assert prepare(options(), tmp_path / "without").env == {}
+
+
+def test_weights_are_quantized_and_named(tmp_path: Path) -> None:
+    prepared = prepare(options("--quantization fp8-tensor"), tmp_path)
+    config = json.loads((prepared.target / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "fp8"
+    replies = [[steady(0.0, 0.1, 2, 61)]]
+    for repeats in (replies, []):
+        found = summary(WHO, ("mtp", 1, 2), (512, 1, 1), repeats, "fp8-tensor")
+        assert found.weights == "fp8-tensor"
 
 
 def test_a_request_asks_for_its_tokens() -> None:

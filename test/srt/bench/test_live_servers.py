@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
+from http.client import IncompleteRead
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from decode_layouts import Layout
 from helpers.server_stand_in import Server
-from live_servers import measure_servers, new_server
+from live_servers import groups_of, log_beside, measure_servers, new_server
 
 NAMES = ("tp", "2:a2a", "2:ag_rs")
 LAYOUTS = [Layout.parse(name) for name in NAMES]
@@ -27,12 +28,12 @@ def run(together: bool, broken: str = "", ends: str = "", cut: str = "") -> Any:
     def measure(layout: Layout, server: Any) -> None:
         events.append(f"measure {layout.name}")
         if layout.name == cut:
-            raise ConnectionResetError("cut off")
+            raise IncompleteRead(b"")
         if layout.name == ends:
             server.returncode = -9
 
-    options = Namespace(start_together=together, ready_s=1.0)
-    return events, measure_servers(options, LAYOUTS, make, measure)
+    groups = groups_of(Namespace(start_together=together), LAYOUTS)
+    return events, measure_servers(groups, 1.0, make, measure)
 
 
 def test_together_all_are_up_while_each_is_measured() -> None:
@@ -61,8 +62,12 @@ def test_one_that_never_gets_ready_is_stopped_at_once(together: bool) -> None:
 
 @pytest.mark.parametrize("together", (True, False))
 def test_one_that_ends_or_is_lost_leaves_a_line(together: bool) -> None:
+    """A server that ends within a streamed reply cuts a chunk of it off."""
     events, errors = run(together, ends="tp", cut="2:a2a")
-    assert errors == ["tp: the server ended:\nits log", "2:a2a: cut off"]
+    assert errors == [
+        "tp: the server ended:\nits log",
+        "2:a2a: IncompleteRead(0 bytes read)",
+    ]
     assert "measure 2:ag_rs" in events
 
 
@@ -73,7 +78,14 @@ def test_a_layout_has_its_own_backend_log_and_plugins(tmp_path: Path) -> None:
     layouts = "--layouts 2:symm_a2a:q@flashinfer upstream:2"
     options = bench_prefill.parse([*words.split(), *layouts.split()])
     ours, upstream = (
-        new_server(options, layout, tmp_path, options.csv, ["--more"], {"A": "b"})
+        new_server(
+            options,
+            layout,
+            tmp_path,
+            log_beside(options.csv, layout.name),
+            ["--more"],
+            {"A": "b"},
+        )
         for layout in options.layouts
     )
     for server, backend in ((ours, "flashinfer"), (upstream, "triton")):
