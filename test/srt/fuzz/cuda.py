@@ -17,7 +17,7 @@ from pathlib import Path
 from fuzz.client import Answer, Client, run_alone
 from fuzz.compare import Judge
 from fuzz.drive import Result, run_mixes
-from fuzz.mixes import Mix
+from fuzz.mixes import Ask, Mix
 from fuzz.servers import Setting
 from helpers import teacher_forcing
 from helpers.gpu_servers import POOL, Spec, make_server
@@ -80,16 +80,20 @@ class Distance:
     def mean(self) -> float:
         return self.total / max(1, self.tokens)
 
-    def add(self, got: Iterable[Answer], want: Iterable[Answer]) -> None:
+    def add(
+        self, asks: Iterable[Ask], got: Iterable[Answer], want: Iterable[Answer]
+    ) -> None:
         """Count the tokens that both have.
 
-        A token without a number on one side makes the total NaN. One without on both sides is
-        left out: sampling rules it out.
+        A token without a number on both sides is left out: sampling rules it out. So is one
+        without on one side, if the request counts its tokens. With the overlap scheduler,
+        SGLang may end `min_new_tokens` a token late. Any other one makes the total NaN.
         """
-        for a, b in zip(got, want):
+        for ask, a, b in zip(asks, got, want):
             for left, right in zip(a.outputs, b.outputs):
                 for (x, _), (y, _) in zip(left.logprobs, right.logprobs):
-                    if x is None and y is None:
+                    missing = (x is None) + (y is None)
+                    if missing == 2 or missing and ask.counts_its_tokens:
                         self.left_out += 1
                         continue
                     gap = math.nan if x is None or y is None else abs(x - y)
@@ -166,8 +170,8 @@ async def drive(
         want = await run_alone(tp1, mix, setting.longest_prompt)
         ((_, got, faults),) = await run_mixes(tested, setting, judge, [(mix, want)])
         result.mixes += 1
-        result.found.add(got, want)
-        result.spread.add(await tp2.run(mix), want)
+        result.found.add(mix.asks, got, want)
+        result.spread.add(mix.asks, await tp2.run(mix), want)
         if faults:
             result.failed.append((mix, faults))
     return result

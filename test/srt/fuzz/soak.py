@@ -13,6 +13,7 @@ from fuzz.client import Client, Lost
 from fuzz.mixes import Ask
 
 USERS = 64
+ROUND_MINUTES = 5
 # Growth of a process after the first minute that is more than Python's own noise.
 GROWTH_BYTES = 64 << 20
 _WARM_SHARE = 0.25
@@ -36,7 +37,7 @@ class Soak:
             f"{self.longest_seconds:.1f} s"
         )
         if not self.growth:
-            # It is measured last.
+            # It is measured at the end of a round.
             return found
         worst = max(self.growth.values()) / 2**20
         return f"{found}, largest growth of a process {worst:.1f} MiB"
@@ -45,7 +46,11 @@ class Soak:
 async def soak(
     client: Client, group: int, ranks: int, longest: int, minutes: float, seed: int = 0
 ) -> Soak:
-    """Load the server for some minutes. Raises `Lost`, alone or in a group, for what goes wrong.
+    """Load the server for some minutes, in rounds.
+
+    After each round, when nothing runs, the server must have its whole pool back. So a soak
+    that is cut short has shown something too. Raises `Lost`, alone or in a group, for what
+    goes wrong.
 
     Parameters
     ----------
@@ -57,22 +62,36 @@ async def soak(
         Tokens of the longest prompt that it takes.
     """
     found = Soak()
-    end = time.monotonic() + 60 * minutes
-    warm = time.monotonic() + 60 * minutes * _WARM_SHARE
+    rounds = max(1, round(minutes / ROUND_MINUTES))
+    before: Mapping[str, int] = {}
+    for number in range(rounds):
+        seconds = 60 * minutes / rounds
+        warm = await _load(client, group, longest, seconds, seed + number, found)
+        await rest.settle(client, ranks)
+        after = rest.resident_bytes(group)
+        # One round has nothing before it but its own first part.
+        before = before or (after if rounds > 1 else warm)
+        found.growth = _growth(before, after)
+        too_much = {k: v for k, v in found.growth.items() if v > GROWTH_BYTES}
+        if too_much:
+            raise Lost(f"processes grew by {too_much} bytes after {found}")
+        print(f"round {number + 1} of {rounds}: {found}", flush=True)
+    return found
+
+
+async def _load(
+    client: Client, group: int, longest: int, seconds: float, seed: int, found: Soak
+) -> Mapping[str, int]:
+    """One round of all users. Returns the memory of processes amid it."""
+    end = time.monotonic() + seconds
     async with asyncio.TaskGroup() as tasks:
         for i in range(USERS):
             draw = random.Random(1000 * seed + i)
             tasks.create_task(_user(client, draw, longest, end, found))
         tasks.create_task(_report(found, end))
         # A user that meets a fault ends this wait too.
-        await asyncio.sleep(warm - time.monotonic())
-        before = rest.resident_bytes(group)
-    await rest.settle(client, ranks)
-    found.growth = _growth(before, rest.resident_bytes(group))
-    too_much = {k: v for k, v in found.growth.items() if v > GROWTH_BYTES}
-    if too_much:
-        raise Lost(f"processes grew by {too_much} bytes after {found}")
-    return found
+        await asyncio.sleep(_WARM_SHARE * seconds)
+        return rest.resident_bytes(group)
 
 
 def _growth(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, int]:
@@ -86,7 +105,7 @@ async def _report(found: Soak, end: float) -> None:
     while (left := end - time.monotonic()) > 0:
         await asyncio.sleep(min(60, left))
         left = max(0.0, end - time.monotonic())
-        print(f"{left / 60:.0f} minutes left: {found}", flush=True)
+        print(f"{left / 60:.0f} minutes left of the round: {found}", flush=True)
 
 
 async def _user(

@@ -24,6 +24,8 @@ from sglang_dcp.releases.installed import in_range, sglang_version
 FP8 = torch.float8_e4m3fn
 # What slots hold that no one has written: finite, as a used pool's, but far off.
 GARBAGE = 300.0
+# Rows of one request, where a step verifies several requests.
+MOST_VERIFIED = 4
 
 
 @dataclass(frozen=True)
@@ -114,8 +116,9 @@ class Rank:
         self.own = slice(first, first + self.local_heads)
         self.pool = make_pool(case, slots)
         views = LocalBatchBuilder(table, case.dcp_size, dcp_rank, case.page_size)
+        rows = len(table) * MOST_VERIFIED
         runner = RunnerView(
-            make_runner(case, table, self.pool), views.local_table, config, len(table)
+            make_runner(case, table, self.pool), views.local_table, config, rows
         )
         self.exchange = StashExchange(self.own, case.dcp_size)
         heads = self.local_heads, shape.kv_heads, case.dcp_size

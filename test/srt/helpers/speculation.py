@@ -38,7 +38,8 @@ class KnownCorpus:
     `right` says how many drafts after the last known token are right: all, none, or a
     number that depends on the position (`some`). The others are wrong. What is right
     stands in a file of whole sequences, or is the forced token of its position. So each
-    request has as many verifications as `known_verifications` says, however it is batched.
+    request has as many verifications as `known_verifications` says, if SGLang tells the
+    right length.
 
     In a `star`, as SGLang's corpus gives it where it knows little, all drafts are
     children of the root. A DCP server must make a chain of it.
