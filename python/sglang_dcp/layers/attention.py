@@ -303,7 +303,7 @@ class DcpAttentionBackend(AttentionBackend):
             self.exchange.gather_heads(q), layer, local.forward_batch
         )
         merged = self.exchange.reduce(
-            *partial, is_lse_base_on_e=base, empty_rows=local.empty_rows
+            *partial, is_lse_base_on_e=base, empty_rows=local.rows_to_mask
         )
         return Partial(*merged)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Callable, Optional
 
 import torch
@@ -40,6 +41,15 @@ class LocalBatch:
     forward_batch: ForwardBatch
     has_cached_kv: bool
     empty_rows: torch.Tensor
+
+    @cached_property
+    def rows_to_mask(self) -> Optional[torch.Tensor]:
+        """`empty_rows`, or None if every request has a key on this rank.
+
+        Not for captured steps: there, lengths change from replay to replay.
+        """
+        has_empty = not bool(self.forward_batch.seq_lens_cpu.all())
+        return self.empty_rows if has_empty else None
 
 
 # Arguments: shard, SGLang's batch, lengths to read, the longest of them, tensors to fill.

@@ -86,6 +86,16 @@ def test_extend_replaces_prefix_lengths_and_leaves_the_batch_alone() -> None:
             assert value == before[name], name
 
 
+def test_rows_are_masked_only_if_one_is_empty() -> None:
+    table, batch = small_batch("extend")
+    some = LocalBatchBuilder(table, 2, 1, 1).build(batch)
+    assert some.forward_batch.seq_lens_cpu.tolist() == [2, 0]
+    assert some.rows_to_mask is some.empty_rows
+    every = LocalBatchBuilder(table, 2, 0, 1).build(batch)
+    assert every.forward_batch.seq_lens_cpu.tolist() == [3, 1]
+    assert not every.empty_rows.any() and every.rows_to_mask is None
+
+
 def test_replays_share_their_tensors() -> None:
     table, batch = small_batch("replay")
     builder = LocalBatchBuilder(table, 2, 0, 1)
