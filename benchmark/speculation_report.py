@@ -64,6 +64,8 @@ _WHOLE = (
     "cached",
 )
 _TIMES = ("step_ms", "step_p95_ms", "token_ms")
+# What the lines of a table do not say.
+_SHARED = ("model", "tp", "gpu", "weights")
 
 
 def summary(
@@ -97,6 +99,17 @@ def _row(line: dict[str, str]) -> Row:
     found.update({name: int(line[name]) for name in _WHOLE})
     found.update({name: float(line[name]) for name in _TIMES})
     return Row(**found)
+
+
+def differences(rows: Sequence[Row]) -> list[str]:
+    """Name the columns in which rows differ that one table cannot hold."""
+    found: dict[str, set[Any]] = {
+        name: {getattr(row, name) for row in rows} for name in _SHARED
+    }
+    found["draft"] = {row.draft for row in rows if row.steps}
+    # A batch of one has one prefix either way.
+    found["prefixes"] = {row.prefixes > 1 for row in rows if row.batch > 1}
+    return [name for name, values in found.items() if len(values) > 1]
 
 
 def step_table(rows: Sequence[Row]) -> list[list[str]]:
@@ -162,7 +175,11 @@ def main(argv: Sequence[str]) -> int:
     if not argv:
         print(__doc__)
         return 2
-    print(tables([row for name in argv for row in read(Path(name))]))
+    rows = [row for name in argv for row in read(Path(name))]
+    if differ := differences(rows):
+        print(f"these files differ in {', '.join(differ)}: print them apart")
+        return 2
+    print(tables(rows))
     return 0
 
 

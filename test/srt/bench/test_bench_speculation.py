@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import bench_speculation
+import speculation_report
 from bench_speculation import ask, make_server, parse, prepare, servers
 from decode_models import MODELS
 from helpers.server_stand_in import Server as StandIn
@@ -282,6 +283,35 @@ def test_tables(tmp_path: Path) -> None:
         ["4,096", "1", "3", "2", "does not fit", "-"],
     ]
     assert break_even_table(rows)[1:] == [["512", "1", "3", "2.00", "1.50"]]
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"model": "other"}, "model"),
+        ({"weights": "fp8"}, "weights"),
+        ({"draft": "ngram"}, "draft"),
+        ({"prefixes": 2}, "prefixes"),
+        ({"steps": 3}, ""),
+        # Servers without speculation are measured beside any draft.
+        ({"draft": "-", "steps": 0, "accepted": 1}, ""),
+    ],
+)
+def test_runs_that_no_line_tells_apart_are_not_printed_as_one(
+    changes: dict[str, Any],
+    said: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    row = summary(WHO, ("mtp", 1, 2), (512, 2, 1), [[steady(0.0, 0.01, 2, 41)] * 2])
+    names = []
+    for name, one in (("a", row), ("b", row._replace(**changes))):
+        names.append(str(tmp_path / name))
+        with open(names[-1], "w", newline="") as lines:
+            csv.writer(lines).writerows([FIELDS, one])
+    assert speculation_report.main(names) == (2 if said else 0)
+    printed = capsys.readouterr().out
+    assert (f"these files differ in {said}:" in printed) == bool(said)
 
 
 @pytest.fixture
