@@ -1,8 +1,8 @@
 """Opens the door of speculation to servers with DCP, as the live tests do.
 
-DCP refuses speculation until its tests have passed on GPUs. Their plugin, in
-`test/srt/helpers/speculation.py`, allows it in the processes of one run. On a CPU it also
-brings the kernels that SGLang lacks there.
+DCP refuses an algorithm until its tests have passed on GPUs, and all on CPUs. The plugin of
+these tests, in `test/srt/helpers/speculation.py`, allows all in the processes of one run. On
+a CPU it also brings the kernels that SGLang lacks there.
 """
 
 from __future__ import annotations

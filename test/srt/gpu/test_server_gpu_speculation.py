@@ -11,7 +11,7 @@ scheduler and the exchanges over NCCL and NVLink. Only here are the steps of a d
   computes. These are most of them: SGLang hides the first token of a prompt from a draft.
   Without its own exchange there would be hardly any, as of a stranger.
 
-The plugin opens these servers, which DCP refuses otherwise.
+DCP serves NGRAM. It refuses the other servers, and the plugin opens them.
 
 Words for pytest -k, beside those of test/srt/README.md:
 
