@@ -221,5 +221,6 @@ def kv_sizes_of(runner: Any, config: DcpConfig) -> Optional[KvSizes]:
 
 
 def _is_compared(backend: str) -> bool:
-    since = in_range(sglang_version(), kv_form.SERVED_SINCE, None)
-    return since and backend in kv_form.SERVED
+    if not in_range(sglang_version(), kv_form.SERVED_SINCE, None):
+        return False
+    return backend in kv_form.SERVED

@@ -23,7 +23,7 @@ SERVED: tuple[str, ...] = ("NGRAM",)
 SERVED_ON_CPU: tuple[str, ...] = ()
 
 _TREE = "a row of a verification sees all rows before it, so drafts must be chains"
-_UNPROVEN = "servers with it were not compared with tp 1 on all attention backends"
+_UNPROVEN = "servers with it were not compared with tp 1 on such a device"
 
 
 def _algorithm(args: Any) -> Optional[str]:

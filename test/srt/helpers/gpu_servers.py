@@ -228,7 +228,10 @@ class Fleet:
         finally:
             self._live.discard(server)
         if self._forced:
-            teacher_forcing.check_replies(self._waves, replies, info["page_size"])
+            # A head's name, or NEXTN, which is EAGLE by another name.
+            eagle = info["speculative_algorithm"] in ("EAGLE", "EAGLE3", "NEXTN")
+            sizes = self._waves, replies, info["page_size"]
+            teacher_forcing.check_replies(*sizes, eagle=eagle)
         return Run(replies, info, log)
 
     def _ask(

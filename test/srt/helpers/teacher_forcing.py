@@ -152,11 +152,15 @@ def _ask_wave(
 
 
 def check_replies(
-    waves: Sequence[Wave], replies: Mapping[str, Reply], page_size: int
+    waves: Sequence[Wave],
+    replies: Mapping[str, Reply],
+    page_size: int,
+    *,
+    eagle: bool = False,
 ) -> None:
     """Every reply is the forced one, whole, and every shared prefix came from the cache.
 
-    `page_size` is the server's: it caches whole pages. A server with an EAGLE draft has
+    `page_size` is the server's: it caches whole pages. A server with an `eagle` draft has
     pairs of neighbours for keys of its cache, so a prefix has one key less than tokens.
     """
     for prompt in (prompt for wave in waves for prompt in wave):
@@ -164,7 +168,7 @@ def check_replies(
         positions = range(start, start + prompt.new_tokens)
         assert reply.ids == [forced_token(p) for p in positions], prompt.name
         if prompt.shared:
-            least = (prompt.shared - 2) // page_size * page_size
+            least = (prompt.shared - 1 - eagle) // page_size * page_size
             assert reply.cached_tokens >= least > 0, prompt.name
 
 

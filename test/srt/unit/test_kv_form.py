@@ -76,6 +76,11 @@ def test_short_turns_on_long_prefixes_stay_in_place(sizes: KvSizes) -> None:
         assert not gathers(new, prefix, sizes), (new, prefix)
 
 
+@pytest.mark.parametrize("new", [1, 64])
+def test_the_measured_turns_stay_in_place(new: int) -> None:
+    assert not gathers(new, 32768, QUARTER)
+
+
 @pytest.mark.parametrize("sizes", SIZES + ODD, ids=str)
 def test_without_a_prefix_nothing_is_gathered(sizes: KvSizes) -> None:
     assert not gathers_prefix(Requests([CHUNK, 1], [0, 0]), sizes)

@@ -71,9 +71,14 @@ class Fa3Backend(PlannedBackend):
         scaled = _descales(layer, dtype, len(plan.cache_seqlens), k.shape[1])
         if scaled:
             k, v = k / layer.k_scale, v / layer.v_scale
-        # Rows lie as the projection left them: the kernel takes strides.
-        k, v = k.to(dtype), v.to(dtype)
-        returned = self._varlen(q.to(dtype), k, v, layer, None, **scaled)
+        returned = self._varlen(
+            q.to(dtype).contiguous(),
+            k.to(dtype).contiguous(),
+            v.to(dtype).contiguous(),
+            layer,
+            None,
+            **scaled,
+        )
         return as_partial(returned, q.dtype)
 
     def extend_ragged(
