@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from helpers import teacher_forcing
+from helpers.generate import flush_cache
 from helpers.gpu_cases import (
     MARGIN,
     TAIL_MARGIN,
@@ -115,7 +116,7 @@ def test_within_the_spread_of_tp(case: Case, plain: Fleet, tmp_path: Path) -> No
 
 def ask(server: ServerProcess, plan: Plan) -> Run:
     """All waves, each prompt by the replica that has it; the log of these steps alone."""
-    http_json(f"{server.base_url}/flush_cache", {})
+    flush_cache(server.base_url)
     before = server.log_path.stat().st_size
     replies: dict[str, CountedReply] = {}
     with ThreadPoolExecutor(len(plan)) as pool:

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 from sglang_dcp.demo.client import Reply, http_json
 
 TIMEOUT_S = 300
+# Of a server that has answered, until it may be asked to give up its memory.
+IDLE_S = 30
 
 
 class Answer(NamedTuple):
@@ -36,6 +38,23 @@ def generate_together(
     payload = _payload(prompts, 0, {})
     payload["sampling_params"] = [_greedy(number) for number in new_tokens]
     return [_answer(one) for one in http_json(f"{base_url}/generate", payload)]
+
+
+def flush_cache(base_url: str) -> None:
+    """Empty the radix cache. The server waits until its last request is put away.
+
+    Raises
+    ------
+    HTTPError
+        It was not idle within `IDLE_S`.
+    """
+    request = urllib.request.Request(
+        f"{base_url}/flush_cache?timeout={IDLE_S}", method="POST"
+    )
+    # The server is on this machine, so a proxy of the environment must not be used.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    # The answer is plain text.
+    opener.open(request, timeout=TIMEOUT_S).close()
 
 
 class Streamed:

@@ -1,9 +1,13 @@
 """Compile, all at once, the kernels that the GPU tests call and that are built when used.
 
-`python warm_flashinfer.py bf16:bf16:128 bf16:fp8:128 bf16:bf16:mla ...`, each query dtype
-: K/V dtype : head size, or `mla` for DeepSeek's latents. FlashInfer compiles a kernel when
-it is first planned, a minute at a time; with this they are built side by side. What is in
-its cache already costs nothing.
+`python warm_flashinfer.py bf16:bf16:128 bf16:fp8:128 bf16:bf16:mla fp16:marlin ...`, each query
+dtype : K/V dtype : head size, or `mla` for DeepSeek's latents. FlashInfer compiles a kernel
+when it is first planned, a minute at a time; with this they are built side by side. What is
+in its cache already costs nothing.
+
+`fp16:marlin` stands for SGLang's kernels of AWQ, GPTQ and W4A16 weights, with experts. Each is
+one file with 170 to 270 instances of a kernel, so one core compiles it for minutes. A server
+needs three of them one after the other, in its first forward.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
@@ -82,10 +87,30 @@ def build_latent_write(kv: torch.dtype) -> None:
         raise RuntimeError(f"SGLang's write of {kv} latents does not compile")
 
 
+def marlin_builds(dtype: torch.dtype) -> list[Callable[[], Any]]:
+    """Build what `gptq_marlin_gemm` and `fused_marlin_moe` of SGLang 0.5.23 load."""
+    from sglang.kernels.ops.gemm.gptq_marlin import _jit_gptq_marlin_module
+    from sglang.kernels.ops.moe.moe_wna16_marlin import _jit_moe_wna16_marlin_module
+
+    def experts(*, down: bool) -> Any:
+        # No expert parallelism and no bias. The down projection zeroes what it leaves out.
+        return _jit_moe_wna16_marlin_module(dtype, False, False, True, down, True)
+
+    return [
+        partial(_jit_gptq_marlin_module, dtype),
+        partial(experts, down=False),
+        partial(experts, down=True),
+    ]
+
+
 def main(kinds: list[str]) -> None:
     specs: dict[str, Any] = {}
     writes: set[torch.dtype] = set()
+    marlin: list[Callable[[], Any]] = []
     for kind in kinds:
+        if kind.endswith(":marlin"):
+            marlin += marlin_builds(DTYPES[kind.removesuffix(":marlin")])
+            continue
         q_name, kv_name, dim = kind.split(":")
         q, kv = DTYPES[q_name], DTYPES[kv_name]
         if dim == "mla":
@@ -98,6 +123,7 @@ def main(kinds: list[str]) -> None:
         # then everything would be compiled again.
         *(lambda spec=spec: spec.build(verbose=False) for spec in specs.values()),
         *(lambda kv=kv: build_latent_write(kv) for kv in writes),
+        *marlin,
     ]
     with ThreadPoolExecutor(len(jobs)) as pool:
         for done in [pool.submit(job) for job in jobs]:
