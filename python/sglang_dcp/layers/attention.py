@@ -25,7 +25,7 @@ from sglang_dcp.layers.backends.attention_calls import (
     whole_rows,
 )
 from sglang_dcp.layers.backends.base import InnerBackend, Partial
-from sglang_dcp.layers.decode_rows import as_decode_rows
+from sglang_dcp.layers.decode_rows import as_decode_rows, as_prefill_rows
 from sglang_dcp.layers.kv_pool import write_kv
 from sglang_dcp.layers.kv_prefill import KvPrefill, kv_sizes_of
 from sglang_dcp.layers.local_batch import LocalBatch, LocalBatchBuilder
@@ -63,8 +63,8 @@ class DcpAttentionBackend(AttentionBackend):
     q_replicas : QReplicas, optional
         Replicated Q projections, which decode uses.
     kv_sizes : KvSizes, optional
-        Sizes by which a prefill may choose to gather K and V of its prefix. If None, a
-        prefix of K/V heads stays in place.
+        Sizes by which a prefill over K/V heads chooses its form. If None, a prefix stays in
+        place.
 
     Attributes
     ----------
@@ -144,11 +144,15 @@ class DcpAttentionBackend(AttentionBackend):
             # No layer attends then, on any rank of this replica of DP attention.
             return
         batch = as_decode_rows(forward_batch)
+        # SGLang's projections of a prefill give a rank its own heads.
+        replicated = batch.forward_mode.is_decode()
+        if self.kv_prefill.takes_rows(batch):
+            batch = as_prefill_rows(batch)
         self._local = self._batches.build(batch)
         self.prefill.init_forward_metadata()
         self.kv_prefill.init_forward_metadata(batch)
         self.backend.init_forward_metadata(batch, self._local.forward_batch)
-        self._select_q_width(replicated=batch.forward_mode.is_decode())
+        self._select_q_width(replicated=replicated)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         """Allocate what captured steps read, for `max_num_tokens` rows."""
@@ -253,13 +257,15 @@ class DcpAttentionBackend(AttentionBackend):
         was planned as a decode step is one, and may be captured.
         """
         local = self._current_batch()
+        rows, tokens = q.shape[0], len(local.empty_rows)
         if local.forward_batch.forward_mode.is_decode():
+            q, k, v, q_rope, k_rope = first_rows(tokens, q, k, v, q_rope, k_rope)
             more = (save_kv_cache, q_rope, k_rope)
-            return self.forward_decode(q, k, v, layer, forward_batch, *more, **kwargs)
+            out = self.forward_decode(q, k, v, layer, forward_batch, *more, **kwargs)
+            return padded_rows(out, rows)
         check_call(layer, k, kwargs)
         if forward_batch.attn_attend_prefix_cache is not None:
             return self.prefill.attend(q, k, v, layer, forward_batch)
-        rows, tokens = q.shape[0], len(local.empty_rows)
         q, k, v, q_rope, k_rope = first_rows(tokens, q, k, v, q_rope, k_rope)
         queries = whole_rows(layer, q, q_rope)
         keys = whole_rows(layer, k, k_rope)

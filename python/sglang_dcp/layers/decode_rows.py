@@ -1,9 +1,9 @@
-"""The forwards of speculative decoding as decode steps.
+"""Forwards with several query tokens of a request as decode steps.
 
-`TARGET_VERIFY` and `DRAFT_EXTEND_V2` bring the same number of query tokens for each
-request. As rows of a decode step each of them has a length of its own, and every decode
-kernel serves them. Their K/V are written before attention, so that a row finds the keys
-of the rows before it at their owners.
+`TARGET_VERIFY` and `DRAFT_EXTEND_V2` of speculative decoding bring the same number of query
+tokens for each request, a prefill brings any. As rows of a decode step each of them has a
+length of its own, and every decode kernel serves them. Their K/V are written before
+attention, so that a row finds the keys of the rows before it at their owners.
 
 These functions return shallow copies. SGLang's batch stays as it is.
 """
@@ -18,6 +18,8 @@ import torch
 from sglang_dcp.ops.query_rows import (
     draft_step_lens,
     draft_step_slots,
+    ragged_row_lens,
+    request_of_rows,
     row_lens,
     spread_rows,
 )
@@ -45,6 +47,28 @@ def as_decode_rows(batch: ForwardBatch) -> ForwardBatch:
     rows = _decode_step(batch, row_lens(lens, width), row_lens(lens_cpu, width))
     rows.batch_size = batch.batch_size * width
     rows.req_pool_indices = spread_rows(batch.req_pool_indices, width)
+    return rows
+
+
+def as_prefill_rows(batch: ForwardBatch) -> ForwardBatch:
+    """Return a decode batch with a row for each new token of a prefill.
+
+    Tokens with which SGLang pads the prefill have none.
+    """
+    new = torch.tensor(batch.extend_seq_lens_cpu)
+    prefix = torch.tensor(batch.extend_prefix_lens_cpu)
+    tokens = int(new.sum())
+    request = request_of_rows(batch.extend_seq_lens, tokens)
+    lens = ragged_row_lens(
+        batch.extend_prefix_lens.to(batch.seq_lens.dtype),
+        batch.extend_seq_lens,
+        request,
+    )
+    lens_cpu = ragged_row_lens(prefix, new, request_of_rows(new, tokens))
+    rows = _decode_step(batch, lens, lens_cpu)
+    rows.batch_size = tokens
+    rows.req_pool_indices = batch.req_pool_indices[request]
+    rows.out_cache_loc = batch.out_cache_loc[:tokens]
     return rows
 
 

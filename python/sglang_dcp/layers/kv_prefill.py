@@ -18,7 +18,8 @@ from sglang_dcp.layers.heads import is_mla, kv_head_counts
 from sglang_dcp.layers.prefix import kv_form
 from sglang_dcp.layers.prefix.cost import Requests
 from sglang_dcp.layers.prefix.gather import GatherPlan, empty_rows, plan_gather
-from sglang_dcp.layers.prefix.kv_form import KvSizes, gathers_prefix
+from sglang_dcp.layers.prefix.kv_form import KvSizes, gathers_prefix, takes_rows
+from sglang_dcp.layers.workspace import most_decode_rows
 from sglang_dcp.ops.kv_rows import order_kv_rows, pack_kv_rows
 from sglang_dcp.ops.layout import kv_heads_by_peer, kv_index_in_window
 from sglang_dcp.releases.api import sglang_api
@@ -92,22 +93,34 @@ class KvPrefill:
         self._sizes = sizes
         self._plan: Optional[KvPlan] = None
         self._ahead: Optional[LayersAhead] = None
-        self._logged = False
+        self._logged: set[str] = set()
 
     @property
     def gathers(self) -> bool:
         """Whether this forward gathers its prefix."""
         return self._plan is not None
 
+    def takes_rows(self, batch: ForwardBatch) -> bool:
+        """Whether `batch` is a prefill that becomes rows of a decode step."""
+        if self._sizes is None or not batch.forward_mode.is_extend():
+            return False
+        requests = _requests_of(batch)
+        chosen = takes_rows(requests, self._sizes)
+        if chosen:
+            line = "DCP prefill of %d tokens runs as decode rows"
+            self._log_once(line, sum(requests.new))
+        return chosen
+
     def init_forward_metadata(self, batch: ForwardBatch) -> None:
-        """Choose the form of a forward and plan it, once for all layers."""
+        """Choose between the other two forms and plan, once for all layers."""
         self._plan = self._ahead = None
         if self._sizes is None or not batch.forward_mode.is_extend():
             return
-        requests = Requests(batch.extend_seq_lens_cpu, batch.extend_prefix_lens_cpu)
+        requests = _requests_of(batch)
         if gathers_prefix(requests, self._sizes):
             self._plan = self._planned(batch)
-            self._log_once(sum(requests.prefix))
+            line = "DCP prefill gathers K and V of %d positions"
+            self._log_once(line, sum(requests.prefix))
 
     def _planned(self, batch: ForwardBatch) -> KvPlan:
         prefix = batch.extend_prefix_lens_cpu
@@ -117,10 +130,10 @@ class KvPrefill:
         gather = plan_gather(self._shard, *where, own_first=True)
         return KvPlan(gather, keys, empty_rows(keys, batch))
 
-    def _log_once(self, positions: int) -> None:
-        if not self._logged and self._shard.dcp_rank == 0:
-            logger.info("DCP prefill gathers K and V of %d positions", positions)
-        self._logged = True
+    def _log_once(self, line: str, count: int) -> None:
+        if line not in self._logged and self._shard.dcp_rank == 0:
+            logger.info(line, count)
+        self._logged.add(line)
 
     def attend(
         self, q: torch.Tensor, layer: RadixAttention, batch: ForwardBatch
@@ -194,6 +207,10 @@ class KvPrefill:
         return blocks[peers:]
 
 
+def _requests_of(batch: ForwardBatch) -> Requests:
+    return Requests(batch.extend_seq_lens_cpu, batch.extend_prefix_lens_cpu)
+
+
 def kv_sizes_of(runner: Any, config: DcpConfig) -> Optional[KvSizes]:
     """Return the sizes by which a runner's prefill chooses its form, or None.
 
@@ -210,6 +227,7 @@ def kv_sizes_of(runner: Any, config: DcpConfig) -> Optional[KvSizes]:
     args = sglang_api().resolved(runner.server_args)
     if runner.device != "cpu" and not _is_compared(args.attention_backend):
         return None
+    has_rows = args.attention_backend in kv_form.ROWS_SERVED
     return KvSizes(
         local_heads=model.num_attention_heads // config.tp_size,
         kv_heads=config.layout.kv_heads_per_rank(kv_head_counts(model)[0]),
@@ -217,6 +235,7 @@ def kv_sizes_of(runner: Any, config: DcpConfig) -> Optional[KvSizes]:
         qk=model.head_dim,
         v=model.v_head_dim,
         itemsize=stored.itemsize,
+        most_rows=most_decode_rows(runner, config) if has_rows else 0,
     )
 
 

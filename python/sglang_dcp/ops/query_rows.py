@@ -3,7 +3,8 @@
 A request has H committed tokens, and a forward brings `width` query tokens more, which
 form a chain: token j follows token j - 1. Row j of the request is query token j. It sees
 the positions 0 to H + j, which are H + j + 1 keys. On a rank these are
-`layout.local_lens(H + j + 1, ...)` keys, all in the request's own table row.
+`layout.local_lens(H + j + 1, ...)` keys, all in the request's own table row. In a
+verification all requests have one width. In a prefill each has its own.
 
 The functions are pure. Rows lie request after request.
 """
@@ -35,6 +36,30 @@ def row_lens(committed: torch.Tensor, width: int) -> torch.Tensor:
     """
     order = torch.arange(1, width + 1, dtype=committed.dtype, device=committed.device)
     return (committed[:, None] + order).flatten()
+
+
+def request_of_rows(widths: torch.Tensor, rows: int) -> torch.Tensor:
+    """Return the request of each row: [rows] int64, on the device of `widths`.
+
+    `widths` [requests] are the query tokens of each request, and `rows` is their sum, known
+    on the host. So nothing waits for the device.
+    """
+    requests = torch.arange(len(widths), device=widths.device)
+    return requests.repeat_interleave(widths, output_size=rows)
+
+
+def ragged_row_lens(
+    committed: torch.Tensor, widths: torch.Tensor, request: torch.Tensor
+) -> torch.Tensor:
+    """Return how many positions each row sees, where each request has its own width.
+
+    `committed` and `widths` are [requests], and `request` is what `request_of_rows` says.
+    The result is [rows], in the dtype and on the device of `committed`.
+    """
+    first = widths.cumsum(0) - widths
+    order = torch.arange(1, len(request) + 1, device=request.device)
+    lens = committed[request] + order - first[request]
+    return lens.to(committed.dtype)
 
 
 def draft_step_lens(committed: torch.Tensor, step: int) -> torch.Tensor:

@@ -163,6 +163,7 @@ BUCKET = 96
 # Whether a prefill gathers K and V of its prefix, by the lengths of its prefixes.
 GATHERS = {
     "in-place": lambda prefix: False,
+    "rows": lambda prefix: False,
     "gathered": any,
     # Forms that follow each other in one server.
     "in-turn": lambda prefix: sum(prefix) % 3 == 1,
@@ -173,7 +174,8 @@ class Case(NamedTuple):
     """`garbage` is the LSE that a kernel returns, with NaN outputs, for no keys.
 
     With `in_graph`, prefills run as SGLang replays them from a breakable graph. `form` is
-    an entry of `GATHERS`, which takes the place of the rule.
+    an entry of `GATHERS`, which takes the place of the rule. With `rows`, prefills over a
+    prefix are decode steps.
     """
 
     shape: Shape
@@ -209,6 +211,7 @@ def cases_of(tp_size: int, attn_tp_size: int) -> dict[str, Case]:
             latent = Case(shapes["mla-in-parts"], steps, comm)
             named[f"{name}-mla-in-parts-{comm}"] = latent
         named |= cases_that_gather(shapes, comm)
+        named |= cases_of_rows(shapes, comm)
         if HAS_PREFILL_GRAPHS:
             named |= cases_in_graphs(shapes, comm)
     return {f"tp{tp_size}-attn{attn_tp_size}-{k}": v for k, v in named.items()}
@@ -241,6 +244,38 @@ def cases_that_gather(shapes: dict[str, Shape], comm: str) -> dict[str, Case]:
     )
     for name, steps in SPECULATION.items():
         named[f"gathered-{name}"] = Case(plain, steps, comm, form="gathered")
+    return named
+
+
+def cases_of_rows(shapes: dict[str, Shape], comm: str) -> dict[str, Case]:
+    """Every prefill over a prefix is a decode step. K/V heads only."""
+    plain = shapes["own-heads-span-kv-heads"]
+    named = {
+        f"rows-{name}-page{page}-{comm}": Case(plain, steps, comm, page, form="rows")
+        for (name, steps), page in itertools.product(SCRIPTS.items(), (1, 4))
+    }
+    for name, shape in shapes.items():
+        if not shape.latent:
+            named[f"rows-{name}-replicated-q-{comm}"] = Case(
+                shape, LIFE, comm, replicated_q=True, form="rows"
+            )
+    for lse in (NAN, 0.0, float("inf")):
+        named[f"rows-garbage-lse-{lse}-{comm}"] = Case(
+            plain, LIFE, comm, garbage=lse, form="rows"
+        )
+    named[f"rows-bf16-{comm}"] = Case(
+        plain, LIFE, comm, dtype=torch.bfloat16, form="rows"
+    )
+    if HAS_PREFILL_GRAPHS:
+        named[f"rows-in-graph-{comm}"] = Case(
+            plain,
+            LIFE,
+            comm,
+            replicated_q=True,
+            garbage=NAN,
+            in_graph=True,
+            form="rows",
+        )
     return named
 
 
@@ -455,8 +490,12 @@ def check_case(case: Case, layout: Layout, tp_rank: int, group: Any) -> None:
         "sglang_dcp.layers.kv_prefill.gathers_prefix",
         lambda requests, sizes: by_lens(requests.prefix),
     )
+    rows = mock.patch(
+        "sglang_dcp.layers.kv_prefill.takes_rows",
+        lambda requests, sizes: case.form == "rows" and any(requests.prefix),
+    )
     # All communication before the first assertion: a failing rank must not leave.
-    with rule:
+    with rule, rows:
         seen = [
             (f"step {number}, {what}", got, wanted)
             for number, step in enumerate(case.steps)

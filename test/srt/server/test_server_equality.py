@@ -34,7 +34,8 @@ class Case:
     """One layout; `flags` beside model, device and dtype.
 
     With `fills_pool`, prompts about as long as the pool are sent, too. A `fresh` server
-    is started as a user starts it. If it `stays`, no prefill gathers its prefix.
+    is started as a user starts it. `form` is that of prefills over K/V heads: by the rule
+    all gather at these lengths, and an entry of `FORMS` has another one.
     """
 
     kind: str
@@ -44,13 +45,14 @@ class Case:
     dcp_size: int = 2
     fills_pool: bool = False
     fresh: bool = False
-    stays: bool = False
+    form: str = "gathered"
 
     @property
     def gathers(self) -> bool:
         """Whether some prefill gathers K and V: by their lengths, those over a prefix do."""
         has_prefix = "--disable-radix-cache" not in self.flags
-        return has_prefix and not self.stays and not self.kind.startswith("mla")
+        by_rule = self.form == "gathered" and not self.kind.startswith("mla")
+        return has_prefix and by_rule
 
     @property
     def per_rank(self) -> int:
@@ -59,13 +61,21 @@ class Case:
         return self.max_total_tokens // page * page
 
 
-# At these lengths every prefill over a prefix would gather it.
-IN_PLACE = """
+# Plugins of servers whose prefills have another form.
+FORMS = {
+    "in-place": """
 def load():
     from sglang_dcp.layers import kv_prefill
 
     kv_prefill.gathers_prefix = lambda requests, sizes: False
-"""
+""",
+    "rows": """
+def load():
+    from sglang_dcp.layers.prefix import kv_form
+
+    kv_form.ROWS_SERVED = frozenset({"torch_native"})
+""",
+}
 
 CASES = {
     # A decode inside a prefill batch is the one prefix that is no multiple of DCP.
@@ -97,7 +107,7 @@ CASES = {
         "qwen3",
         "--tp 2 --attention-tensor-parallel-size 1 --dcp-comm-backend a2a "
         "--dcp-replicate-q-proj --chunked-prefill-size 64",
-        stays=True,
+        form="in-place",
     ),
     "qwen3-moe-tp2-dcp2-a2a": Case(
         "qwen3-moe", "--tp 2 --dcp-size 2 --dcp-comm-backend a2a"
@@ -128,7 +138,7 @@ CASES = {
         "--tp 4 --attn-tp-size 2 --dcp-comm-backend a2a --dcp-replicate-q-proj",
     ),
     "llama-8kv-tp4-attn-tp2-ag_rs-chunk64": Case(
-        "llama-8kv", "--tp 4 --attn-tp-size 2 --chunked-prefill-size 64", stays=True
+        "llama-8kv", "--tp 4 --attn-tp-size 2 --chunked-prefill-size 64", form="rows"
     ),
 }
 
@@ -189,8 +199,8 @@ def test_equal_to_tp1(
     tmp_path: Path,
 ) -> None:
     env = dict(CHECK_EVERY_BATCH)
-    if case.stays:
-        env |= plugin_folder(tmp_path, "prefix_in_place", IN_PLACE)
+    if case.form in FORMS:
+        env |= plugin_folder(tmp_path, "form_of_prefills", FORMS[case.form])
     flags = f"{case.flags} --max-total-tokens {case.max_total_tokens} --enable-metrics"
     model = models(case.kind)
     with server(model, flags, env, fresh=case.fresh) as dcp:
@@ -211,6 +221,7 @@ def test_equal_to_tp1(
     assert f"KV tokens: {case.per_rank} per rank, {logical} in all" in log
     assert "leak" not in log.lower()
     assert ("DCP prefill gathers K and V" in log) == case.gathers
+    assert ("runs as decode rows" in log) == (case.form == "rows")
     print(f"max |d logprob| {request_set.max_difference(replies, want.replies):.2e}")
 
 

@@ -19,6 +19,8 @@ from sglang_dcp.layers.prefix.kv_form import (
     gathered_seconds,
     gathers_prefix,
     in_place_seconds,
+    rows_seconds,
+    takes_rows,
 )
 from sglang_dcp.layers.prefix.rates import HOPPER
 
@@ -125,6 +127,35 @@ def test_times_grow_with_every_length(sizes: KvSizes) -> None:
         for new in news:
             told = [seconds(Requests([new], [p]), sizes, HOPPER) for p in prefixes]
             assert told == sorted(told)
+
+
+def rows(new: int, prefix: int, sizes: KvSizes = QUARTER) -> bool:
+    return takes_rows(Requests([new], [prefix]), sizes._replace(most_rows=256))
+
+
+@pytest.mark.parametrize("sizes", SIZES + ODD, ids=str)
+def test_few_new_tokens_become_decode_rows(sizes: KvSizes) -> None:
+    """Where they read less than what the host would need for another form."""
+    assert rows(1, 32768, sizes) and rows(8, 8192, sizes)
+    assert not rows(256, 1 << 20, sizes)
+    for prefix in (8192, 32768, 131072, 1 << 20):
+        taken = [rows(new, prefix, sizes) for new in range(1, 257, 5)]
+        assert taken == sorted(taken, reverse=True), prefix
+
+
+def test_decode_rows_need_a_prefix_and_room() -> None:
+    sizes = QUARTER._replace(most_rows=8)
+    assert takes_rows(Requests([7, 1], [0, 1000]), sizes)
+    assert not takes_rows(Requests([7, 2], [0, 1000]), sizes)
+    assert not takes_rows(Requests([7, 1], [0, 0]), sizes)
+    assert not takes_rows(Requests([7, 1], [0, 1000]), QUARTER)
+
+
+def test_each_row_reads_its_prefix() -> None:
+    one, four = (
+        rows_seconds(Requests([new], [1 << 20]), QUARTER, HOPPER) for new in (1, 4)
+    )
+    assert four == pytest.approx(4 * one, rel=0.01)
 
 
 def test_other_orders_of_requests_choose_the_same() -> None:

@@ -35,6 +35,7 @@ from sglang_dcp.layers.backends.torch_native import TorchNativeBackend
 from sglang_dcp.layers.backends.triton import TritonBackend
 from sglang_dcp.layers.kv_prefill import KvPrefill, kv_sizes_of
 from sglang_dcp.layers.local_batch import Shard
+from sglang_dcp.layers.prefix import kv_form
 from sglang_dcp.layers.prefix.kv_form import KvSizes
 from sglang_dcp.releases.api import sglang_api
 
@@ -408,6 +409,20 @@ def test_gpus_gather_only_with_backends_that_were_compared(
     monkeypatch.setattr(kv_prefill, "sglang_version", lambda: "0.5.16")
     assert kv_sizes_of(Runner("cuda", backend), CONFIG) is None
     assert kv_sizes_of(Runner("cpu", backend), CONFIG) is not None
+
+
+@pytest.mark.usefixtures("as_given")
+def test_no_prefill_becomes_decode_rows_before_it_was_compared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kv_prefill, "sglang_version", lambda: "0.5.23")
+    monkeypatch.setattr(kv_prefill, "most_decode_rows", lambda runner, config: 72)
+    for device, backend in (("cuda", "fa3"), ("cpu", "torch_native")):
+        sizes = kv_sizes_of(Runner(device, backend), CONFIG)
+        assert sizes is not None and sizes.most_rows == 0
+    monkeypatch.setattr(kv_form, "ROWS_SERVED", frozenset({"fa3"}))
+    sizes = kv_sizes_of(Runner("cuda", "fa3"), CONFIG)
+    assert sizes is not None and sizes.most_rows == 72
 
 
 if __name__ == "__main__":

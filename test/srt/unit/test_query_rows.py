@@ -14,7 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_dcp.layers.decode_rows import as_decode_rows, as_draft_step
+from sglang_dcp.layers.decode_rows import (
+    as_decode_rows,
+    as_draft_step,
+    as_prefill_rows,
+)
 from sglang_dcp.layers.local_batch import LocalBatchBuilder
 from sglang_dcp.ops.query_rows import (
     chain_mask,
@@ -133,6 +137,65 @@ def test_draft_step_sees_its_own_position_and_none_behind_it(dcp_size: int) -> N
                 slots = table[batch.req_pool_indices[request]].tolist()
                 assert sorted(found[request]) == sorted(slots[: committed + step + 1])
                 assert one.out_cache_loc[request] == slots[committed + step]
+
+
+# New tokens of a prefill over `COMMITTED` tokens: ragged, and requests of one token.
+NEW = (3, 1, 5, 2, 1, 4, 7)
+
+
+def make_prefill(table: torch.Tensor, *, padding: int = 0) -> Any:
+    rows = torch.arange(len(COMMITTED)).flip(0)
+    prefix, new = torch.tensor(COMMITTED), torch.tensor(NEW)
+    slots = [
+        table[row, start : start + count]
+        for row, start, count in zip(rows.tolist(), COMMITTED, NEW)
+    ]
+    return SimpleNamespace(
+        forward_mode=forward_mode("EXTEND"),
+        batch_size=len(NEW),
+        req_pool_indices=rows,
+        seq_lens=prefix + new,
+        seq_lens_cpu=prefix + new,
+        seq_lens_sum=sum(COMMITTED) + sum(NEW),
+        extend_seq_lens=new.int(),
+        extend_seq_lens_cpu=list(NEW),
+        extend_prefix_lens=prefix.int(),
+        extend_prefix_lens_cpu=list(COMMITTED),
+        # A prefill in a graph is padded with the dummy slot.
+        out_cache_loc=torch.cat([*slots, torch.zeros(padding)]).long(),
+        spec_info=None,
+    )
+
+
+@pytest.mark.parametrize("padding", [0, 9])
+@pytest.mark.parametrize("dcp_size", SIZES, ids=lambda n: f"dcp{n}")
+def test_row_of_a_prefill_sees_the_keys_up_to_its_own(
+    dcp_size: int, padding: int
+) -> None:
+    for page in PAGES:
+        table = slot_table(len(COMMITTED), 20, page * dcp_size)
+        batch = make_prefill(table, padding=padding)
+        found: list[list[int]] = [[] for _ in range(sum(NEW))]
+        for rank in range(dcp_size):
+            builder = LocalBatchBuilder(table, dcp_size, rank, page)
+            built = builder.build(as_prefill_rows(batch))
+            local, written = built.forward_batch, built.forward_batch.out_cache_loc
+            assert local.forward_mode.is_decode() and len(written) == sum(NEW)
+            assert torch.equal(local.seq_lens, local.seq_lens_cpu)
+            for row, keys in enumerate(found):
+                own = keys_of(builder, local, row, dcp_size, rank)
+                slot = int(batch.out_cache_loc[row])
+                assert (slot in own) == (slot % dcp_size == rank)
+                assert (int(written[row]) >= page) == (slot % dcp_size == rank)
+                keys += own
+        wanted = [
+            sorted(table[row, : start + j + 1].tolist())
+            for row, start, count in zip(
+                batch.req_pool_indices.tolist(), COMMITTED, NEW
+            )
+            for j in range(count)
+        ]
+        assert [sorted(keys) for keys in found] == wanted
 
 
 def test_rows_lie_request_after_request() -> None:

@@ -1,9 +1,14 @@
-"""Whether a prefill gathers the K/V heads of its prefix: pure functions of logical lengths.
+"""The form of a prefill over a prefix of K/V heads: pure functions of logical lengths.
 
-In place, queries are gathered, each rank attends to its part of the prefix, and partial
-outputs are exchanged. Gathered, each rank receives the K and V that its local query heads
-need, and attends to the whole prefix. Logical lengths are the same on all ranks, so all
-ranks choose the same form and issue the same collectives.
+- In place, queries are gathered, each rank attends to its part of the prefix, and partial
+  outputs are exchanged.
+- Gathered, each rank receives the K and V that its local query heads need, and attends to
+  the whole prefix.
+- As decode rows, each new token is a row of a decode step. It costs the host least, and
+  every row reads the prefix of its request once more.
+
+Logical lengths are the same on all ranks, so all ranks choose the same form and issue the
+same collectives.
 """
 
 from __future__ import annotations
@@ -25,6 +30,9 @@ from sglang_dcp.ops.layout import kv_windows, most_kept_kv_heads
 # first release on which they were. CPUs gather whatever stands here.
 SERVED = frozenset({"fa3", "flashinfer", "triton"})
 SERVED_SINCE = "0.5.23"
+# Attention backends whose prefills as decode rows were compared with tp 1 on GPUs. None was
+# yet. A CPU gains nothing by this form.
+ROWS_SERVED: frozenset[str] = frozenset()
 
 # Of the K and V that the layers of one gather attend to. With those sent and received they
 # hold up to three times this: not more than FA3's splits and the exchange take in place. A chunk of
@@ -46,6 +54,7 @@ class KvSizes(NamedTuple):
     dcp_size : ranks that hold the same K/V heads
     qk, v : dims of a head
     itemsize : bytes of a number of queries and outputs, and of the pool
+    most_rows : rows that a decode step has room for; 0 if no prefill may become one
     """
 
     local_heads: int
@@ -54,6 +63,7 @@ class KvSizes(NamedTuple):
     qk: int
     v: int
     itemsize: int = 2
+    most_rows: int = 0
 
     @property
     def window(self) -> int:
@@ -93,6 +103,27 @@ def gathers_prefix(
     return gathered <= in_place_seconds(requests, sizes, rates)
 
 
+def takes_rows(requests: Requests, sizes: KvSizes, *, rates: Rates = HOPPER) -> bool:
+    """Whether a prefill becomes rows of a decode step. The same on all ranks.
+
+    It does where its few new tokens read their prefixes again in less time than the other
+    forms take of the host.
+    """
+    if not any(requests.prefix) or sum(requests.new) > sizes.most_rows:
+        return False
+    rows = rows_seconds(requests, sizes, rates)
+    if rows > in_place_seconds(requests, sizes, rates):
+        return False
+    return rows <= gathered_seconds(requests, sizes, rates)
+
+
+def rows_seconds(requests: Requests, sizes: KvSizes, rates: Rates) -> float:
+    """Time attention as decode rows, and the exchange. Kernels split the keys."""
+    read = sum(new * prefix for new, prefix in zip(requests.new, requests.prefix))
+    stored = read * sizes.row_bytes(sizes.kv_heads) / sizes.dcp_size
+    return stored / rates.memory_bytes + _exchange_seconds(requests, sizes, rates)
+
+
 def in_place_seconds(requests: Requests, sizes: KvSizes, rates: Rates) -> float:
     """Time attention to a prefix that stays on its ranks, and the exchange.
 
@@ -102,10 +133,8 @@ def in_place_seconds(requests: Requests, sizes: KvSizes, rates: Rates) -> float:
     pairs = _pairs(requests, group, sizes, rates) * sizes.kv_heads / sizes.dcp_size
     attention = FLOPS * (sizes.qk + sizes.v) * pairs / rates.expanded_flops
     stored = sum(requests.prefix) * sizes.row_bytes(sizes.kv_heads) / sizes.dcp_size
-    rows = sum(requests.new) * sizes.local_heads
-    numbers = sizes.qk * sizes.itemsize, sizes.v * sizes.itemsize
-    exchange = exchange_seconds(rows, sizes.dcp_size, *numbers, rates)
     read = stored / rates.memory_bytes
+    exchange = _exchange_seconds(requests, sizes, rates)
     return max(attention, read) + exchange + rates.kv_in_place_host_s
 
 
@@ -118,6 +147,12 @@ def gathered_seconds(requests: Requests, sizes: KvSizes, rates: Rates) -> float:
     dims, longest = sizes.qk + sizes.v, max(requests.prefix)
     attention = ragged_attention_seconds(pairs, longest, dims, rates)
     return gather + attention + rates.kv_gather_host_s
+
+
+def _exchange_seconds(requests: Requests, sizes: KvSizes, rates: Rates) -> float:
+    rows = sum(requests.new) * sizes.local_heads
+    numbers = sizes.qk * sizes.itemsize, sizes.v * sizes.itemsize
+    return exchange_seconds(rows, sizes.dcp_size, *numbers, rates)
 
 
 def _pairs(requests: Requests, group: int, sizes: KvSizes, rates: Rates) -> int:

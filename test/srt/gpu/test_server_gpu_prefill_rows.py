@@ -1,0 +1,104 @@
+"""Live servers whose short prefills over a cached prefix are rows of a decode step.
+
+DCP makes no such prefill on GPUs until this file has run there (`ROWS_SERVED` in
+`layers/prefix/kv_form.py`). The plugin of its servers opens that door. Only here do
+decode kernels with ragged rows of several requests, prefill graphs and the Q projection of
+a prefill meet in one server.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import sys
+from collections.abc import Iterator, Sequence
+
+import pytest
+
+from helpers.gpu_cases import (
+    BACKENDS,
+    TP2_DCP2,
+    TP4_ATTN2,
+    TP4_DCP4,
+    Case,
+    assert_within_spread,
+    behind_door,
+    chosen_kinds,
+    exchange_case,
+    fleet_fixture,
+    params,
+)
+from helpers.gpu_servers import Fleet
+from helpers.nccl_ranks import needs_gpus
+from helpers.teacher_forcing import Prompt, Wave
+from sglang_dcp.layers.prefix import kv_form
+from sglang_dcp.releases.installed import in_range, sglang_version
+
+pytestmark = [
+    pytest.mark.server,
+    needs_gpus(2),
+    pytest.mark.skipif(
+        not in_range(sglang_version(), kv_form.SERVED_SINCE, None),
+        reason="DCP chooses the form of a prefill on GPUs with SGLang 0.5.23 on",
+    ),
+]
+
+KINDS = ("llama-2kv-d128", "qwen3-moe-d128")
+EXCHANGES = tuple(itertools.product(("symm_a2a", "a2a", "ag_rs"), (True, False)))
+SHAPES = (
+    ("page1", "--page-size 1"),
+    ("page64", "--page-size 64"),
+    ("page16-mixed", "--page-size 16 --chunked-prefill-size 1024 --enable-mixed-chunk"),
+    ("page1-eager-prefill", "--page-size 1 --disable-prefill-cuda-graph"),
+)
+# Tokens of the prefixes, and new tokens of the turns on them.
+PREFIXES = (1, 2, 130, 1023, 4096, 16384)
+TURNS = (1, 2, 5, 17, 64)
+LINE = "runs as decode rows"
+
+
+def build_waves(seed: int = 0) -> list[Wave]:
+    """Prefixes, turns on each of them alone, and many turns at once on all of them."""
+    draw = random.Random(seed)
+
+    def ids(length: int) -> tuple[int, ...]:
+        return tuple(draw.randrange(256) for _ in range(length))
+
+    bases = {length: ids(length) for length in PREFIXES}
+
+    def turn(name: str, prefix: int, new: int) -> Prompt:
+        # A prefix of one page or less need not be in the cache.
+        shared = prefix if prefix > 128 else 0
+        return Prompt(f"{name}-{new}-on-{prefix}", bases[prefix] + ids(new), 9, shared)
+
+    alone = [Prompt(f"base-{n}", base, 8) for n, base in bases.items()]
+    alone += [turn("turn", *sizes) for sizes in itertools.product(PREFIXES, TURNS)]
+    together: Sequence[Prompt] = [
+        turn("together", *sizes) for sizes in itertools.product(PREFIXES, (1, 3, 8))
+    ]
+    return [*([prompt] for prompt in alone), together]
+
+
+def cases() -> Iterator[Case]:
+    """The shapes rotate, so that each backend and each exchange sees several."""
+    for kind, (b, backend) in itertools.product(
+        chosen_kinds(KINDS), enumerate(BACKENDS)
+    ):
+        for e, exchange in enumerate(EXCHANGES):
+            for number, layout in enumerate((TP2_DCP2, TP4_ATTN2, TP4_DCP4)):
+                shape = SHAPES[(b + e + number) % len(SHAPES)]
+                case = exchange_case(kind, layout, backend, exchange, shape)
+                yield behind_door(case, "prefill_rows_door")
+
+
+fleet = fleet_fixture(build_waves)
+
+
+@pytest.mark.parametrize("case", params(cases()))
+def test_within_the_spread_of_tp(case: Case, fleet: Fleet) -> None:
+    assert_within_spread(case, fleet)
+    assert LINE in fleet.run(case.spec).log
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__, "-s"]))
