@@ -592,7 +592,7 @@ def test_chains_would_be_served(
         check_server_args(fine_server(speculative_algorithm="DFLASH"))
 
 
-@since("speculative_adaptive")
+@since("enable_return_aux_hidden_states")
 def test_gpus_speculate_with_algorithms_that_were_compared() -> None:
     ngram = {"speculative_algorithm": "NGRAM", "speculative_ngram_max_bfs_breadth": 1}
     check_server_args(fine_server(device="cuda", attention_backend="fa3", **ngram))
