@@ -54,7 +54,6 @@ from pathlib import Path
 import decode_report as report
 from decode_options import add_engine_options, fill_engine_defaults
 from decode_profile import Profile, profile_table
-from decode_quantization import PLAIN
 from decode_record import record, say
 
 
@@ -147,7 +146,7 @@ def _title(options: argparse.Namespace) -> str:
     return (
         f"{options.model}, tp {options.tp}, {options.attention_backend}, "
         f"page {options.page_size}, KV {options.kv_cache_dtype}, "
-        f"{options.quantization or PLAIN} weights"
+        f"{options.weights} weights"
     )
 
 

@@ -30,7 +30,7 @@ from typing import NamedTuple
 from decode_layouts import Layout
 from decode_models import vocab_size, write_model
 from decode_options import add_engine_options, fill_engine_defaults
-from decode_quantization import PLAIN, config_entries
+from decode_quantization import config_entries
 from decode_report import markdown
 from live_client import Answers, Client, Ids, cache_misses
 from live_servers import (
@@ -145,8 +145,7 @@ def rows_of(options: argparse.Namespace, layout: Layout, url: str) -> Iterator[R
             say(f"{layout.name}: {size.batch} x {size.prefix} + {size.new}")
             seconds = [answer.seconds for answer in answers]
             cached = min((answer.cached for answer in answers), default=0)
-            weights = options.quantization or PLAIN
-            yield summary(who(options, layout), size, seconds, cached, weights)
+            yield summary(who(options, layout), size, seconds, cached, options.weights)
 
 
 def record(options: argparse.Namespace, model: Path) -> list[str]:
@@ -213,9 +212,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         [(row.layout, row.cached, row.prefix) for row in rows if row.median_s],
         options.page_size * options.tp,
     )
-    weights = options.quantization or PLAIN
     print(
-        f"\n{options.model}, {weights} weights, tp {options.tp}, "
+        f"\n{options.model}, {options.weights} weights, tp {options.tp}, "
         "seconds to the first token\n"
     )
     print(markdown(ratio_table(rows)))

@@ -34,7 +34,7 @@ from decode_layouts import Layout
 from decode_models import vocab_size, write_model
 from decode_options import add_engine_options, fill_engine_defaults
 from decode_profile import Profile
-from decode_quantization import PLAIN, config_entries
+from decode_quantization import config_entries
 from decode_report import markdown
 from live_servers import (
     add_server_options,
@@ -168,7 +168,7 @@ def ask(
             traces = log.with_name("-".join(map(str, (log.stem, *size, "traces"))))
             result = load(options, server.base_url, model, client, traces, size)
             result = {"layout": layout.name, "model": options.model, **result}
-            result["weights"] = options.quantization or PLAIN
+            result["weights"] = options.weights
             # The same long list of arguments in every line.
             del result["server_info"]
             wanted = concurrency * options.rounds
@@ -251,9 +251,8 @@ def main() -> int:
                 f"{result['layout']}: {result['failed']} requests failed, "
                 f"{result['short']} output tokens missing"
             )
-    weights = options.quantization or PLAIN
     print(
-        f"\n{options.model}, {weights} weights, tp {options.tp}, "
+        f"\n{options.model}, {options.weights} weights, tp {options.tp}, "
         f"{options.output_len} output tokens\n"
     )
     print(table(results))

@@ -45,7 +45,7 @@ from typing import NamedTuple
 
 from decode_models import vocab_size, write_model
 from decode_options import add_engine_options, fill_engine_defaults
-from decode_quantization import PLAIN, config_entries
+from decode_quantization import config_entries
 from live_client import Client, Ids, cache_misses
 from live_servers import log_beside, new_server, record_servers, say, who
 from sglang_dcp.demo.server import ServerProcess
@@ -64,8 +64,8 @@ from speculation_replies import (
     WARM_TOKENS,
     Reply,
     check,
-    encoded,
     output_tokens,
+    request_body,
     stream,
 )
 from speculation_report import FIELDS, Row, read, summary, tables
@@ -101,7 +101,9 @@ def decode(
     repeats = []
     for _ in range(1 + options.repeats):
         bodies = [
-            encoded([*prefixes[place % len(prefixes)], *client.ids(OWN_TOKENS)], tokens)
+            request_body(
+                [*prefixes[place % len(prefixes)], *client.ids(OWN_TOKENS)], tokens
+            )
             for place in range(size.batch)
         ]
         with ThreadPoolExecutor(size.batch) as pool:
@@ -143,8 +145,7 @@ def rows_of(options: argparse.Namespace, served: Served, url: str) -> Iterator[R
     for size, repeats in ask(options, served, url):
         what = (*size, prefixes_of(options, size.batch))
         how = (draft, *speculation)
-        weights = options.quantization or PLAIN
-        row = summary(who(options, layout), how, what, repeats, weights)
+        row = summary(who(options, layout), how, what, repeats, options.weights)
         did = f"{row.step_ms:.2f} ms a step" if repeats else "does not fit"
         say(f"{served.name}: {size.batch} x {size.context}: {did}")
         yield row
@@ -269,9 +270,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         [(row.layout, row.cached, row.context) for row in rows if row.step_ms],
         options.page_size * options.tp,
     )
-    weights = options.quantization or PLAIN
     print(
-        f"\n{options.model}, {weights} weights, tp {options.tp}, draft {options.draft}\n"
+        f"\n{options.model}, {options.weights} weights, tp {options.tp}, draft {options.draft}\n"
     )
     print(tables(rows))
     print("\n" + ("\n".join(errors) or "every request was answered"))

@@ -10,7 +10,7 @@ import torch
 
 from decode_layouts import Layout, default_layouts, impossible
 from decode_models import MODELS, default_model, query_heads
-from decode_quantization import QUANTIZATIONS, why_not
+from decode_quantization import PLAIN, QUANTIZATIONS, why_not
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
@@ -50,8 +50,10 @@ def fill_engine_defaults(
     """Model, attention backend and layouts that were not named; exits for a bad one.
 
     `defaults` is how many of the default layouts are taken, the best ones; None is all.
-    `options.plain` is plain tensor parallelism on the run's attention backend.
+    `options.plain` is plain tensor parallelism on the run's attention backend, and
+    `options.weights` the format of the weights.
     """
+    options.weights = options.quantization or PLAIN
     options.model = options.model or default_model(options.tp)
     if query_heads(options.model) % options.tp:
         parser.error(

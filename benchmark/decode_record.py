@@ -19,7 +19,7 @@ from decode_layouts import Layout
 from decode_models import write_model
 from decode_peer import run_upstream
 from decode_profile import Profile
-from decode_quantization import PLAIN, config_entries
+from decode_quantization import config_entries
 from decode_ranks import Message, run_layout
 
 BEGAN = time.perf_counter()
@@ -36,7 +36,7 @@ def _stamp(options: argparse.Namespace) -> dict[str, Any]:
         "tp": options.tp,
         "page": options.page_size,
         "kv_dtype": options.kv_cache_dtype,
-        "weights": options.quantization or PLAIN,
+        "weights": options.weights,
         "gpu": torch.cuda.get_device_name() if on_gpu else platform.machine(),
         "steps": options.steps,
     }

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from sglang_dcp.demo.client import http_json
+from sglang_dcp.demo.client import http_json, open_local
 
 Ids = list[int]
 FLUSH_TRIES = 50
@@ -53,11 +53,10 @@ class Client:
 
     def flush(self) -> None:
         """Empty the radix cache. It waits until the last request is put away."""
-        # The server is on this machine, so a proxy of the environment must not be used.
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        request = urllib.request.Request(f"{self.url}/flush_cache", data=b"")
         for _ in range(FLUSH_TRIES):
             try:
-                opener.open(f"{self.url}/flush_cache", data=b"").close()
+                open_local(request).close()
                 return
             except urllib.error.HTTPError as error:
                 if error.code != http.HTTPStatus.BAD_REQUEST:

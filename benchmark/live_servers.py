@@ -10,7 +10,7 @@ import csv
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from http.client import HTTPException
 from pathlib import Path
@@ -35,9 +35,9 @@ class Named(Protocol):
     def name(self) -> str: ...
 
 
-Served = TypeVar("Served", bound=Named)
-Make = Callable[[Served], ServerProcess]
-Measure = Callable[[Served, ServerProcess], None]
+Subject = TypeVar("Subject", bound=Named)
+Make = Callable[[Subject], ServerProcess]
+Measure = Callable[[Subject, ServerProcess], None]
 
 
 def say(text: str) -> None:
@@ -129,10 +129,10 @@ def who(options: argparse.Namespace, layout: Layout) -> tuple[str, int, str, str
 def record_servers(
     file: Path,
     fields: Sequence[str],
-    groups: Iterable[Sequence[Served]],
+    groups: Iterable[Sequence[Subject]],
     ready_s: float,
-    make: Make[Served],
-    rows_of: Callable[[Served, str], Iterable[Sequence[Any]]],
+    make: Make[Subject],
+    rows_of: Callable[[Subject, str], Iterable[Sequence[Any]]],
 ) -> list[str]:
     """Write the rows of each server into a CSV as they come; see `measure_servers`.
 
@@ -144,7 +144,7 @@ def record_servers(
         # A run that is ended before its first row leaves the head.
         lines.flush()
 
-        def measure(served: Served, server: ServerProcess) -> None:
+        def measure(served: Subject, server: ServerProcess) -> None:
             for row in rows_of(served, server.base_url):
                 table.writerow(row)
                 lines.flush()
@@ -153,10 +153,10 @@ def record_servers(
 
 
 def measure_servers(
-    groups: Iterable[Sequence[Served]],
+    groups: Iterable[Sequence[Subject]],
     ready_s: float,
-    make: Make[Served],
-    measure: Measure[Served],
+    make: Make[Subject],
+    measure: Measure[Subject],
 ) -> list[str]:
     """Measure each server alone, and return a line for each that failed.
 
@@ -170,9 +170,9 @@ def measure_servers(
 
 
 def _measure_group(
-    group: Sequence[Served],
-    make: Make[Served],
-    measure: Measure[Served],
+    group: Sequence[Subject],
+    make: Make[Subject],
+    measure: Measure[Subject],
     ready_s: float,
 ) -> list[str]:
     errors: list[str] = []
@@ -189,15 +189,15 @@ def _measure_group(
 
 def _ready(
     stack: ExitStack,
-    group: Sequence[Served],
-    make: Make[Served],
+    group: Sequence[Subject],
+    make: Make[Subject],
     ready_s: float,
     errors: list[str],
-) -> list[tuple[Served, ServerProcess]]:
+) -> list[tuple[Subject, ServerProcess]]:
     """Start all of them, and return those that got ready; `stack` ends them."""
     began = time.monotonic()
     found = []
-    for served, server in list(_started(stack, group, make, errors)):
+    for served, server in _started(stack, group, make, errors):
         try:
             server.wait_ready(max(1.0, began + ready_s - time.monotonic()))
             found.append((served, server))
@@ -210,14 +210,16 @@ def _ready(
 
 
 def _started(
-    stack: ExitStack, group: Sequence[Served], make: Make[Served], errors: list[str]
-) -> Iterator[tuple[Served, ServerProcess]]:
+    stack: ExitStack, group: Sequence[Subject], make: Make[Subject], errors: list[str]
+) -> list[tuple[Subject, ServerProcess]]:
+    found = []
     for served in group:
         say(f"{served.name}: starting its server")
         try:
-            yield served, stack.enter_context(make(served))
+            found.append((served, stack.enter_context(make(served))))
         except FAILURES as error:
             _note(errors, served, error)
+    return found
 
 
 def _note(errors: list[str], served: Named, error: Exception) -> None:

@@ -8,7 +8,6 @@ each layout. It needs matplotlib: `pip install '.[bench]'`.
 
 from __future__ import annotations
 
-import csv
 import math
 import statistics
 import sys
@@ -16,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from csv_rows import read_rows
 from decode_quantization import PLAIN
 from decode_report import markdown
 
@@ -50,7 +50,6 @@ class Row(NamedTuple):
 
 
 FIELDS = Row._fields
-_NUMBERS = ("tp", "prefix", "new", "batch", "requests", "cached")
 
 
 def summary(
@@ -73,15 +72,7 @@ def p95(values: Sequence[float]) -> float:
 
 
 def read(file: Path) -> list[Row]:
-    with file.open(newline="") as lines:
-        return [_row(line) for line in csv.DictReader(lines)]
-
-
-def _row(line: dict[str, str]) -> Row:
-    found: dict[str, Any] = dict(line)
-    found.update({name: int(line[name]) for name in _NUMBERS})
-    found.update(median_s=float(line["median_s"]), p95_s=float(line["p95_s"]))
-    return Row(**found)
+    return read_rows(file, Row)
 
 
 def ratio_table(rows: Sequence[Row]) -> list[list[str]]:

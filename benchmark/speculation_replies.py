@@ -9,6 +9,7 @@ import urllib.request
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from sglang_dcp.demo.client import open_local
 from speculation_drafts import Speculation
 
 # Tokens of each reply that are not timed: the first steps after a prefill take longer.
@@ -80,7 +81,8 @@ def output_tokens(at_least: int, accepted: int) -> int:
     return 1 + accepted * math.ceil((at_least - 1) / accepted)
 
 
-def encoded(ids: Sequence[int], tokens: int) -> bytes:
+def request_body(ids: Sequence[int], tokens: int) -> bytes:
+    """Encode a greedy request for a stream of exactly so many tokens."""
     sampling = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}
     request = {"input_ids": ids, "stream": True, "sampling_params": sampling}
     return json.dumps(request).encode()
@@ -96,10 +98,8 @@ def stream(url: str, body: bytes) -> Reply:
     """
     headers = {"Content-Type": "application/json"}
     request = urllib.request.Request(f"{url}/generate", data=body, headers=headers)
-    # The server is on this machine, so a proxy of the environment must not be used.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     lines: list[tuple[float, bytes]] = []
-    with opener.open(request, timeout=STREAM_SECONDS) as answer:
+    with open_local(request, timeout=STREAM_SECONDS) as answer:
         for line in answer:
             lines.append((time.perf_counter(), line))
     # Decoded at the end: meanwhile other replies are read.

@@ -5,13 +5,13 @@ python benchmark/speculation_report.py results.csv [more.csv ...]
 
 from __future__ import annotations
 
-import csv
 import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from csv_rows import read_rows
 from decode_quantization import PLAIN
 from decode_report import markdown
 from prefill_report import p95
@@ -53,17 +53,6 @@ class Row(NamedTuple):
 
 
 FIELDS = Row._fields
-_WHOLE = (
-    "tp",
-    "steps",
-    "accepted",
-    "context",
-    "batch",
-    "prefixes",
-    "repeats",
-    "cached",
-)
-_TIMES = ("step_ms", "step_p95_ms", "token_ms")
 # What the lines of a table do not say.
 _SHARED = ("model", "tp", "gpu", "weights")
 
@@ -90,15 +79,7 @@ def summary(
 
 
 def read(file: Path) -> list[Row]:
-    with file.open(newline="") as lines:
-        return [_row(line) for line in csv.DictReader(lines)]
-
-
-def _row(line: dict[str, str]) -> Row:
-    found: dict[str, Any] = dict(line)
-    found.update({name: int(line[name]) for name in _WHOLE})
-    found.update({name: float(line[name]) for name in _TIMES})
-    return Row(**found)
+    return read_rows(file, Row)
 
 
 def differences(rows: Sequence[Row]) -> list[str]:

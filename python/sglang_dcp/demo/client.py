@@ -1,11 +1,11 @@
 """Greedy requests to a running server, with the log-probability of every new token."""
 
 import json
-import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
+from urllib.request import ProxyHandler, Request, build_opener
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,18 @@ class Difference:
     max_abs_logprob_diff: float
 
 
+def open_local(request: str | Request, *, timeout: float | None = None) -> Any:
+    """Open a URL of a server on this machine, past any proxy of the environment."""
+    opener = build_opener(ProxyHandler({}))
+    return opener.open(request, timeout=timeout)
+
+
 def http_json(url: str, payload: object = None, timeout: float = 600.0) -> Any:
     """GET ``url``, or POST ``payload`` to it, and return the decoded answer."""
     data = None if payload is None else json.dumps(payload).encode()
     headers = {"Content-Type": "application/json"}
-    request = urllib.request.Request(url, data=data, headers=headers)
-    # The server is on this machine, so a proxy of the environment must not be used.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(request, timeout=timeout) as answer:
+    request = Request(url, data=data, headers=headers)
+    with open_local(request, timeout=timeout) as answer:
         return json.loads(answer.read())
 
 

@@ -11,7 +11,6 @@ import sys
 import tempfile
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from http.client import HTTPException
 from pathlib import Path
@@ -19,6 +18,8 @@ from types import TracebackType
 from typing import IO, Any
 
 import psutil
+
+from sglang_dcp.demo.client import open_local
 
 _POLL_SECONDS = 0.5
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
@@ -285,9 +286,8 @@ def _is_free(port: int) -> bool:
 
 def _fetch(url: str) -> bytes | None:
     """Return the body of an answer with status 200, or None."""
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with opener.open(url, timeout=10) as answer:
+        with open_local(url, timeout=10) as answer:
             return bytes(answer.read()) if answer.status == 200 else None
     except (urllib.error.URLError, HTTPException, OSError):
         return None

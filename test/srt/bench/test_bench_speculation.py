@@ -28,9 +28,9 @@ from speculation_replies import (
     Arrival,
     Reply,
     check,
-    encoded,
     output_tokens,
     reply_of,
+    request_body,
     time_together,
 )
 from speculation_report import (
@@ -377,7 +377,7 @@ def test_weights_are_quantized_and_named(tmp_path: Path) -> None:
 
 
 def test_a_request_asks_for_its_tokens() -> None:
-    asked = json.loads(encoded([5, 6], 7))
+    asked = json.loads(request_body([5, 6], 7))
     assert asked["input_ids"] == [5, 6] and asked["stream"]
     assert asked["sampling_params"]["max_new_tokens"] == 7
     assert asked["sampling_params"]["ignore_eos"]

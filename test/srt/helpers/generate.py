@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-from sglang_dcp.demo.client import Reply, http_json
+from sglang_dcp.demo.client import Reply, http_json, open_local
 
 TIMEOUT_S = 300
 # Of a server that has answered, until it may be asked to give up its memory.
@@ -51,10 +51,8 @@ def flush_cache(base_url: str) -> None:
     request = urllib.request.Request(
         f"{base_url}/flush_cache?timeout={IDLE_S}", method="POST"
     )
-    # The server is on this machine, so a proxy of the environment must not be used.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     # The answer is plain text.
-    opener.open(request, timeout=TIMEOUT_S).close()
+    open_local(request, timeout=TIMEOUT_S).close()
 
 
 class Streamed:
@@ -78,10 +76,9 @@ class Streamed:
             json.dumps(payload).encode(),
             {"Content-Type": "application/json"},
         )
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         last: dict[str, Any] = {}
         try:
-            with opener.open(request, timeout=TIMEOUT_S) as lines:
+            with open_local(request, timeout=TIMEOUT_S) as lines:
                 for line in lines:
                     text = line.decode().removeprefix("data: ").strip()
                     if text and text != "[DONE]":

@@ -19,7 +19,7 @@ import pytest
 
 from helpers import request_set
 from helpers.servers import plugin_folder, server
-from sglang_dcp.demo.client import Reply, http_json
+from sglang_dcp.demo.client import Reply, http_json, open_local
 from sglang_dcp.demo.server import ServerProcess
 from sglang_dcp.demo.tiny_model import make_tiny_model
 
@@ -245,10 +245,7 @@ def _check_longest_prompts(dcp: ServerProcess, case: Case) -> None:
 
 def _metrics(dcp: ServerProcess) -> dict[str, float]:
     """Gauges of rank 0 by name."""
-    import urllib.request
-
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(f"{dcp.base_url}/metrics", timeout=30) as answer:
+    with open_local(f"{dcp.base_url}/metrics", timeout=30) as answer:
         lines = answer.read().decode().splitlines()
     found: dict[str, Any] = {}
     for line in lines:
