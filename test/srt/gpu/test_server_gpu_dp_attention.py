@@ -27,18 +27,15 @@ from helpers.gpu_cases import (
 )
 from helpers.gpu_servers import PER_RANK, Fleet, Run, live, run_fleet, selected
 from helpers.nccl_ranks import needs_gpus
+from helpers.needs_sglang import needs_sglang
 from helpers.teacher_forcing import CountedReply, Wave
 from sglang_dcp.demo.client import http_json
 from sglang_dcp.demo.server import ServerProcess
-from sglang_dcp.releases.installed import in_range, sglang_version
 
 pytestmark = [
     pytest.mark.server,
     needs_gpus(2),
-    pytest.mark.skipif(
-        not in_range(sglang_version(), "0.5.23", None),
-        reason="DCP refuses DP attention with this SGLang",
-    ),
+    needs_sglang("0.5.23", "DCP refuses DP attention with this SGLang"),
 ]
 
 KINDS = ("qwen3-moe-d128", "mla-moe-d512")

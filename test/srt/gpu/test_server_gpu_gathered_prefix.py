@@ -29,16 +29,15 @@ from helpers.gpu_cases import (
 )
 from helpers.gpu_servers import Fleet
 from helpers.nccl_ranks import needs_gpus
+from helpers.needs_sglang import needs_sglang
 from helpers.prefill_graph import HAS_PREFILL_GRAPHS
 from sglang_dcp.layers.prefix import kv_form
-from sglang_dcp.releases.installed import in_range, sglang_version
 
 pytestmark = [
     pytest.mark.server,
     needs_gpus(2),
-    pytest.mark.skipif(
-        not in_range(sglang_version(), kv_form.SERVED_SINCE, None),
-        reason="DCP gathers K and V on GPUs with SGLang 0.5.23 on",
+    needs_sglang(
+        kv_form.SERVED_SINCE, "DCP gathers K and V on GPUs with SGLang 0.5.23 on"
     ),
 ]
 

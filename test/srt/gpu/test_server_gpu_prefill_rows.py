@@ -30,16 +30,16 @@ from helpers.gpu_cases import (
 )
 from helpers.gpu_servers import Fleet
 from helpers.nccl_ranks import needs_gpus
+from helpers.needs_sglang import needs_sglang
 from helpers.teacher_forcing import Prompt, Wave
 from sglang_dcp.layers.prefix import kv_form
-from sglang_dcp.releases.installed import in_range, sglang_version
 
 pytestmark = [
     pytest.mark.server,
     needs_gpus(2),
-    pytest.mark.skipif(
-        not in_range(sglang_version(), kv_form.SERVED_SINCE, None),
-        reason="DCP chooses the form of a prefill on GPUs with SGLang 0.5.23 on",
+    needs_sglang(
+        kv_form.SERVED_SINCE,
+        "DCP chooses the form of a prefill on GPUs with SGLang 0.5.23 on",
     ),
 ]
 

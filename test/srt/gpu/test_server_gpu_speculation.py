@@ -59,17 +59,14 @@ from helpers.gpu_cases import (
 )
 from helpers.gpu_servers import Fleet, Run, Spec, run_fleet, selected
 from helpers.nccl_ranks import needs_gpus
+from helpers.needs_sglang import needs_sglang
 from helpers.teacher_forcing import Prompt, Wave
-from sglang_dcp.releases.installed import in_range, sglang_version
 
 pytestmark = [
     pytest.mark.server,
     pytest.mark.long,
     needs_gpus(2),
-    pytest.mark.skipif(
-        not in_range(sglang_version(), "0.5.23", None),
-        reason="DCP serves the speculation of SGLang 0.5.23 on",
-    ),
+    needs_sglang("0.5.23", "DCP serves the speculation of SGLang 0.5.23 on"),
 ]
 
 GQA_KINDS = ("llama-2kv-d128", "llama-8kv-d64")

@@ -226,57 +226,38 @@ def cases_that_gather(shapes: dict[str, Shape], comm: str) -> dict[str, Case]:
     }
     if comm != "a2a":
         return named
-    for (name, steps), page in itertools.product(SCRIPTS.items(), (1, 4)):
-        named[f"gathered-{name}-page{page}"] = Case(
-            plain, steps, comm, page, form="gathered"
-        )
-    for (name, shape), wide in itertools.product(shapes.items(), (False, True)):
+    for name, shape in shapes.items():
         if not shape.latent:
-            named[f"gathered-{name}{'-replicated-q' * wide}"] = Case(
-                shape, LIFE, comm, replicated_q=wide, form="gathered"
-            )
-    for lse in (NAN, 0.0, float("inf")):
-        named[f"gathered-garbage-lse-{lse}"] = Case(
-            plain, LIFE, comm, garbage=lse, form="gathered"
-        )
-    named["gathered-bf16"] = Case(
-        plain, LIFE, comm, dtype=torch.bfloat16, form="gathered"
-    )
+            named[f"gathered-{name}-{comm}"] = Case(shape, LIFE, comm, form="gathered")
     for name, steps in SPECULATION.items():
-        named[f"gathered-{name}"] = Case(plain, steps, comm, form="gathered")
-    return named
+        named[f"gathered-{name}-{comm}"] = Case(plain, steps, comm, form="gathered")
+    return named | cases_of_form("gathered", shapes, comm)
 
 
 def cases_of_rows(shapes: dict[str, Shape], comm: str) -> dict[str, Case]:
     """Every prefill over a prefix is a decode step. K/V heads only."""
+    named = cases_of_form("rows", shapes, comm)
+    if HAS_PREFILL_GRAPHS:
+        plain = shapes["own-heads-span-kv-heads"]
+        of_rows = Case(plain, LIFE, comm, replicated_q=True, garbage=NAN, form="rows")
+        named[f"rows-in-graph-{comm}"] = of_rows._replace(in_graph=True)
+    return named
+
+
+def cases_of_form(form: str, shapes: dict[str, Shape], comm: str) -> dict[str, Case]:
+    """What a form of a prefill over K/V heads must get right by itself."""
     plain = shapes["own-heads-span-kv-heads"]
     named = {
-        f"rows-{name}-page{page}-{comm}": Case(plain, steps, comm, page, form="rows")
+        f"{name}-page{page}": Case(plain, steps, comm, page)
         for (name, steps), page in itertools.product(SCRIPTS.items(), (1, 4))
     }
     for name, shape in shapes.items():
         if not shape.latent:
-            named[f"rows-{name}-replicated-q-{comm}"] = Case(
-                shape, LIFE, comm, replicated_q=True, form="rows"
-            )
+            named[f"{name}-replicated-q"] = Case(shape, LIFE, comm, replicated_q=True)
     for lse in (NAN, 0.0, float("inf")):
-        named[f"rows-garbage-lse-{lse}-{comm}"] = Case(
-            plain, LIFE, comm, garbage=lse, form="rows"
-        )
-    named[f"rows-bf16-{comm}"] = Case(
-        plain, LIFE, comm, dtype=torch.bfloat16, form="rows"
-    )
-    if HAS_PREFILL_GRAPHS:
-        named[f"rows-in-graph-{comm}"] = Case(
-            plain,
-            LIFE,
-            comm,
-            replicated_q=True,
-            garbage=NAN,
-            in_graph=True,
-            form="rows",
-        )
-    return named
+        named[f"garbage-lse-{lse}"] = Case(plain, LIFE, comm, garbage=lse)
+    named["bf16"] = Case(plain, LIFE, comm, dtype=torch.bfloat16)
+    return {f"{form}-{k}-{comm}": v._replace(form=form) for k, v in named.items()}
 
 
 def cases_in_graphs(shapes: dict[str, Shape], comm: str) -> dict[str, Case]:

@@ -19,20 +19,17 @@ import pytest
 from helpers import request_set
 from helpers.generate import Answer, generate
 from helpers.model_kinds import MODEL_KINDS
+from helpers.needs_sglang import needs_sglang
 from helpers.request_set import Request
 from helpers.servers import server
 from sglang_dcp.demo.client import Reply, http_json
 from sglang_dcp.demo.server import ServerProcess
 from sglang_dcp.demo.tiny_kinds import KINDS
 from sglang_dcp.demo.tiny_model import make_model
-from sglang_dcp.releases.installed import in_range, sglang_version
 
 pytestmark = pytest.mark.server
 
-SERVES_REPLICAS = pytest.mark.skipif(
-    not in_range(sglang_version(), "0.5.23", None),
-    reason="DCP refuses DP attention with this SGLang",
-)
+SERVES_REPLICAS = needs_sglang("0.5.23", "DCP refuses DP attention with this SGLang")
 
 CHECK_EVERY_BATCH = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1"}
 REPLICAS = DCP_SIZE = 2

@@ -31,6 +31,7 @@ from helpers.draft_models import (
 )
 from helpers.draft_oracle import DraftOracle
 from helpers.generate import Answer, generate, generate_together
+from helpers.needs_sglang import needs_sglang
 from helpers.request_set import Request
 from helpers.servers import server
 from helpers.speculation import (
@@ -41,14 +42,10 @@ from helpers.speculation import (
 )
 from sglang_dcp.demo.client import Reply, http_json
 from sglang_dcp.demo.tiny_model import make_tiny_model
-from sglang_dcp.releases.installed import in_range, sglang_version
 
 pytestmark = [
     pytest.mark.server,
-    pytest.mark.skipif(
-        not in_range(sglang_version(), "0.5.23", None),
-        reason="DCP serves the speculation of SGLang 0.5.23 on",
-    ),
+    needs_sglang("0.5.23", "DCP serves the speculation of SGLang 0.5.23 on"),
 ]
 
 CHECK_EVERY_BATCH = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1"}
