@@ -25,16 +25,22 @@ from sglang_dcp.layers.backends.attention_calls import (
     whole_rows,
 )
 from sglang_dcp.layers.backends.base import InnerBackend, Partial
-from sglang_dcp.layers.decode_rows import as_decode_rows, as_prefill_rows
-from sglang_dcp.layers.kv_pool import write_kv
+from sglang_dcp.layers.decode_rows import as_chains, as_prefill_rows
+from sglang_dcp.layers.kv_pool import as_read, write_kv
 from sglang_dcp.layers.kv_prefill import KvPrefill, kv_sizes_of
 from sglang_dcp.layers.local_batch import LocalBatch, LocalBatchBuilder
 from sglang_dcp.layers.mla.prefill import MlaPrefill
 from sglang_dcp.layers.prefix.kv_form import KvSizes
 from sglang_dcp.layers.runner_view import RunnerView
-from sglang_dcp.layers.workspace import most_decode_rows, workspace_spec
+from sglang_dcp.layers.workspace import (
+    most_requests,
+    rows_per_request,
+    workspace_spec,
+)
+from sglang_dcp.ops.chains import Chains, attend_chains
 from sglang_dcp.ops.layout import kv_index_of_local_q
 from sglang_dcp.ops.lse_merge import merge_two_states
+from sglang_dcp.ops.query_rows import folding_of
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -65,6 +71,9 @@ class DcpAttentionBackend(AttentionBackend):
     kv_sizes : KvSizes, optional
         Sizes by which a prefill over K/V heads chooses its form. If None, a prefix stays in
         place.
+    width : int
+        Query tokens of each request in a decode step, 1 without speculation. `backend`
+        plans a decode step for as many times the heads.
 
     Attributes
     ----------
@@ -86,9 +95,11 @@ class DcpAttentionBackend(AttentionBackend):
         token_to_kv_pool: Any,
         q_replicas: Optional[QReplicas] = None,
         kv_sizes: Optional[KvSizes] = None,
+        width: int = 1,
     ) -> None:
         super().__init__()
         self.backend = backend
+        self._width = width
         self.req_to_token_pool = req_to_token_pool
         self.token_to_kv_pool = token_to_kv_pool
         self._batches = batches
@@ -125,17 +136,24 @@ class DcpAttentionBackend(AttentionBackend):
             exchange = create_exchange(
                 config.comm_backend, get_dcp_group(), workspace_spec(runner, config)
             )
-        rows = most_decode_rows(runner, config)
+        # The steps of a draft are beside another. Each of them has one token.
+        width = rows_per_request(runner.server_args) if beside is None else 1
+        requests = most_requests(runner, config)
+        view = RunnerView(
+            *(runner, batches.local_table, config, requests, width),
+            head_tile=backend.head_tile,
+        )
         return cls(
-            backend.from_runner(RunnerView(runner, batches.local_table, config, rows)),
+            backend.from_runner(view),
             batches,
             exchange,
             context,
             runner.req_to_token_pool,
             runner.token_to_kv_pool,
             getattr(runner, "dcp_q_replicas", None),
-            # Those beside another are the steps of a draft, which never prefill.
+            # The steps of a draft never prefill.
             kv_sizes_of(runner, config) if beside is None else None,
+            width,
         )
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
@@ -143,34 +161,45 @@ class DcpAttentionBackend(AttentionBackend):
         if forward_batch.forward_mode.is_idle():
             # No layer attends then, on any rank of this replica of DP attention.
             return
-        batch = as_decode_rows(forward_batch)
+        batch, width = self._as_chains(forward_batch)
         # SGLang's projections of a prefill give a rank its own heads.
         replicated = batch.forward_mode.is_decode()
         if self.kv_prefill.takes_rows(batch):
             batch = as_prefill_rows(batch)
-        self._local = self._batches.build(batch)
+        self._local = self._batches.build(batch, width)
         self.prefill.init_forward_metadata()
         self.kv_prefill.init_forward_metadata(batch)
         self.backend.init_forward_metadata(batch, self._local.forward_batch)
         self._select_q_width(replicated=replicated)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
-        """Allocate what captured steps read, for `max_num_tokens` rows."""
-        self._batches.init_static(max_num_tokens)
-        self.backend.init_cuda_graph_state(max_num_tokens, max_num_tokens)
+        """Allocate what captured steps read, for `max_bs` requests."""
+        self._batches.init_static(max_bs, self._width)
+        # As the inner backend sees it, a verification has one query of each request.
+        self.backend.init_cuda_graph_state(max_bs, max_bs)
 
     def init_forward_metadata_out_graph(
         self, forward_batch: ForwardBatch, in_capture: bool = False
     ) -> None:
         """Refresh what a captured decode step reads, outside the graph."""
-        batch = as_decode_rows(forward_batch)
+        batch, width = self._as_chains(forward_batch)
         if not batch.forward_mode.is_decode():
             raise NotImplementedError(
                 f"DCP captures decode only, not {forward_batch.forward_mode}"
             )
-        self._local = self._batches.build_static(batch)
+        self._local = self._batches.build_static(batch, width)
         self.backend.init_graph_metadata(self._local.forward_batch, in_capture)
         self._select_q_width(replicated=True)
+
+    def _as_chains(self, batch: ForwardBatch) -> tuple[ForwardBatch, int]:
+        """Return `batch` as its decode step, if it is one, and the tokens of a request."""
+        step, width = as_chains(batch)
+        if step.forward_mode.is_decode() and width != self._width:
+            raise NotImplementedError(
+                f"{batch.forward_mode} brings {width} query tokens of each request, and "
+                f"attention plans {self._width}"
+            )
+        return step, width
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
         """Return the length of padding rows: one token, which DCP rank 0 owns."""
@@ -207,16 +236,25 @@ class DcpAttentionBackend(AttentionBackend):
         group. With `q_rope` and `k_rope`, `q` and `k` are the latent parts (absorbed MLA).
         Safe in CUDA-graph capture. Raises NotImplementedError for a call that DCP does not
         support.
+
+        In a verification there are `width` new tokens of each request.
         """
         check_call(layer, k, kwargs)
         local = self._current_batch()
-        if save_kv_cache:
+        chains = local.width > 1
+        if save_kv_cache and not chains:
             self._write(layer, local, k, v, k_rope)
-        out, _ = self.exchange.reduce(
-            *self._decode(q, q_rope, layer, local.forward_batch),
+        out, lse = self.exchange.reduce(
+            *self._decode(q, q_rope, layer, local),
             is_lse_base_on_e=self.backend.is_lse_base_on_e,
             empty_rows=local.empty_rows,
         )
+        if chains:
+            partial = Partial(out, lse)
+            out = self._attend_chains(partial, q, k, v, layer, local, q_rope, k_rope)
+            # Written last, because a write with scales divides K and V in place.
+            if save_kv_cache:
+                self._write(layer, local, k, v, k_rope)
         return out.reshape(q.shape[0], -1)
 
     def _decode(
@@ -224,18 +262,65 @@ class DcpAttentionBackend(AttentionBackend):
         q: torch.Tensor,
         q_rope: Optional[torch.Tensor],
         layer: RadixAttention,
-        local: ForwardBatch,
+        local: LocalBatch,
     ) -> Partial:
-        """Attend with all heads of the DCP group to the rank's local keys."""
+        """Attend with all heads of the DCP group to the rank's local keys.
+
+        The query tokens of a chain see them as more heads of one query.
+        """
+        batch = local.forward_batch
+        heads = layer.tp_q_head_num * self._dcp_size
+        sizes = local.width, heads, layer.tp_k_head_num, self.backend.head_tile
+        folding = folding_of(*sizes)
         if q_rope is not None:
             parts = by_head(layer, q, q_rope)
             if parts[0].shape[1] > layer.tp_q_head_num:
                 # Q is replicated. Only a gather would need the two parts joined.
-                return self.backend.decode_parts(*parts, layer, local)
+                latent, rope = map(folding.fold, parts)
+                found = self.backend.decode_parts(latent, rope, layer, batch)
+                return Partial(*map(folding.unfold, found))
         q = whole_rows(layer, q, q_rope)
         if q.shape[1] == layer.tp_q_head_num:
             q = self.exchange.gather_heads(q)
-        return self.backend.decode(q, layer, local)
+        found = self.backend.decode(folding.fold(q), layer, batch)
+        return Partial(*map(folding.unfold, found))
+
+    def _attend_chains(
+        self,
+        prefix: Partial,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        local: LocalBatch,
+        q_rope: Optional[torch.Tensor],
+        k_rope: Optional[torch.Tensor],
+    ) -> torch.Tensor:
+        """Attend with local heads to the query tokens themselves, and merge the prefix.
+
+        Keys and values are rounded as those are that later tokens read from the pool.
+        """
+        heads, tokens = layer.tp_q_head_num, q.shape[0]
+        if q_rope is None or k_rope is None:
+            q, k = whole_rows(layer, q, None), whole_rows(layer, k, None)
+        else:
+            q, q_rope = by_head(layer, q, q_rope)
+            k, k_rope = by_head(layer, k, k_rope)
+        v = v.view(tokens, -1, layer.v_head_dim)
+        k, v, k_rope = as_read(self.token_to_kv_pool, layer, k, v, k_rope)
+        first = heads * self._dcp_rank
+        if q.shape[1] > heads:
+            own = slice(first, first + heads)
+            q, q_rope = q[:, own], None if q_rope is None else q_rope[:, own]
+        return attend_chains(
+            Chains(q, k, v, q_rope, k_rope),
+            *prefix,
+            width=local.width,
+            scaling=layer.scaling,
+            first_head=first,
+            heads_of_kv=heads * self._dcp_size // k.shape[1],
+            is_lse_base_on_e=self.backend.is_lse_base_on_e,
+        )
 
     def forward_extend(
         self,

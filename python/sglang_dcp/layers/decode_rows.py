@@ -1,9 +1,9 @@
 """Forwards with several query tokens of a request as decode steps.
 
 `TARGET_VERIFY` and `DRAFT_EXTEND_V2` of speculative decoding bring the same number of query
-tokens for each request, a prefill brings any. As rows of a decode step each of them has a
-length of its own, and every decode kernel serves them. Their K/V are written before
-attention, so that a row finds the keys of the rows before it at their owners.
+tokens for each request: a chain. As a decode step over the committed tokens, a request is
+one row, whose query tokens are folded into heads. A prefill brings any number of new
+tokens. As a decode step, each of them is a row with a length of its own.
 
 These functions return shallow copies. SGLang's batch stays as it is.
 """
@@ -20,34 +20,32 @@ from sglang_dcp.ops.query_rows import (
     draft_step_slots,
     ragged_row_lens,
     request_of_rows,
-    row_lens,
-    spread_rows,
 )
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 
-def as_decode_rows(batch: ForwardBatch) -> ForwardBatch:
-    """Return a decode batch with a row for each query token of a speculative forward.
+def as_chains(batch: ForwardBatch) -> tuple[ForwardBatch, int]:
+    """Return a decode batch over the committed tokens, and the query tokens of a request.
 
     `batch` is SGLang's, or in graph replay a namespace of the same fields. Any other
-    forward comes back as it is. The query tokens must form a chain: a tree needs
-    `--speculative-eagle-topk` above 1, which is refused at start.
+    forward comes back as it is, with 1. The slots are those of all query tokens. These must
+    form a chain: a tree needs `--speculative-eagle-topk` above 1, which is refused at start.
     """
     mode = batch.forward_mode
     verify = mode.is_target_verify()
     if not verify and not mode.is_draft_extend_v2():
-        return batch
+        return batch, 1
     width = batch.spec_info.num_tokens_per_req
     lens, lens_cpu = batch.seq_lens, batch.seq_lens_cpu
     if not verify:
         # SGLang counts the new tokens here, and does not in a verification.
         lens, lens_cpu = lens - width, lens_cpu - width
-    rows = _decode_step(batch, row_lens(lens, width), row_lens(lens_cpu, width))
-    rows.batch_size = batch.batch_size * width
-    rows.req_pool_indices = spread_rows(batch.req_pool_indices, width)
-    return rows
+    if width == 1:
+        # A decode step, which counts the key of its own token.
+        lens, lens_cpu = lens + 1, lens_cpu + 1
+    return _decode_step(batch, lens, lens_cpu), width
 
 
 def as_prefill_rows(batch: ForwardBatch) -> ForwardBatch:

@@ -15,6 +15,7 @@ import torch
 
 from sglang_dcp.config import DcpConfig, DcpConfigError, dcp_of
 from sglang_dcp.context import get_context
+from sglang_dcp.layers.backends.attention_calls import as_stored
 from sglang_dcp.layers.memory_report import admit_prompts
 from sglang_dcp.layers.table_memory import added_table_bytes, tokens_beside_tables
 from sglang_dcp.releases.api import sglang_api
@@ -253,13 +254,50 @@ def write_kv(
     k_rope : Tensor, optional
         Rotary part of MLA's keys. `k` is then the latent part.
     """
-    from sglang.srt.mem_cache.memory_pool import KVWriteLoc, MLATokenToKVPool
+    from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
     if k_rope is not None:
         pool.set_mla_kv_buffer(layer, slots, k, k_rope)
         return
-    scales = {}
-    # Any fp8 checkpoint gives its layers scales. SGLang's pool of latents takes none.
-    if layer.k_scale is not None and not isinstance(pool, MLATokenToKVPool):
-        scales = {"k_scale": layer.k_scale, "v_scale": layer.v_scale}
+    k_scale, v_scale = _scales(pool, layer)
+    scales = {} if k_scale is None else {"k_scale": k_scale, "v_scale": v_scale}
     pool.set_kv_buffer(layer, KVWriteLoc(slots, None), k, v, **scales)
+
+
+def as_read(
+    pool: Any,
+    layer: Any,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_rope: Optional[torch.Tensor] = None,
+) -> tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor]]:
+    """Round new rows as those are that later tokens read from the pool.
+
+    Arguments are those of `write_kv`. Shapes and dtypes stay. Nothing is done where the
+    pool has the dtype of the model.
+    """
+    k_scale, v_scale = _scales(pool, layer)
+    if k_rope is not None:
+        k_rope = as_stored(k_rope, pool.dtype)
+    k, v = _as_read(k, pool.dtype, k_scale), _as_read(v, pool.dtype, v_scale)
+    return k, v, k_rope
+
+
+def _as_read(
+    rows: torch.Tensor, stored: torch.dtype, scale: Optional[torch.Tensor]
+) -> torch.Tensor:
+    if scale is None or stored.itemsize >= rows.itemsize:
+        return as_stored(rows, stored)
+    return as_stored(rows / scale, stored) * scale.to(rows.dtype)
+
+
+def _scales(pool: Any, layer: Any) -> tuple[Optional[Any], Optional[Any]]:
+    """Return by what K and V are divided before they are stored, None for nothing.
+
+    Any fp8 checkpoint gives its layers scales. SGLang's pool of latents takes none.
+    """
+    from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
+
+    if layer.k_scale is None or isinstance(pool, MLATokenToKVPool):
+        return None, None
+    return layer.k_scale, layer.v_scale

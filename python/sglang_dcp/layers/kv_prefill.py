@@ -19,7 +19,7 @@ from sglang_dcp.layers.prefix import kv_form
 from sglang_dcp.layers.prefix.cost import Requests
 from sglang_dcp.layers.prefix.gather import GatherPlan, empty_rows, plan_gather
 from sglang_dcp.layers.prefix.kv_form import KvSizes, gathers_prefix, takes_rows
-from sglang_dcp.layers.workspace import most_decode_rows
+from sglang_dcp.layers.workspace import most_decode_rows, rows_per_request
 from sglang_dcp.ops.kv_rows import order_kv_rows, pack_kv_rows
 from sglang_dcp.ops.layout import kv_heads_by_peer, kv_index_in_window
 from sglang_dcp.releases.api import sglang_api
@@ -227,7 +227,9 @@ def kv_sizes_of(runner: Any, config: DcpConfig) -> Optional[KvSizes]:
     args = sglang_api().resolved(runner.server_args)
     if runner.device != "cpu" and not _is_compared(args.attention_backend):
         return None
+    # With speculation, a decode step is planned for several query tokens of a request.
     has_rows = args.attention_backend in kv_form.ROWS_SERVED
+    has_rows = has_rows and rows_per_request(runner.server_args) == 1
     return KvSizes(
         local_heads=model.num_attention_heads // config.tp_size,
         kv_heads=config.layout.kv_heads_per_rank(kv_head_counts(model)[0]),

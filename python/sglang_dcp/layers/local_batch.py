@@ -36,11 +36,15 @@ class LocalBatch:
     empty_rows : Tensor [tokens] bool
         True for queries whose request has no key on this rank. Tokens with which SGLang
         pads a prefill belong to no request, and are not among them.
+    width : int
+        Query tokens of each request in a decode step. Above 1 they are a chain, which a
+        verification brings.
     """
 
     forward_batch: ForwardBatch
     has_cached_kv: bool
     empty_rows: torch.Tensor
+    width: int = 1
 
     @cached_property
     def rows_to_mask(self) -> Optional[torch.Tensor]:
@@ -92,28 +96,38 @@ class LocalBatchBuilder:
         other._static = None
         return other
 
-    def init_static(self, max_bs: int) -> None:
-        """Allocate the tensors that captured decode steps read at every replay."""
-        device = self.local_table.device
+    def init_static(self, max_bs: int, width: int = 1) -> None:
+        """Allocate the tensors that captured decode steps read at every replay.
+
+        They hold `max_bs` requests with `width` query tokens each.
+        """
+        device, tokens = self.local_table.device, max_bs * width
         self._static = LocalTensors(
             seq_lens=torch.zeros(max_bs, dtype=torch.int64, device=device),
-            out_cache_loc=torch.zeros(max_bs, dtype=torch.int64, device=device),
-            empty_rows=torch.zeros(max_bs, dtype=torch.bool, device=device),
+            out_cache_loc=torch.zeros(tokens, dtype=torch.int64, device=device),
+            empty_rows=torch.zeros(tokens, dtype=torch.bool, device=device),
         )
 
-    def build_static(self, batch: ForwardBatch) -> LocalBatch:
+    def build_static(self, batch: ForwardBatch, width: int = 1) -> LocalBatch:
         """Build the local batch of a captured decode step, in the static tensors.
 
-        It runs outside the graph, before each replay. `init_static` must have run.
+        It runs outside the graph, before each replay. `init_static` must have run, with
+        the same `width`.
         """
         assert self._static is not None, "init_static has not run"
-        out = LocalTensors(*(tensor[: batch.batch_size] for tensor in self._static))
-        return self._build(batch, *_lens_to_read(batch), out)
+        lens, *of_tokens = self._static
+        requests = batch.batch_size
+        tokens = (tensor[: requests * width] for tensor in of_tokens)
+        out = LocalTensors(lens[:requests], *tokens)
+        return self._build(batch, *_lens_to_read(batch), out, width)
 
-    def build(self, batch: ForwardBatch) -> LocalBatch:
-        """Build the local batch of `batch` and refresh the table rows that it reads."""
+    def build(self, batch: ForwardBatch, width: int = 1) -> LocalBatch:
+        """Build the local batch of `batch` and refresh the table rows that it reads.
+
+        In a decode step, each request has `width` query tokens.
+        """
         extend = batch.forward_mode.is_extend()
-        tokens = sum(batch.extend_seq_lens_cpu) if extend else batch.batch_size
+        tokens = sum(batch.extend_seq_lens_cpu) if extend else batch.batch_size * width
         slots = batch.out_cache_loc
         if len(slots) < tokens or (len(slots) > tokens and not extend):
             raise ValueError(f"{len(slots)} slots for {tokens} new tokens")
@@ -125,7 +139,7 @@ class LocalBatchBuilder:
             out_cache_loc=torch.empty_like(slots),
             empty_rows=torch.empty_like(slots, dtype=torch.bool),
         )
-        return self._build(batch, lens, lens_cpu, out)
+        return self._build(batch, lens, lens_cpu, out, width)
 
     def _build(
         self,
@@ -133,11 +147,12 @@ class LocalBatchBuilder:
         lens: torch.Tensor,
         lens_cpu: torch.Tensor,
         out: LocalTensors,
+        width: int,
     ) -> LocalBatch:
         longest = int(lens_cpu.max())
         self._fill(self.shard, batch, lens, longest, out)
         local = self._local_batch(batch, lens_cpu, out)
-        return LocalBatch(local, longest > 0, out.empty_rows)
+        return LocalBatch(local, longest > 0, out.empty_rows, width)
 
     def _local_batch(
         self, batch: ForwardBatch, lens_cpu: torch.Tensor, out: LocalTensors

@@ -40,4 +40,6 @@ def fill_local_tensors_torch(
     empty = out.seq_lens == 0
     if batch.forward_mode.is_extend():
         empty = torch.repeat_interleave(empty, batch.extend_seq_lens)
+    else:
+        empty = empty.repeat_interleave(len(out.empty_rows) // len(empty))
     out.empty_rows.copy_(empty)

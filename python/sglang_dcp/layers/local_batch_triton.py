@@ -48,8 +48,9 @@ def fill_local_tensors(
         `table` has any strides, `local_table` has contiguous rows.
     batch : ForwardBatch
         It reads the mode, the size, `req_pool_indices` [requests] and `out_cache_loc`
-        [tokens or fewer]. In extend it also reads `extend_seq_lens` and
-        `extend_start_loc` [requests]. They are int32 or int64, and contiguous.
+        [tokens or fewer]. In decode each request has as many tokens. In extend it also
+        reads `extend_seq_lens` and `extend_start_loc` [requests]. They are int32 or int64,
+        and contiguous.
     lens : Tensor [requests] int32 or int64
         Positions that the forward reads: all in decode, the prefix in extend.
     longest : int
@@ -63,7 +64,8 @@ def fill_local_tensors(
         A tensor of the batch is not contiguous.
     """
     starts = counts = None
-    most_new = 1
+    # In decode all requests have as many query tokens.
+    most_new = width = len(out.empty_rows) // batch.batch_size
     if batch.forward_mode.is_extend():
         starts, counts = batch.extend_start_loc, batch.extend_seq_lens
         most_new = max(batch.extend_seq_lens_cpu)
@@ -83,6 +85,7 @@ def fill_local_tensors(
         DCP_SIZE=shard.dcp_size,
         PAGE=shard.page_size,
         BLOCK=BLOCK,
+        WIDTH=1 if starts is not None else width,
     )
 
 
@@ -95,7 +98,7 @@ def fill_local_tensors(
 def _fill_local_tensors_kernel(
     rows, lens, slots, starts, counts, own_lens, own_slots, empty_rows,
     table, table_row, table_position, local_table, local_row, written, rank,
-    DCP_SIZE: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
+    DCP_SIZE: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     request = tl.program_id(0)
     first = tl.program_id(1) * BLOCK
@@ -104,9 +107,8 @@ def _fill_local_tensors_kernel(
     if first == 0:
         tl.store(own_lens + request, keys)
 
-    # In decode, request r has exactly one new token, token r.
-    start = request if starts is None else tl.load(starts + request)
-    count = 1 if counts is None else tl.load(counts + request)
+    start = request * WIDTH if starts is None else tl.load(starts + request)
+    count = WIDTH if counts is None else tl.load(counts + request)
     if first < count:
         token = start + place
         new = place < count

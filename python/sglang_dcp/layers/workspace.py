@@ -13,7 +13,7 @@ from sglang_dcp.releases.api import sglang_api
 def workspace_spec(runner: Any, config: DcpConfig) -> WorkspaceSpec:
     """Return the largest decode step of SGLang's `ModelRunner`, as an exchange sees it.
 
-    With speculation, each request has a row for each of its query tokens.
+    With speculation, each request has several query tokens.
     """
     model = runner.model_config
     if is_mla(model):
@@ -30,18 +30,22 @@ def workspace_spec(runner: Any, config: DcpConfig) -> WorkspaceSpec:
 
 
 def most_decode_rows(runner: Any, config: DcpConfig) -> int:
-    """Return the most rows of a decode step of SGLang's `ModelRunner`.
+    """Return the most query tokens of a decode step of SGLang's `ModelRunner`."""
+    return most_requests(runner, config) * rows_per_request(runner.server_args)
+
+
+def most_requests(runner: Any, config: DcpConfig) -> int:
+    """Return the most requests of a decode step of SGLang's `ModelRunner`.
 
     SGLang pads a batch to a multiple of the attention ranks where it scatters tokens over
     them.
     """
     ranks = config.tp_size
-    requests = -(-runner.req_to_token_pool.size // ranks) * ranks
-    return requests * rows_per_request(runner.server_args)
+    return -(-runner.req_to_token_pool.size // ranks) * ranks
 
 
 def rows_per_request(server_args: Any) -> int:
-    """Return how many rows a request has at most in a decode step.
+    """Return how many query tokens a request has in a decode step.
 
     `server_args` is SGLang's `ServerArgs`, resolved.
     """

@@ -6,7 +6,8 @@ gives it the merged one. Communication is tested elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, Optional
 from unittest import mock
@@ -55,16 +56,18 @@ SCRIPT = [
 ]
 # Of captured batches of four: full, and padded with SGLang's fill value.
 REPLAYS = [decode("dcfa"), decode("fa"), move("a"), decode("adf")]
+# Query tokens of each request in a verification.
+WIDTH = 3
 # Eager verifications. What is rejected stays in the pool, far off.
 VERIFICATIONS = [
-    verify("fdcba", 4),
-    reject(f=3, d=0, c=1, b=2, a=3),
-    draft_extend("abf", 4),
-    reject(a=2, b=3, f=0),
-    verify("a", 7),
+    verify("fdcba", WIDTH),
+    reject(f=2, d=0, c=1, b=2, a=2),
+    draft_extend("abf", WIDTH),
+    reject(a=2, b=1, f=0),
+    mixed(e=9, a=2),
+    verify("a", WIDTH),
 ]
-# Of captured batches of four requests with so many rows each.
-WIDTH = 3
+# Of captured batches of four requests.
 REPLAYED_VERIFICATIONS = [
     verify("dcfa", WIDTH),
     reject(d=2, c=0, f=1, a=2),
@@ -171,28 +174,35 @@ class Group:
     def eager(self, step: Step, where: str) -> None:
         new, batch = self.batch(step)
         q, k, v = self.inputs(new)
-        if step.mode in DECODES:
-            for rank in self.ranks:
-                # Gathered here; captured steps have the heads of all ranks at once.
-                rank.exchange.all_heads = q
-                rank.backend.init_forward_metadata(batch)
-                # A write with scales divides K and V in place.
-                rank.forward(q[:, rank.own], k.clone(), v.clone(), batch)
-            self.check(self.merged()[0], new, where)
-            return
         outs = self._extend(q, k, v, batch)
+        if step.mode in DECODES:
+            if self.case.width == 1:
+                outs = [self.merged()[0]]
+            else:
+                self.answer_merged(q.dtype)
+                outs = self._extend(q, k, v, batch)
+                self.forget_merged()
+            self.check(torch.cat(outs, 1), new, where)
+            return
         if self.case.gathers and any(batch.extend_prefix_lens_cpu):
             self._deliver()
             outs = self._extend(q, k, v, batch)
         elif any(batch.extend_prefix_lens_cpu):
-            out, lse = self.merged()
-            for rank in self.ranks:
-                own = out[:, rank.own].to(q.dtype), lse[:, rank.own].float()
-                rank.exchange.merged = own
+            self.answer_merged(q.dtype)
             outs = self._extend(q, k, v, batch)
+        self.forget_merged()
+        self.check(torch.cat(outs, 1), new, where)
+
+    def answer_merged(self, dtype: torch.dtype) -> None:
+        """Each rank's exchange answers with what the last run's partial results give."""
+        out, lse = self.merged()
+        for rank in self.ranks:
+            own = out[:, rank.own].to(dtype), lse[:, rank.own].float()
+            rank.exchange.merged = own
+
+    def forget_merged(self) -> None:
         for rank in self.ranks:
             rank.exchange.merged = rank.exchange.incoming = None
-        self.check(torch.cat(outs, 1), new, where)
 
     def _deliver(self) -> None:
         """Hand each rank what its peers sent. Rank r is peer r - 1 of a rank below it."""
@@ -219,31 +229,40 @@ class Group:
 class Graphs:
     """Captured decode of each rank: static inputs, and what the exchange was given.
 
-    With a `width`, they are verifications with so many rows for each request.
+    Captured verifications end with the rank's own heads. For these the exchange answers
+    with static tensors, which a second replay reads merged.
     """
 
-    def __init__(self, group: Group, width: int = 0) -> None:
-        self.group, self.width = group, width
-        self.rows = CAPTURED * max(width, 1)
-        shape = group.case.shape
+    def __init__(self, group: Group) -> None:
+        self.group, self.width = group, group.case.width
+        self.rows = CAPTURED * self.width
+        shape, device = group.case.shape, group.case.device
         sizes = (
             (shape.q_heads, shape.qk_dim),
             (shape.kv_heads, shape.qk_dim),
             (shape.kv_heads, shape.v_dim),
         )
         self.static = [
-            torch.zeros(self.rows, *size, device=group.case.device).to(group.case.dtype)
+            torch.zeros(self.rows, *size, device=device).to(group.case.dtype)
             for size in sizes
         ]
         batch = self._padded(SimpleNamespace(batch_size=0), 0)
         self._replays = []
         for rank in group.ranks:
+            if self.width > 1:
+                heads = self.rows, rank.local_heads
+                rank.exchange.merged = (
+                    torch.zeros(*heads, shape.v_dim, device=device).to(
+                        group.case.dtype
+                    ),
+                    torch.zeros(heads, device=device),
+                )
             rank.backend.init_cuda_graph_state(CAPTURED, self.rows)
             rank.backend.init_forward_metadata_out_graph(batch, in_capture=True)
             self._replays.append(self._capture(rank, batch))
 
     def _capture(self, rank: Rank, batch: Any) -> Callable[[], Any]:
-        """A replay of one decode step, which returns the rank's partial result."""
+        """A replay of one decode step: the rank's partial result, and its output."""
         self._run(rank, batch)
         if self.group.case.device == "cpu":
             return lambda: self._run(rank, batch)
@@ -260,8 +279,11 @@ class Graphs:
 
     def _run(self, rank: Rank, batch: Any) -> Any:
         q, k, v = self.static
-        rank.forward(q, k, v, batch)
-        return rank.exchange.partial
+        # Replicated Q: the heads of all ranks. A write with scales divides K and V.
+        out = rank.forward(q, k.clone(), v.clone(), batch)
+        return *rank.exchange.partial, out.view(
+            self.rows, -1, self.group.case.shape.v_dim
+        )
 
     def _padded(self, batch: Any, size: int) -> Any:
         """SGLang's padding: row 0, length 1; the slots are not padded."""
@@ -278,7 +300,7 @@ class Graphs:
         )
         mode = dict(forward_mode=ForwardMode.DECODE)
         return batch_kind()(
-            **(verified if self.width else mode),
+            **(verified if self.width > 1 else mode),
             batch_size=CAPTURED,
             req_pool_indices=torch.nn.functional.pad(rows, (0, more)),
             seq_lens=lens.to(device),
@@ -290,17 +312,35 @@ class Graphs:
 
     def replay(self, step: Step, where: str) -> None:
         new, batch = self.group.batch(step)
-        rows = len(new) * max(self.width, 1)
-        inputs = self.group.inputs(new)
+        rows = len(new) * self.width
         padded = self._padded(batch, len(new))
+        for static, values in zip(self.static, self.group.inputs(new)):
+            static[:rows] = values
+        outs = self._replayed(padded, rows)
+        if self.width == 1:
+            self.group.check(self.group.merged()[0], new, where)
+            return
+        for rank, static in zip(self.group.ranks, self._merged_for(rows)):
+            assert rank.exchange.merged is not None
+            for known, part in zip(rank.exchange.merged, static):
+                known[:rows] = part
+        outs = self._replayed(padded, rows)
+        self.group.check(torch.cat(outs, 1), new, where)
+
+    def _replayed(self, padded: Any, rows: int) -> list[Tensor]:
+        """Replay each rank, and return the output of its heads."""
+        outs = []
         for rank, replay in zip(self.group.ranks, self._replays):
-            # For each rank: a write with scales divides K and V in place.
-            for static, values in zip(self.static, inputs):
-                static[:rows] = values
             rank.backend.init_forward_metadata_out_graph(padded)
-            out, lse = replay()
+            out, lse, own = replay()
             rank.exchange.partial = out[:rows], lse[:rows]
-        self.group.check(self.group.merged()[0], new, where)
+            outs.append(own[:rows].clone())
+        return outs
+
+    def _merged_for(self, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
+        out, lse = self.group.merged()
+        for rank in self.group.ranks:
+            yield out[:, rank.own].to(self.group.case.dtype), lse[:, rank.own].float()
 
 
 def run_steps(group: Group, steps: Sequence[Step], run: Callable[..., None]) -> None:
@@ -324,8 +364,8 @@ def serve(
 ) -> Group:
     """A life of requests in eager forwards, then in captured decode steps.
 
-    Nothing is captured if `replays` is None. If it `speculates`, verifications follow,
-    eager and captured.
+    Nothing is captured if `replays` is None. If it `speculates`, another life follows, with
+    verifications, eager and captured.
     """
     rule = mock.patch(
         "sglang_dcp.layers.kv_prefill.gathers_prefix",
@@ -338,6 +378,10 @@ def serve(
             if replays is not None:
                 run_steps(group, replays, Graphs(group).replay)
             if speculates:
-                run_steps(group, VERIFICATIONS, group.eager)
-                run_steps(group, REPLAYED_VERIFICATIONS, Graphs(group, WIDTH).replay)
+                chains = Group(replace(case, width=WIDTH), make_backend)
+                before = [step for step in steps if step.mode not in DECODES]
+                run_steps(chains, before, chains.eager)
+                run_steps(chains, VERIFICATIONS, chains.eager)
+                graphs = Graphs(chains)
+                run_steps(chains, REPLAYED_VERIFICATIONS, graphs.replay)
     return group

@@ -24,8 +24,6 @@ from sglang_dcp.releases.installed import in_range, sglang_version
 FP8 = torch.float8_e4m3fn
 # What slots hold that no one has written: finite, as a used pool's, but far off.
 GARBAGE = 300.0
-# Rows of one request, where a step verifies several requests.
-MOST_VERIFIED = 4
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,8 @@ class Case:
     """One backend at work; `scale` is what a checkpoint's fp8 K/V were divided by.
 
     `idle_scale` is one that the layer has and the cache, in the model's dtype, has not.
-    If it `gathers`, every prefill over a prefix gathers K and V.
+    If it `gathers`, every prefill over a prefix gathers K and V. A decode step brings
+    `width` query tokens of each request.
     """
 
     backend: str
@@ -47,6 +46,7 @@ class Case:
     device: str = "cuda"
     max_len: int = 1500
     gathers: bool = False
+    width: int = 1
 
     @property
     def arguments(self) -> dict[str, str]:
@@ -87,7 +87,13 @@ class StashExchange:
     def reduce(self, out: Tensor, lse: Tensor, **kwargs: Any) -> Any:
         lse = mask_empty_rows(lse, kwargs["empty_rows"])
         self.partial = out, lse
-        return self.merged or (out[:, self._own], lse[:, self._own])
+        own = out[:, self._own], lse[:, self._own]
+        # A captured step has padding rows beside those of its requests.
+        return own if self.merged is None else tuple(map(_head_of, self.merged, own))
+
+
+def _head_of(rows: Tensor, like: Tensor) -> Tensor:
+    return rows[: len(like)]
 
 
 class Rank:
@@ -105,6 +111,7 @@ class Rank:
 
         from sglang_dcp.context import DcpContext
         from sglang_dcp.layers.attention import DcpAttentionBackend
+        from sglang_dcp.layers.backends.registry import backend_class
         from sglang_dcp.layers.local_batch import LocalBatchBuilder
         from sglang_dcp.layers.prefix.kv_form import KvSizes
         from sglang_dcp.layers.runner_view import RunnerView
@@ -116,9 +123,11 @@ class Rank:
         self.own = slice(first, first + self.local_heads)
         self.pool = make_pool(case, slots)
         views = LocalBatchBuilder(table, case.dcp_size, dcp_rank, case.page_size)
-        rows = len(table) * MOST_VERIFIED
+        kind = backend_class(case.backend, shape.latent)
         runner = RunnerView(
-            make_runner(case, table, self.pool), views.local_table, config, rows
+            make_runner(case, table, self.pool),
+            *(views.local_table, config, len(table), case.width),
+            head_tile=kind.head_tile,
         )
         self.exchange = StashExchange(self.own, case.dcp_size)
         heads = self.local_heads, shape.kv_heads, case.dcp_size
@@ -131,6 +140,7 @@ class Rank:
             None,
             self.pool,
             kv_sizes=KvSizes(*heads, *dims) if case.gathers else None,
+            width=case.width,
         )
         scaling = shape.qk_dim**-0.5
         self.layer = RadixAttention(

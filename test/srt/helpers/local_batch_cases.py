@@ -35,7 +35,8 @@ MODES = ("decode", "replay", "extend")
 class Case(NamedTuple):
     """`replay` is decode into static tensors, padded; `gaps` a table that is a view.
 
-    `padded` is extend with more slots than new tokens, as DP attention has it.
+    `padded` is extend with more slots than new tokens, as DP attention has it. In the other
+    two modes each request has `width` query tokens.
     """
 
     mode: str
@@ -43,6 +44,7 @@ class Case(NamedTuple):
     dtype: torch.dtype
     gaps: bool
     page_size: int = 1
+    width: int = 1
 
 
 class Step(NamedTuple):
@@ -70,10 +72,17 @@ def cases() -> dict[str, Case]:
         for n in SIZES
     ]
     found += [Case("padded", n, torch.int64, False, n) for n in (1, 2, 4)]
-    return {
-        f"{c.mode}-dcp{c.dcp_size}-page{c.page_size}-{str(c.dtype)[6:]}": c
+    found += [
+        Case(mode, n, torch.int64, False, 4, width)
+        for mode in ("decode", "replay")
+        for n, width in ((2, 2), (3, 5))
+    ]
+    names = [
+        f"{c.mode}-dcp{c.dcp_size}-page{c.page_size}-{str(c.dtype)[6:]}"
+        + f"-width{c.width}" * (c.width > 1)
         for c in found
-    }
+    ]
+    return dict(zip(names, found))
 
 
 CASES = cases()
@@ -93,20 +102,20 @@ def make_step(case: Case, gen: torch.Generator) -> Step:
     lens = [*edge_lens(case.dcp_size), 50, 23]
     rows = (1 + torch.randperm(ROWS - 1, generator=gen))[: len(lens) - 1].tolist()
     rows.append(rows[-1])
-    new = [1] * len(lens)
+    new = [case.width] * len(lens)
     if case.mode in ("extend", "padded"):
         new = [1, 2, BLOCK, 5, 1, 2 * BLOCK + 1, *([3] * (len(lens) - 6))]
     slots = torch.randint(0, 2**31 - 1, (sum(new),), generator=gen).tolist()
     if case.mode == "replay":
         # As SGLang pads: row 0, one position, and no slot.
-        rows, lens, new = rows + [0] * 3, lens + [1] * 3, new + [1] * 3
+        rows, lens, new = rows + [0] * 3, lens + [1] * 3, new + [case.width] * 3
     return Step(rows, lens, new, slots)
 
 
 def full_step(case: Case, rank: int) -> Step:
     """Leaves slots and lengths that are not 0 in all static tensors."""
-    own = [case.dcp_size * (i + 1) + rank for i in range(MAX_BS)]
-    return Step([1] * MAX_BS, own, [1] * MAX_BS, own)
+    own = [case.dcp_size * (i + 1) + rank for i in range(MAX_BS * case.width)]
+    return Step([1] * MAX_BS, own[:MAX_BS], [case.width] * MAX_BS, own)
 
 
 def make_table(case: Case, gen: torch.Generator, device: str) -> Tensor:
@@ -182,17 +191,19 @@ def check_case(case: Case, device: str) -> None:
         gen = torch.Generator().manual_seed(seed)
         table = make_table(case, gen, device)
         builder = LocalBatchBuilder(table, case.dcp_size, rank, case.page_size)
-        builder.init_static(MAX_BS)
+        builder.init_static(MAX_BS, case.width)
         builder.local_table.fill_(UNTOUCHED)
         if case.mode == "replay":
-            builder.build_static(make_batch(case, full_step(case, rank), device))
+            full = make_batch(case, full_step(case, rank), device)
+            builder.build_static(full, case.width)
         # The second forward meets other slots in the table.
         for _ in range(2):
             step = make_step(case, gen)
             batch = make_batch(case, step, device)
             wanted = walk(case, step, table, rank, builder.local_table)
             replay = case.mode == "replay"
-            view = (builder.build_static if replay else builder.build)(batch)
+            build = builder.build_static if replay else builder.build
+            view = build(batch, case.width)
             check_view(view, builder, wanted)
             dtype = torch.int64 if replay else case.dtype
             assert view.forward_batch.seq_lens.dtype == dtype

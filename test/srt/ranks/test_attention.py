@@ -316,7 +316,7 @@ class Rank:
         dims = case.shape.qk_dim, case.shape.v_dim, case.dtype.itemsize
         sizes = None if case.shape.latent else KvSizes(own, width, self.dcp, *dims)
 
-        def make_backend(batches: Any) -> DcpAttentionBackend:
+        def make_backend(batches: Any, width: int = 1) -> DcpAttentionBackend:
             backend: Any = TorchNativeBackend(views.local_table, self.pool)
             if case.garbage is not None:
                 backend = GarbageBackend(backend, case.garbage)
@@ -329,9 +329,13 @@ class Rank:
                 self.pool,
                 self.spy if case.replicated_q else None,  # type: ignore[arg-type]
                 sizes,
+                width,
             )
 
-        self.backend = make_backend(views)
+        # A server has one width. Here they share table and pool.
+        self.backends = {
+            width: make_backend(views.sibling(), width) for width in range(1, 8)
+        }
         self.draft = DraftSteps([make_backend(views.sibling()) for _ in range(DRAFTS)])
         self.layers = [self._layer(own, width, i) for i in range(LAYERS)]
         if case.in_graph:
@@ -382,9 +386,11 @@ class Rank:
                 }
                 yield from self._layers_over(backend, one, batch, decodes=True)
         else:
-            self.backend.init_forward_metadata(batch)
+            width = getattr(batch.spec_info, "num_tokens_per_req", 1)
+            backend = self.backends[width]
+            backend.init_forward_metadata(batch)
             decodes = step.mode in DECODES
-            yield from self._layers_over(self.backend, new, batch, decodes=decodes)
+            yield from self._layers_over(backend, new, batch, decodes=decodes)
         yield "calls", self.spy.calls.copy(), self._calls(step.mode, new)
 
     def _layers_over(

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from sglang_dcp.config import DcpConfig
 from sglang_dcp.context import DcpContext, clear_context, set_context
@@ -35,8 +36,10 @@ class Inner:
     """An inner backend that keeps the local batches that it is given to plan."""
 
     is_lse_base_on_e = True
+    head_tile = None
 
     def __init__(self, runner: Any) -> None:
+        self.width = getattr(runner, "width", STEPS)
         self.table = runner.req_to_token_pool.req_to_token
         self.size = runner.req_to_token_pool.size
         self.planned: list[Any] = []
@@ -70,13 +73,12 @@ def runner(context: DcpContext, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(
         attention,
         "RunnerView",
-        lambda runner, table, config, rows: SimpleNamespace(
-            req_to_token_pool=SimpleNamespace(req_to_token=table, size=rows)
+        lambda runner, table, config, requests, width, head_tile: SimpleNamespace(
+            req_to_token_pool=SimpleNamespace(req_to_token=table, size=requests),
+            width=width,
         ),
     )
-    monkeypatch.setattr(
-        attention, "most_decode_rows", lambda runner, config: REQUESTS * STEPS
-    )
+    monkeypatch.setattr(attention, "most_requests", lambda runner, config: REQUESTS)
     logical = torch.arange(REQUESTS * 32, dtype=torch.int32).view(REQUESTS, 32)
     batches = LocalBatchBuilder(logical, DCP, RANK, 1)
     runner = SimpleNamespace(
@@ -94,6 +96,7 @@ def runner(context: DcpContext, monkeypatch: pytest.MonkeyPatch) -> Any:
         context,
         None,
         None,
+        width=STEPS,
     )
     runner.attn_backend.decode_attention_backend_str = "fa3"
     return runner
@@ -101,8 +104,6 @@ def runner(context: DcpContext, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def draft_batch(lens: list[int]) -> Any:
     """SGLang's batch of all steps, of a table whose slots are its own positions."""
-    from sglang.srt.model_executor.forward_batch_info import ForwardMode
-
     rows = torch.arange(len(lens))
     slots = [row * 32 + n + i for row, n in enumerate(lens) for i in range(STEPS)]
     return SimpleNamespace(
@@ -151,6 +152,8 @@ def test_steps_share_table_and_exchange(runner: Any) -> None:
         assert backend is not base and backend.backend is not base.backend
         assert backend.exchange is base.exchange
         inner: Any = backend.backend
+        # The steps have one token of each request.
+        assert inner.width == 1
         assert inner.table is base.backend.table
         assert backend.decode_attention_backend_str == "fa3"
 
@@ -163,9 +166,26 @@ def test_captured_steps_have_room_for_one_token_of_each_request(runner: Any) -> 
     assert steps.get_cuda_graph_seq_len_fill_value() == 1
 
 
-def test_a_captured_verification_has_room_for_its_rows(runner: Any) -> None:
+def test_a_captured_verification_is_one_query_of_each_request(runner: Any) -> None:
+    """To the inner backend. The local batch has the slots of all query tokens."""
     runner.attn_backend.init_cuda_graph_state(8, 8 * STEPS)
-    assert runner.attn_backend.backend.sizes == (8 * STEPS, 8 * STEPS)
+    assert runner.attn_backend.backend.sizes == (8, 8)
+    batch = draft_batch([5, 1])
+    batch.forward_mode = ForwardMode.TARGET_VERIFY
+    batch.spec_info = SimpleNamespace(num_tokens_per_req=STEPS)
+    runner.attn_backend.init_forward_metadata_out_graph(batch)
+    local = runner.attn_backend._local
+    assert local.forward_batch.seq_lens.tolist() == [2, 0] and local.width == STEPS
+    assert len(local.forward_batch.out_cache_loc) == 2 * STEPS
+    assert local.empty_rows.tolist() == [False] * STEPS + [True] * STEPS
+
+
+def test_a_forward_of_another_width_is_refused(runner: Any) -> None:
+    """The inner backend has planned its kernels for one number of heads."""
+    with pytest.raises(
+        NotImplementedError, match="1 query tokens of each request, and"
+    ):
+        runner.attn_backend.init_forward_metadata(draft_batch([5]))
 
 
 def test_an_exchange_has_room_for_all_rows(

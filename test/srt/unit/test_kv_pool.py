@@ -10,7 +10,7 @@ import dataclasses
 import logging
 import sys
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Optional
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ from sglang_dcp.context import DcpContext, clear_context, set_context
 from sglang_dcp.distributed.topology import Layout
 from sglang_dcp.layers import kv_pool
 from sglang_dcp.layers.kv_pool import (
+    as_read,
     bound_input,
     build_kv_pool,
     config_from_budget,
@@ -294,6 +295,28 @@ def test_latents_are_written_as_they_are() -> None:
         pool = MLATokenToKVPool(8, 1, torch.float32, 4, 2, 1, "cpu", False)
         write_kv(pool, layer, torch.tensor([3, 5]), keys.clone(), keys[..., :4])
     assert torch.equal(pool.get_key_buffer(0)[[3, 5]], keys)
+
+
+@pytest.mark.parametrize("scale", [None, 0.5])
+@pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.bfloat16])
+def test_rows_as_read_are_those_that_were_written(
+    stored: torch.dtype, scale: Optional[float]
+) -> None:
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+    scales = None if scale is None else torch.tensor(scale)
+    layer = SimpleNamespace(layer_id=0, k_scale=scales, v_scale=scales)
+    keys = torch.linspace(-3, 3, 2 * 2 * 8).view(2, 2, 8).bfloat16()
+    values = (keys * 1.37).contiguous()
+    slots = torch.tensor([3, 5])
+    with sglang_context("cpu"):
+        pool = MHATokenToKVPool(8, 1, stored, 2, 8, 1, "cpu", False)
+        k, v, _ = as_read(pool, layer, keys, values)
+        write_kv(pool, layer, slots, keys.clone(), values.clone())
+    read_by = scale if scale and stored.itemsize == 1 else 1.0
+    for found, kept in zip((k, v), pool.get_kv_buffer(0)):
+        assert found.dtype == torch.bfloat16
+        assert torch.equal(found, (kept[slots].float() * read_by).bfloat16())
 
 
 def test_a_prompt_as_long_as_the_bound_is_told_so() -> None:

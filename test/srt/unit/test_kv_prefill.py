@@ -362,7 +362,9 @@ class Runner:
         self.device, self.dtype = device, torch.bfloat16
         stored = changes.pop("stored", torch.bfloat16)
         self.token_to_kv_pool = SimpleNamespace(dtype=stored)
-        self.server_args = SimpleNamespace(attention_backend=backend)
+        self.server_args = SimpleNamespace(
+            attention_backend=backend, speculative_num_draft_tokens=None
+        )
         self.model_config = SimpleNamespace(
             attention_arch=arch,
             get_total_num_kv_heads=lambda: 8,
@@ -423,6 +425,10 @@ def test_no_prefill_becomes_decode_rows_before_it_was_compared(
     monkeypatch.setattr(kv_form, "ROWS_SERVED", frozenset({"fa3"}))
     sizes = kv_sizes_of(Runner("cuda", "fa3"), CONFIG)
     assert sizes is not None and sizes.most_rows == 72
+    speculating = Runner("cuda", "fa3")
+    speculating.server_args.speculative_num_draft_tokens = 4
+    sizes = kv_sizes_of(speculating, CONFIG)
+    assert sizes is not None and sizes.most_rows == 0
 
 
 if __name__ == "__main__":

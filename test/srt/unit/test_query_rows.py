@@ -1,7 +1,7 @@
-"""Query tokens as decode rows over all small sizes, against loops over positions.
+"""Query tokens over all small sizes, against loops over positions.
 
-Only this file sees, for every rank and size, that the keys that row j sees on all ranks
-together are the positions 0 to H + j, each of them once. Live ranks see few sizes.
+Only this file sees, for every rank and size, that the keys that query token j sees on all
+ranks together are the positions 0 to H + j, each of them once. Live ranks see few sizes.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 import itertools
 import sys
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Optional
 
 import pytest
 import torch
 
 from sglang_dcp.layers.decode_rows import (
-    as_decode_rows,
+    as_chains,
     as_draft_step,
     as_prefill_rows,
 )
@@ -24,8 +24,7 @@ from sglang_dcp.ops.query_rows import (
     chain_mask,
     draft_step_lens,
     draft_step_slots,
-    row_lens,
-    spread_rows,
+    folding_of,
 )
 
 SIZES = range(1, 6)
@@ -79,44 +78,51 @@ def keys_of(
 
 @pytest.mark.parametrize("mode", ["TARGET_VERIFY", "DRAFT_EXTEND_V2"])
 @pytest.mark.parametrize("dcp_size", SIZES, ids=lambda n: f"dcp{n}")
-def test_row_j_sees_the_keys_up_to_its_own_on_all_ranks_together(
+def test_token_j_sees_the_keys_up_to_its_own_on_all_ranks_together(
     dcp_size: int, mode: str
 ) -> None:
+    """Committed keys on the ranks, and those of the chain's tokens before it."""
     for width, page in itertools.product(WIDTHS, PAGES):
         positions = max(COMMITTED) + width
         table = slot_table(len(COMMITTED), positions, page * dcp_size)
         batch = make_batch(mode, width, table)
-        found: list[list[int]] = [[] for _ in range(len(COMMITTED) * width)]
+        found: list[list[int]] = [[] for _ in COMMITTED]
         for rank in range(dcp_size):
             builder = LocalBatchBuilder(table, dcp_size, rank, page)
-            local = builder.build(as_decode_rows(batch)).forward_batch
+            built = builder.build(*as_chains(batch))
+            local = built.forward_batch
             assert torch.equal(local.seq_lens, local.seq_lens_cpu)
+            assert built.width == width
             for row, keys in enumerate(found):
                 keys += keys_of(builder, local, row, dcp_size, rank)
+        chain = chain_mask(1, width)[0].tolist() if width > 1 else [[False]]
         for request, committed in enumerate(COMMITTED):
             slots = table[batch.req_pool_indices[request]].tolist()
             for j in range(width):
-                wanted = sorted(slots[: committed + j + 1])
-                assert sorted(found[request * width + j]) == wanted
+                new = [i for i in range(width) if chain[j][i]]
+                seen = found[request] + [slots[committed + i] for i in new]
+                assert sorted(seen) == sorted(slots[: committed + j + 1])
 
 
 @pytest.mark.parametrize("dcp_size", SIZES, ids=lambda n: f"dcp{n}")
-def test_every_query_token_is_written_once_where_its_row_reads_it(
+def test_every_query_token_is_written_once_and_read_by_later_forwards_alone(
     dcp_size: int,
 ) -> None:
-    for width, page in itertools.product(WIDTHS, PAGES):
+    for width, page in itertools.product(range(2, 8), PAGES):
         table = slot_table(len(COMMITTED), max(COMMITTED) + width, page * dcp_size)
         batch = make_batch("TARGET_VERIFY", width, table)
         for rank in range(dcp_size):
             builder = LocalBatchBuilder(table, dcp_size, rank, page)
-            built = builder.build(as_decode_rows(batch))
+            built = builder.build(*as_chains(batch))
             written = built.forward_batch.out_cache_loc.tolist()
-            for row, slot in enumerate(batch.out_cache_loc.tolist()):
+            assert len(written) == len(built.empty_rows) == width * len(COMMITTED)
+            for token, slot in enumerate(batch.out_cache_loc.tolist()):
                 own = slot % dcp_size == rank
-                assert (written[row] >= page) == own
+                assert (written[token] >= page) == own
+                row = token // width
                 keys = keys_of(builder, built.forward_batch, row, dcp_size, rank)
-                assert (slot in keys) == own
-                assert bool(built.empty_rows[row]) == (not keys)
+                assert slot not in keys
+                assert bool(built.empty_rows[token]) == (not keys)
 
 
 @pytest.mark.parametrize("dcp_size", SIZES, ids=lambda n: f"dcp{n}")
@@ -198,13 +204,40 @@ def test_row_of_a_prefill_sees_the_keys_up_to_its_own(
         assert [sorted(keys) for keys in found] == wanted
 
 
-def test_rows_lie_request_after_request() -> None:
+def test_draft_steps_lie_request_after_request() -> None:
     lens = torch.tensor([5, 0], dtype=torch.int32)
-    assert row_lens(lens, 3).tolist() == [6, 7, 8, 1, 2, 3]
-    assert row_lens(lens, 3).dtype == torch.int32
-    assert spread_rows(torch.tensor([9, 4]), 3).tolist() == [9, 9, 9, 4, 4, 4]
     assert draft_step_lens(lens, 2).tolist() == [8, 3]
     assert draft_step_slots(torch.arange(6), 2, 1).tolist() == [1, 4]
+
+
+@pytest.mark.parametrize("tile", [None, 16])
+def test_query_tokens_become_heads_of_their_kv_head(tile: Optional[int]) -> None:
+    for width, kv_heads, group in itertools.product((1, 2, 3, 5), (1, 2, 3), (1, 4, 6)):
+        folding = folding_of(width, kv_heads * group, kv_heads, tile)
+        requests, dim = 3, 2
+        shape = (requests * width, kv_heads * group)
+        # Each row says which request, token, K/V head and place in its group it is.
+        marks = torch.cartesian_prod(
+            *map(torch.arange, (requests, width, kv_heads, group))
+        )
+        rows = marks.view(*shape, 4)
+        folded = folding.fold(rows)
+        assert folded.shape == (requests, folding.heads, 4)
+        per_kv = folded.view(requests, kv_heads, folding.padded, 4)
+        for request, kv in itertools.product(range(requests), range(kv_heads)):
+            real = per_kv[request, kv, : width * group]
+            wanted = itertools.product([request], range(width), [kv], range(group))
+            assert [tuple(row) for row in real.tolist()] == list(wanted)
+        assert torch.equal(folding.unfold(folded), rows)
+        assert torch.equal(folding.unfold(folded[..., 0]), rows[..., 0])
+        if tile and kv_heads > 1 and width > 1:
+            assert folding.padded <= tile or folding.padded % tile == 0
+
+
+def test_folding_copies_nothing_with_one_kv_head() -> None:
+    rows = torch.zeros(6, 4, 8)
+    folded = folding_of(3, 4, 1).fold(rows)
+    assert folded.data_ptr() == rows.data_ptr() and folded.is_contiguous()
 
 
 def test_chain_mask_lets_a_token_see_those_before_it() -> None:
@@ -216,18 +249,28 @@ def test_chain_mask_lets_a_token_see_those_before_it() -> None:
 
 @pytest.mark.parametrize("mode", ["DECODE", "EXTEND", "MIXED"])
 def test_other_forwards_stay_as_they_are(mode: str) -> None:
-    batch = SimpleNamespace(forward_mode=forward_mode(mode))
-    assert as_decode_rows(batch) is batch  # type: ignore[arg-type, comparison-overlap]
+    batch: Any = SimpleNamespace(forward_mode=forward_mode(mode))
+    found, width = as_chains(batch)
+    assert found is batch and width == 1
+
+
+def test_a_chain_of_one_token_is_a_decode_step() -> None:
+    batch = make_batch("TARGET_VERIFY", 1, slot_table(len(COMMITTED), 20, 4))
+    step, width = as_chains(batch)
+    assert width == 1 and step.forward_mode.is_decode()
+    assert step.seq_lens.tolist() == [n + 1 for n in COMMITTED]
 
 
 def test_sglangs_batch_is_not_changed() -> None:
     batch = make_batch("DRAFT_EXTEND_V2", 3, slot_table(len(COMMITTED), 20, 4))
     before = dict(vars(batch))
-    rows = as_decode_rows(batch)
+    step, width = as_chains(batch)
     assert vars(batch) == before
-    assert rows.forward_mode.is_decode() and rows.spec_info is None
-    assert rows.batch_size == len(rows.out_cache_loc) == 3 * len(COMMITTED)
-    assert rows.seq_lens_sum == int(rows.seq_lens.sum())
+    assert step.forward_mode.is_decode() and step.spec_info is None
+    assert step.batch_size == len(COMMITTED) and width == 3
+    assert len(step.out_cache_loc) == 3 * len(COMMITTED)
+    assert step.seq_lens.tolist() == list(COMMITTED)
+    assert step.seq_lens_sum == sum(COMMITTED)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Optional
 
 import pytest
 import torch
@@ -35,6 +35,7 @@ from sglang_dcp.distributed.topology import Layout
 from sglang_dcp.layers.backends.base import cumulated
 from sglang_dcp.layers.local_batch import LocalBatchBuilder
 from sglang_dcp.layers.runner_view import RunnerView
+from sglang_dcp.ops.query_rows import folding_of
 
 RELEASE = version("sglang")
 READS = {name: reads_of(backend) for name, backend in BACKENDS.items()}
@@ -230,6 +231,30 @@ def test_heads_are_those_of_the_group(read: str) -> None:
     case = Case(0)
     assert value_of(read, case.runner) == HEADS
     assert value_of(read, case.view) == HEADS * DCP
+
+
+@pytest.mark.parametrize("latent", [False, True])
+@pytest.mark.parametrize("tile", [None, 16])
+def test_heads_of_a_verification_are_those_of_all_its_tokens(
+    tile: Optional[int], latent: bool
+) -> None:
+    from sglang.srt.configs.model_config import AttentionArch
+
+    case, width = Case(0), 5
+    model = case.runner.model_config
+    model.attention_arch = AttentionArch.MLA if latent else AttentionArch.MHA
+    # As scaled for DCP. Two heads of the checkpoint are one for each attention rank.
+    model.hf_text_config.num_key_value_heads = 2 * DCP
+    model.hf_text_config.dcp_kv_head_scale = DCP
+    model.get_total_num_kv_heads = lambda: 2 * DCP
+    config = DcpConfig(Layout(DCP, 1), "a2a", False, PAGE)
+    table = case.view.req_to_token_pool.req_to_token
+    view = RunnerView(case.runner, table, config, ROWS, width, tile)
+    of_rank = view.model_config.num_attention_heads // DCP
+    folding = folding_of(width, HEADS, 1 if latent else 2, tile)
+    assert of_rank == folding.heads
+    padded = tile is not None and not latent and HEADS // 2 * width > tile
+    assert (of_rank == HEADS * width) is not padded
 
 
 def table_slots(runner: Any, case: Case) -> list[list[int]]:

@@ -57,10 +57,14 @@ class InnerBackend(ABC):
         True for natural log (torch, FA3, Triton), False for base 2 (FlashInfer).
     capabilities : BackendCapabilities
         What its kernels were made and checked for.
+    head_tile : int, optional
+        Heads that a decode kernel takes at a time, if a tile of them may not belong to two
+        K/V heads. See `folding_of`.
     """
 
     is_lse_base_on_e: bool
     capabilities: ClassVar[BackendCapabilities]
+    head_tile: ClassVar[Optional[int]] = None
 
     @classmethod
     def from_runner(cls, runner: Any) -> InnerBackend:
@@ -84,8 +88,8 @@ class InnerBackend(ABC):
     ) -> Partial:
         """Attend with one query of each request to the rank's local keys.
 
-        `q` is [requests, heads of the DCP group, qk_dim]. `local.seq_lens` counts the
-        keys. Must be safe in CUDA-graph capture if the backend has CUDA graphs.
+        `q` is [requests, heads, qk_dim], with the heads of the DCP group, or with those of
+        all query tokens of a chain (`Folding`). `local.seq_lens` counts the keys. Must be safe in CUDA-graph capture if the backend has CUDA graphs.
         """
 
     def decode_parts(

@@ -106,7 +106,7 @@ class FlashInferBackend(PlannedBackend):
     ) -> Partial:
         if not self._prefix_planned:
             with self._guard.amid_forward():
-                self._plan_prefix(local)
+                self._plan_prefix(local, q.shape[1])
             self._prefix_planned = True
         return self._paged(self._prefix, q, layer, causal=False)
 
@@ -147,7 +147,7 @@ class FlashInferBackend(PlannedBackend):
             )
         )
 
-    def _plan_prefix(self, local: ForwardBatch) -> None:
+    def _plan_prefix(self, local: ForwardBatch, heads: int) -> None:
         sizes = self._inner.indices_updater_prefill
         lens = local.extend_prefix_lens_cpu
         self._prefix.plan(
@@ -155,7 +155,7 @@ class FlashInferBackend(PlannedBackend):
             indptr(lens),
             self._slots(local),
             torch.ones(len(lens), dtype=torch.int32),
-            sizes.num_qo_heads,
+            heads,
             sizes.num_kv_heads,
             sizes.head_dim,
             page_size=1,

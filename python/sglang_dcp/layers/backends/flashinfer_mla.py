@@ -140,7 +140,7 @@ class FlashInferMlaBackend(InnerBackend):
     ) -> Partial:
         """A few heads at a time where a plan holds no more; they share the keys."""
         if not self._prefix_heads:
-            self._plan_prefix(local)
+            self._plan_prefix(local, q.shape[1])
         parts = [
             self._paged(self._prefix, split_latent(some, layer), layer)
             for some in q.split(self._prefix_heads, dim=1)
@@ -230,9 +230,9 @@ class FlashInferMlaBackend(InnerBackend):
         lens = local.seq_lens_cpu
         plan_pages(self._decode, self._sizes, self._sizes.heads, queries, lens, pages)
 
-    def _plan_prefix(self, local: ForwardBatch) -> None:
+    def _plan_prefix(self, local: ForwardBatch, heads: int) -> None:
         queries = local.extend_seq_lens_cpu
-        heads = self._prefix_heads = heads_at_once(queries, self._sizes.heads)
+        heads = self._prefix_heads = heads_at_once(queries, heads)
         pages = self._pages(local)
         where = queries, local.seq_lens_cpu, pages
         with self._guard.amid_forward():

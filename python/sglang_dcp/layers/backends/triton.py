@@ -29,6 +29,8 @@ class TritonBackend(PlannedBackend):
     is_lse_base_on_e = True
     capabilities = BackendCapabilities()
     creator = "create_triton_backend"
+    # `_GROUPED_BLOCK_H` of SGLang's kernel.
+    head_tile = 16
 
     def __init__(self, inner: Any) -> None:
         super().__init__(inner)
