@@ -39,9 +39,12 @@ def attend_chains_triton(
     q, k, v, q_rope, k_rope = chains
     tokens, heads, dim = q.shape
     out = prefix.new_empty(prefix.shape)
-    rope = 0 if q_rope is None else q_rope.shape[2]
-    # The kernel reads nothing through these where there is no rotary part.
-    q_rope, k_rope = (q, k) if q_rope is None else (q_rope, k_rope)
+    rope = 0
+    if q_rope is None or k_rope is None:
+        # The kernel reads nothing through these.
+        q_rope, k_rope = q, k
+    else:
+        rope = q_rope.shape[2]
     _attend_chains_kernel[(tokens // width, heads)](
         *(q, q_rope, k, k_rope, v, prefix, prefix_lse, out),
         *q.stride(),

@@ -320,9 +320,9 @@ class Graphs:
         if self.width == 1:
             self.group.check(self.group.merged()[0], new, where)
             return
-        for rank, static in zip(self.group.ranks, self._merged_for(rows)):
+        for rank, merged in zip(self.group.ranks, self._merged_for(rows)):
             assert rank.exchange.merged is not None
-            for known, part in zip(rank.exchange.merged, static):
+            for known, part in zip(rank.exchange.merged, merged):
                 known[:rows] = part
         outs = self._replayed(padded, rows)
         self.group.check(torch.cat(outs, 1), new, where)

@@ -214,7 +214,7 @@ def test_draft_steps_lie_request_after_request() -> None:
 def test_query_tokens_become_heads_of_their_kv_head(tile: Optional[int]) -> None:
     for width, kv_heads, group in itertools.product((1, 2, 3, 5), (1, 2, 3), (1, 4, 6)):
         folding = folding_of(width, kv_heads * group, kv_heads, tile)
-        requests, dim = 3, 2
+        requests = 3
         shape = (requests * width, kv_heads * group)
         # Each row says which request, token, K/V head and place in its group it is.
         marks = torch.cartesian_prod(

@@ -89,7 +89,8 @@ class InnerBackend(ABC):
         """Attend with one query of each request to the rank's local keys.
 
         `q` is [requests, heads, qk_dim], with the heads of the DCP group, or with those of
-        all query tokens of a chain (`Folding`). `local.seq_lens` counts the keys. Must be safe in CUDA-graph capture if the backend has CUDA graphs.
+        all query tokens of a chain (`Folding`). `local.seq_lens` counts the keys. Must be
+        safe in CUDA-graph capture if the backend has CUDA graphs.
         """
 
     def decode_parts(
