@@ -1,7 +1,6 @@
 """Speculative decoding that does not work with DCP.
 
-Each query token of a verification is a row of a decode step, which sees all positions
-before it. So drafts must be chains.
+Each query token of a verification sees all positions before it. So drafts must be chains.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from sglang_dcp.support.rules import (
 SERVED: tuple[str, ...] = ("NGRAM",)
 SERVED_ON_CPU: tuple[str, ...] = ()
 
-_TREE = "a row of a verification sees all rows before it, so drafts must be chains"
+_TREE = "a token of a verification sees all those before it, so drafts must be chains"
 _UNPROVEN = "servers with it were not compared with tp 1 on such a device"
 
 
@@ -100,7 +99,7 @@ UNSUPPORTED_SPECULATION: tuple[Unsupported, ...] = (
     Unsupported(
         "--speculative-adaptive",
         _while_speculating(given("speculative_adaptive")),
-        "attention plans one number of rows for each request",
+        "attention plans one number of query tokens for each request",
         "drop the flag",
         since="0.5.23",
     ),

@@ -44,7 +44,11 @@ MORE_ASLEEP = 1 << 30
 
 @dataclass
 class Nights:
-    """What a server said after each cycle, the first entry before any; bytes asleep."""
+    """What a server said after each cycle, the first entry before any; bytes asleep.
+
+    What other processes held at its start is left out, so nothing else may start or grow
+    beside it.
+    """
 
     replies: list[dict[str, CountedReply]]
     asleep: list[int]
@@ -63,13 +67,14 @@ def waves() -> list[Wave]:
 
 def spend_nights(spec: Spec, folder: Path) -> Nights:
     nights = Nights([], [])
+    others = used_bytes()
     with live(spec, folder) as server:
         nights.replies.append(teacher_forcing.ask(server.base_url, waves()))
         for _ in range(CYCLES):
             # A server that still puts its last request away ends with an assertion.
             flush_cache(server.base_url)
             post(server, "release_memory_occupation", tags=TAGS)
-            nights.asleep.append(used_bytes())
+            nights.asleep.append(used_bytes() - others)
             # Weights come back empty, and are loaded before anything reads them.
             post(server, "resume_memory_occupation", tags=["weights"])
             weights = str(spec.checkpoint(folder))
@@ -93,7 +98,7 @@ def used_bytes() -> int:
 
 @pytest.fixture(scope="module")
 def nights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Nights]:
-    """One server after the other: each is alone on the GPUs while it sleeps."""
+    """One server after the other: the second would count what the first holds."""
     pytest.importorskip("torch_memory_saver", reason="needs torch_memory_saver")
     folder = tmp_path_factory.mktemp("nights")
     return {
