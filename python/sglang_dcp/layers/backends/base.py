@@ -57,10 +57,14 @@ class InnerBackend(ABC):
         True for natural log (torch, FA3, Triton), False for base 2 (FlashInfer).
     capabilities : BackendCapabilities
         What its kernels were made and checked for.
+    splits_ragged_below : float
+        Tiles of query rows of a request below which `extend_ragged` splits the keys of a
+        prefix, so that all SMs have work. 0 if it never does.
     """
 
     is_lse_base_on_e: bool
     capabilities: ClassVar[BackendCapabilities]
+    splits_ragged_below: ClassVar[float] = 0
 
     @classmethod
     def from_runner(cls, runner: Any) -> InnerBackend:
