@@ -30,7 +30,7 @@ from sglang_dcp.layers.kv_pool import as_read, write_kv
 from sglang_dcp.layers.kv_prefill import KvPrefill, kv_sizes_of
 from sglang_dcp.layers.local_batch import LocalBatch, LocalBatchBuilder
 from sglang_dcp.layers.mla.prefill import MlaPrefill
-from sglang_dcp.layers.prefix.kv_form import KvSizes
+from sglang_dcp.layers.prefix.kv_form import KvForm, KvSizes
 from sglang_dcp.layers.runner_view import RunnerView
 from sglang_dcp.layers.workspace import (
     most_requests,
@@ -164,11 +164,12 @@ class DcpAttentionBackend(AttentionBackend):
         batch, width = self._as_chains(forward_batch)
         # SGLang's projections of a prefill give a rank its own heads.
         replicated = batch.forward_mode.is_decode()
-        if self.kv_prefill.takes_rows(batch):
+        form = self.kv_prefill.form_of(batch)
+        if form is KvForm.ROWS:
             batch = as_prefill_rows(batch)
         self._local = self._batches.build(batch, width)
         self.prefill.init_forward_metadata()
-        self.kv_prefill.init_forward_metadata(batch)
+        self.kv_prefill.init_forward_metadata(batch, form)
         self.backend.init_forward_metadata(batch, self._local.forward_batch)
         self._select_q_width(replicated=replicated)
 

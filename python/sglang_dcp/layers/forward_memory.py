@@ -278,9 +278,13 @@ def _prefix_gathered(sizes: ForwardSizes, tokens: int) -> Iterable[Parts]:
     if kv.kept > kv.window:
         copied = sizes.gathered * kv.row_bytes(kv.kept)
     queries = tokens * sizes.heads * sizes.qk_dim * sizes.itemsize
+    scratch = 0
+    if sizes.backend == "fa3" and sizes.splits:
+        scratch = prefix_split_bytes(Fa3Heads(sizes.heads, kv.kept, *dims[:2]), tokens)
     yield held | {
         "gathered K and V": ordered + copied,
         "queries, and output over the prefix": queries + state,
+        "splits of the kernel": scratch,
     }
     yield held | {"merged output": 2 * state}
 

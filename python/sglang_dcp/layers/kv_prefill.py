@@ -14,11 +14,12 @@ import torch
 
 from sglang_dcp.distributed.exchange.base import mask_empty_rows
 from sglang_dcp.layers.backends.base import Partial, RaggedKeys, cumulated
+from sglang_dcp.layers.backends.registry import backend_class
 from sglang_dcp.layers.heads import is_mla, kv_head_counts
 from sglang_dcp.layers.prefix import kv_form
 from sglang_dcp.layers.prefix.cost import Requests
 from sglang_dcp.layers.prefix.gather import GatherPlan, empty_rows, plan_gather
-from sglang_dcp.layers.prefix.kv_form import KvSizes, gathers_prefix, takes_rows
+from sglang_dcp.layers.prefix.kv_form import KvForm, KvSizes, choose_kv_form
 from sglang_dcp.layers.workspace import most_decode_rows, rows_per_request
 from sglang_dcp.ops.kv_rows import order_kv_rows, pack_kv_rows
 from sglang_dcp.ops.layout import kv_heads_by_peer, kv_index_in_window
@@ -100,27 +101,26 @@ class KvPrefill:
         """Whether this forward gathers its prefix."""
         return self._plan is not None
 
-    def takes_rows(self, batch: ForwardBatch) -> bool:
-        """Whether `batch` is a prefill that becomes rows of a decode step."""
+    def form_of(self, batch: ForwardBatch) -> KvForm:
+        """Choose the form of a forward. One that is no prefill stays in place."""
         if self._sizes is None or not batch.forward_mode.is_extend():
-            return False
-        requests = _requests_of(batch)
-        chosen = takes_rows(requests, self._sizes)
-        if chosen:
-            line = "DCP prefill of %d tokens runs as decode rows"
-            self._log_once(line, sum(requests.new))
-        return chosen
+            return KvForm.IN_PLACE
+        requests = Requests(batch.extend_seq_lens_cpu, batch.extend_prefix_lens_cpu)
+        return choose_kv_form(requests, self._sizes)
 
-    def init_forward_metadata(self, batch: ForwardBatch) -> None:
-        """Choose between the other two forms and plan, once for all layers."""
+    def init_forward_metadata(self, batch: ForwardBatch, form: KvForm) -> None:
+        """Plan the form that `form_of` chose, once for all layers.
+
+        In the form of decode rows, `batch` has these rows.
+        """
         self._plan = self._ahead = None
-        if self._sizes is None or not batch.forward_mode.is_extend():
-            return
-        requests = _requests_of(batch)
-        if gathers_prefix(requests, self._sizes):
+        if form is KvForm.GATHERED:
             self._plan = self._planned(batch)
             line = "DCP prefill gathers K and V of %d positions"
-            self._log_once(line, sum(requests.prefix))
+            self._log_once(line, sum(batch.extend_prefix_lens_cpu))
+        elif form is KvForm.ROWS:
+            line = "DCP prefill of %d tokens runs as decode rows"
+            self._log_once(line, batch.batch_size)
 
     def _planned(self, batch: ForwardBatch) -> KvPlan:
         prefix = batch.extend_prefix_lens_cpu
@@ -207,10 +207,6 @@ class KvPrefill:
         return blocks[peers:]
 
 
-def _requests_of(batch: ForwardBatch) -> Requests:
-    return Requests(batch.extend_seq_lens_cpu, batch.extend_prefix_lens_cpu)
-
-
 def kv_sizes_of(runner: Any, config: DcpConfig) -> Optional[KvSizes]:
     """Return the sizes by which a runner's prefill chooses its form, or None.
 
@@ -230,6 +226,8 @@ def kv_sizes_of(runner: Any, config: DcpConfig) -> Optional[KvSizes]:
     # With speculation, a decode step is planned for several query tokens of a request.
     has_rows = args.attention_backend in kv_form.ROWS_SERVED
     has_rows = has_rows and rows_per_request(runner.server_args) == 1
+    splits = not args.enable_deterministic_inference
+    backend = backend_class(args.attention_backend, mla=False)
     return KvSizes(
         local_heads=model.num_attention_heads // config.tp_size,
         kv_heads=config.layout.kv_heads_per_rank(kv_head_counts(model)[0]),
@@ -238,6 +236,7 @@ def kv_sizes_of(runner: Any, config: DcpConfig) -> Optional[KvSizes]:
         v=model.v_head_dim,
         itemsize=stored.itemsize,
         most_rows=most_decode_rows(runner, config) if has_rows else 0,
+        split_below=backend.splits_ragged_below if splits else 0,
     )
 
 

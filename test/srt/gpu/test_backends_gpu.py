@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from helpers.attention_oracle import Shape
+from helpers.attention_oracle import Shape, extend, mixed
 from helpers.backend_groups import serve
 from helpers.backend_ranks import FP8, Case
 from helpers.nccl_ranks import needs_gpus
@@ -62,6 +62,14 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_equals_float64_over_all_keys(name: str) -> None:
     serve(CASES[name], speculates=True)
+
+
+@pytest.mark.parametrize("backend", ["fa3", "flashinfer", "triton"])
+@pytest.mark.parametrize("shape", [heads(128, 8, 1), heads(128, 12, 3)], ids=str)
+def test_short_turns_on_a_long_gathered_prefix(backend: str, shape: Shape) -> None:
+    """`fa3` splits the keys of `a`, beside requests with few keys and with none."""
+    case = Case(backend, shape, gathers=True, max_len=4500)
+    serve(case, [extend(a=4200, b=3), mixed(a=100, b=1, c=9), mixed(a=1, c=2)], None)
 
 
 if __name__ == "__main__":

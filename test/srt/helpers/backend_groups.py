@@ -38,6 +38,7 @@ from helpers.backend_ranks import (
     stored_rows,
 )
 from helpers.parallel import attention_width
+from sglang_dcp.layers.prefix.kv_form import KvForm
 
 ROWS = 9
 TOLERANCE = {None: 3e-2, FP8: 8e-2}
@@ -368,8 +369,10 @@ def serve(
     verifications, eager and captured.
     """
     rule = mock.patch(
-        "sglang_dcp.layers.kv_prefill.gathers_prefix",
-        lambda requests, sizes: any(requests.prefix),
+        "sglang_dcp.layers.kv_prefill.choose_kv_form",
+        lambda requests, sizes: (
+            KvForm.GATHERED if any(requests.prefix) else KvForm.IN_PLACE
+        ),
     )
     with sglang_context(case.device, **case.arguments), rule:
         with attention_width(case.dcp_size):

@@ -60,18 +60,27 @@ class AllocatingFa3(Fa3Plans):
     ----------
     splits : list of int
         Splits of each call over pages.
+    ragged_splits : list of (bool, int or None)
+        Of each call over rows, whether it was causal, and the splits that were asked for.
     """
 
     def __init__(self, runner: Any) -> None:
         super().__init__(runner)
         self.splits: list[int] = []
+        self.ragged_splits: list[tuple[bool, Optional[int]]] = []
 
     def flash_attn_varlen_func(
-        self, *, q: Tensor, v: Tensor, qv: Optional[Tensor] = None, **more: Any
+        self,
+        *,
+        q: Tensor,
+        v: Tensor,
+        causal: bool,
+        num_splits: Optional[int] = None,
+        **more: Any,
     ) -> tuple[Tensor, Tensor]:
         # By default it does not split.
-        assert "num_splits" not in more
-        return _result(q, v.shape[-1])
+        self.ragged_splits.append((causal, num_splits))
+        return _split_result(q, v.shape[-1], 1 if num_splits is None else num_splits)
 
     def flash_attn_with_kvcache(
         self,
@@ -86,8 +95,7 @@ class AllocatingFa3(Fa3Plans):
         qv: Optional[Tensor] = None,
         **more: Any,
     ) -> tuple[Tensor, Tensor]:
-        tokens, heads, _ = q.shape
-        v_dim = v_cache.shape[-1]
+        heads, v_dim = q.shape[1], v_cache.shape[-1]
         splits = num_splits or fa3_splits(
             rows=max_seqlen_q * heads // k_cache.shape[2],
             kv_heads=k_cache.shape[2],
@@ -97,16 +105,17 @@ class AllocatingFa3(Fa3Plans):
             causal=causal,
         )
         self.splits.append(splits)
-        out, lse = _result(q, v_dim)
-        if splits > 1:
-            q.new_zeros(splits, heads, tokens, v_dim + 1, dtype=torch.float32)
-        return out, lse
+        return _split_result(q, v_dim, splits)
 
 
-def _result(q: Tensor, v_dim: int) -> tuple[Tensor, Tensor]:
+def _split_result(q: Tensor, v_dim: int, splits: int) -> tuple[Tensor, Tensor]:
+    tokens, heads, _ = q.shape
     dtype = torch.bfloat16 if q.itemsize == 1 else q.dtype
-    out = q.new_zeros(*q.shape[:2], v_dim, dtype=dtype)
-    return out, q.new_zeros(q.shape[1], q.shape[0], dtype=torch.float32)
+    out = q.new_zeros(tokens, heads, v_dim, dtype=dtype)
+    lse = q.new_zeros(heads, tokens, dtype=torch.float32)
+    if splits > 1:
+        q.new_zeros(splits, heads, tokens, v_dim + 1, dtype=torch.float32)
+    return out, lse
 
 
 def fa3_splits(

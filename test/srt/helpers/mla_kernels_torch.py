@@ -341,8 +341,11 @@ class Fa3Mla(Fa3Plans):
         causal: bool,
         return_softmax_lse: bool,
         qv: Optional[Tensor] = None,
+        num_splits: int = 1,
     ) -> tuple[Tensor, Tensor]:
         assert return_softmax_lse
+        # 0 would be the kernel's own choice, for which the memory has no bound.
+        assert 1 <= num_splits <= 128
         assert max_seqlen_q == int(cu_seqlens_q.diff().max())
         assert max_seqlen_k == int(cu_seqlens_k.diff().max())
         lens = cu_seqlens_k.diff().tolist()

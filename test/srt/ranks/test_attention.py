@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+from collections.abc import Sequence
 from typing import Any, Iterator, NamedTuple
 from unittest import mock
 
@@ -53,6 +54,7 @@ from helpers.prefill_graph import (
 )
 from sglang_dcp.config import DcpConfig
 from sglang_dcp.distributed.topology import Layout
+from sglang_dcp.layers.prefix.kv_form import KvForm
 
 COMMS = ("ag_rs", "a2a")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
@@ -470,19 +472,21 @@ class Rank:
         yield "pool holds owned positions, and those only", same, True
 
 
+def form_of(case: Case, prefix: Sequence[int]) -> KvForm:
+    if GATHERS[case.form](prefix):
+        return KvForm.GATHERED
+    rows = case.form == "rows" and any(prefix)
+    return KvForm.ROWS if rows else KvForm.IN_PLACE
+
+
 def check_case(case: Case, layout: Layout, tp_rank: int, group: Any) -> None:
     rank = Rank(case, layout, tp_rank, group)
-    by_lens = GATHERS[case.form]
     rule = mock.patch(
-        "sglang_dcp.layers.kv_prefill.gathers_prefix",
-        lambda requests, sizes: by_lens(requests.prefix),
-    )
-    rows = mock.patch(
-        "sglang_dcp.layers.kv_prefill.takes_rows",
-        lambda requests, sizes: case.form == "rows" and any(requests.prefix),
+        "sglang_dcp.layers.kv_prefill.choose_kv_form",
+        lambda requests, sizes: form_of(case, requests.prefix),
     )
     # All communication before the first assertion: a failing rank must not leave.
-    with rule, rows:
+    with rule:
         seen = [
             (f"step {number}, {what}", got, wanted)
             for number, step in enumerate(case.steps)

@@ -66,8 +66,9 @@ FORMS = {
     "in-place": """
 def load():
     from sglang_dcp.layers import kv_prefill
+    from sglang_dcp.layers.prefix.kv_form import KvForm
 
-    kv_prefill.gathers_prefix = lambda requests, sizes: False
+    kv_prefill.choose_kv_form = lambda requests, sizes: KvForm.IN_PLACE
 """,
     "rows": """
 def load():

@@ -47,6 +47,7 @@ from sglang_dcp.layers.backends.fa3_splits import (
     decode_split_bytes,
     most_splits,
     prefix_splits,
+    ragged_splits,
 )
 from sglang_dcp.layers.forward_memory import (
     Expansion,
@@ -74,7 +75,7 @@ from sglang_dcp.layers.mla.form import (
 from sglang_dcp.layers.mla.latents import gather_latents
 from sglang_dcp.layers.prefix import kv_form
 from sglang_dcp.layers.prefix.gather import plan_gather, split_into_chunks
-from sglang_dcp.layers.prefix.kv_form import MOST_GATHERED_BYTES, KvSizes
+from sglang_dcp.layers.prefix.kv_form import MOST_GATHERED_BYTES, KvForm, KvSizes
 from sglang_dcp.ops.layout import most_kept_kv_heads
 from sglang_dcp.releases.api import sglang_api
 from sglang_dcp.releases.installed import in_range, sglang_version
@@ -84,6 +85,7 @@ UNEVEN = Shape(24, 3, 64, 64)
 MLA = Shape(8, 1, 576, 512, latent=True)
 NEW = dict(a=70, b=150)
 TOKENS = sum(NEW.values())
+SPLITS = "splits of the kernel"
 
 CASES = {
     "gqa": (Case("fa3", GQA, device="cpu"), "a2a"),
@@ -208,29 +210,85 @@ def test_gathered_queries_are_freed_before_the_exchange(name: str) -> None:
     assert prefill < total(prefill_parts(sizes, TOKENS)) + queries
 
 
-@pytest.mark.parametrize("name", ["gqa", "gqa-dcp4", "gqa-uneven"])
-def test_a_gathered_prefix_takes_what_is_told(name: str) -> None:
-    """Rows for the rank with most of them are padded by a position of each request."""
+@contextmanager
+def gathering(name: str, **prefixes: int) -> Iterator[tuple[Served, ForwardSizes]]:
+    """A rank that gathers these prefixes, and its sizes."""
     case = replace(CASES[name][0], gathers=True)
-    sizes = sizes_of(case, "a2a")._replace(splits=False, gathered=300 + 700)
-    new = dict(a=20, b=50)
+    sizes = sizes_of(case, "a2a")._replace(gathered=sum(prefixes.values()))
     with (
         sglang_context("cpu", **case.arguments),
         attention_width(case.dcp_size),
         allocating_kernels(),
-        mock.patch("sglang_dcp.layers.kv_prefill.gathers_prefix", lambda *args: True),
+        mock.patch(
+            "sglang_dcp.layers.kv_prefill.choose_kv_form",
+            lambda *args: KvForm.GATHERED,
+        ),
         # As where one layer fills what several may take.
         mock.patch.object(KvSizes, "layers_at_once", lambda *args: 1),
     ):
         at_work = Served(case, "a2a")
         silent: Any = SilentGroup(case.dcp_size)
         at_work.rank.backend.kv_prefill._exchange = create_exchange("a2a", silent)
-        for name, prefix in dict(a=300, b=700).items():
-            at_work.group.served.grow(name, prefix)
-        gathered = at_work.peak(extend(**new))
-    told = total(gathered_parts(sizes, sum(new.values())))
+        for request, prefix in prefixes.items():
+            at_work.group.served.grow(request, prefix)
+        yield at_work, sizes
+
+
+GATHERED_CASES = ("gqa", "gqa-dcp4", "gqa-uneven")
+
+
+@pytest.mark.parametrize("name", GATHERED_CASES)
+def test_a_gathered_prefix_takes_what_is_told(name: str) -> None:
+    """Rows for the rank with most of them are padded by a position of each request."""
+    with gathering(name, a=300, b=700) as (at_work, sizes):
+        sizes = without_splits(at_work, sizes)
+        gathered = at_work.peak(extend(a=20, b=50))
+    told = total(gathered_parts(sizes, 70))
     assert gathered <= told <= 1.1 * gathered
-    assert told <= total(prefill_parts(sizes, sum(new.values())))
+    assert told <= total(prefill_parts(sizes, 70))
+
+
+def ragged_calls(at_work: Served) -> list[tuple[bool, int | None]]:
+    inner: Any = at_work.rank.backend.backend._inner  # type: ignore[attr-defined]
+    return list(inner.ragged_splits)
+
+
+@pytest.mark.parametrize("name", GATHERED_CASES)
+def test_a_gathered_prefix_is_split_and_new_tokens_are_not(name: str) -> None:
+    with gathering(name, a=300, b=1100) as (at_work, sizes):
+        split = at_work.peak(extend(a=20, b=50))
+        kept = sizes.kept_kv_heads
+    heads = Fa3Heads(sizes.heads, kept, sizes.qk_dim, sizes.v_dim)
+    splits = ragged_splits(heads, 70, 50, 1100)
+    assert splits > 1
+    assert ragged_calls(at_work) == [(True, None), (False, splits)]
+    told = total(gathered_parts(sizes, 70))
+    assert split <= told
+    assert splits * heads.split_bytes(70) <= gathered_parts(sizes, 70)[SPLITS]
+
+
+def test_deterministic_inference_splits_no_gathered_prefix() -> None:
+    with gathering("gqa", a=1400) as (at_work, sizes):
+        without_splits(at_work, sizes)
+        at_work.peak(extend(a=20))
+    assert ragged_calls(at_work) == [(True, None), (False, 1)]
+
+
+def test_splits_of_any_gathered_prefix_are_told() -> None:
+    """Of one request with all new tokens, and of many with few."""
+    for served in (QWEN, QWEN._replace(heads=16, kv_heads=4, kept_kv_heads=2)):
+        sizes = served._replace(gathered=1 << 17)
+        heads = Fa3Heads(sizes.heads, sizes.kept_kv_heads, 128, 128)
+        for tokens in (1, 64, 500, 1000, 8192):
+            told = total(gathered_parts(sizes, tokens))
+            # K and V in order, queries, and two outputs.
+            rows = tokens * sizes.heads
+            held = (1 << 17) * sizes.kept_kv_heads * 256 * 2
+            held += rows * 128 * 2 + 2 * rows * (128 * 2 + 4)
+            for longest in {1, 16, 64, tokens}:
+                splits = ragged_splits(heads, tokens, min(longest, tokens), 1 << 17)
+                split = splits * heads.split_bytes(tokens) if splits > 1 else 0
+                assert held + split <= told, (tokens, longest)
 
 
 def test_a_gathered_prefix_is_bounded_whatever_the_heads() -> None:
@@ -277,6 +335,30 @@ def test_splits_of_a_prefix_are_bounded_at_every_length(heads: Fa3Heads) -> None
             splits = asked or own_choice(heads, longest, keys)
             taken = splits * heads.split_bytes(tokens)
             assert splits == 1 or taken <= PREFIX_SPLIT_BYTES, (tokens, longest, keys)
+
+
+@pytest.mark.parametrize("heads", FA3_HEADS, ids=lambda h: "-".join(map(str, h)))
+def test_splits_of_gathered_keys_are_bounded_at_every_length(heads: Fa3Heads) -> None:
+    for tokens, longest in itertools.product((1, 64, 1000, 8192, 65536), repeat=2):
+        if longest > tokens:
+            continue
+        for keys in (1, 511, 5000, 1 << 17, 1 << 22):
+            splits = ragged_splits(heads, tokens, longest, keys)
+            # FA3 takes up to 256, and 0 would be its own choice.
+            assert 1 <= splits <= 128
+            taken = splits * heads.split_bytes(tokens)
+            assert splits == 1 or taken <= PREFIX_SPLIT_BYTES, (tokens, longest, keys)
+            assert splits == 1 or splits * 512 <= keys
+
+
+def test_splits_of_a_short_turns_gathered_keys_fill_the_gpu() -> None:
+    """100 tokens x 4 heads are 4 tiles of rows, for 132 SMs."""
+    heads = Fa3Heads(4, 1, 128, 128)
+    assert ragged_splits(heads, 100, 100, 30720) == 33
+    # Not so many that a split has few keys, nor where tiles alone fill the GPU.
+    assert ragged_splits(heads, 100, 100, 2048) == 4
+    assert ragged_splits(heads, 100, 100, 500) == 1
+    assert ragged_splits(heads, 8192, 8192, 1 << 17) == 1
 
 
 def test_fa3_alone_would_split_a_long_prefix_without_a_bound() -> None:
@@ -409,6 +491,9 @@ def test_an_expanded_prefill_takes_what_is_told(
     form = EXPANDED._replace(positions=positions)
     sizes = LITE._replace(expansion=form)
     told = total(expanded_parts(sizes, new))
+    inner: Any = rank.backend.backend._inner  # type: ignore[attr-defined]
+    chunks = {(False, 1)} if capacity < prefix + new else set()
+    assert set(inner.ragged_splits) == {(True, None)} | chunks
     assert live.peak - fed <= told
     assert told <= 1.6 * live.peak
 

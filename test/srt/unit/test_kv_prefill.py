@@ -36,7 +36,7 @@ from sglang_dcp.layers.backends.triton import TritonBackend
 from sglang_dcp.layers.kv_prefill import KvPrefill, kv_sizes_of
 from sglang_dcp.layers.local_batch import Shard
 from sglang_dcp.layers.prefix import kv_form
-from sglang_dcp.layers.prefix.kv_form import KvSizes
+from sglang_dcp.layers.prefix.kv_form import KvForm, KvSizes
 from sglang_dcp.releases.api import sglang_api
 
 # Query heads of a rank, K/V heads of its pool, ranks.
@@ -60,6 +60,10 @@ QK, V = 3, 2
 LAYERS = (2, 3, 4)
 # Added to each number of a layer's pool.
 LAYER = 100_000
+
+
+def plan(prefill: KvPrefill, batch: Any) -> None:
+    prefill.init_forward_metadata(batch, prefill.form_of(batch))
 
 
 class Spread:
@@ -130,7 +134,7 @@ class Spread:
             more = self.swap(rank), self.pool(rank), sizes
             prefills.append(KvPrefill(backend, shard, *more))
         for prefill in prefills:
-            prefill.init_forward_metadata(self.batch())
+            plan(prefill, self.batch())
             assert prefill.gathers
         for self.delivers in (False, True):
             found = [
@@ -159,7 +163,7 @@ class Spread:
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every prefix is gathered."""
-    monkeypatch.setattr(kv_prefill, "gathers_prefix", lambda *args: True)
+    monkeypatch.setattr(kv_prefill, "choose_kv_form", lambda *args: KvForm.GATHERED)
 
 
 @pytest.mark.usefixtures("always")
@@ -214,14 +218,14 @@ def test_a_decode_step_after_a_prefill_gathers_nothing(
     parts = backend, shard, spread.swap(0), spread.pool(0)
     prefill = KvPrefill(*parts, KvSizes(4, 2, 2, QK, V))
     for _ in range(2):
-        prefill.init_forward_metadata(spread.batch())
+        plan(prefill, spread.batch())
     assert prefill.gathers
     assert caplog.messages == ["DCP prefill gathers K and V of 22 positions"]
     step = SimpleNamespace(forward_mode=SimpleNamespace(is_extend=lambda: False))
-    prefill.init_forward_metadata(step)  # type: ignore[arg-type]
+    plan(prefill, step)
     assert not prefill.gathers
     in_place = KvPrefill(*parts, None)
-    in_place.init_forward_metadata(spread.batch())
+    plan(in_place, spread.batch())
     assert not in_place.gathers
 
 
@@ -235,7 +239,7 @@ def test_tokens_without_a_prefix_are_masked() -> None:
     sizes = KvSizes(4, 2, 2, QK, V)
     prefill = KvPrefill(backend, shard, spread.swap(0), spread.pool(0), sizes)
     batch = spread.batch()
-    prefill.init_forward_metadata(batch)
+    plan(prefill, batch)
     layer: Any = SimpleNamespace(layer_id=LAYERS[0])
     found = prefill.attend(torch.zeros(4, 4, QK), layer, batch).lse
     # Two tokens, one over a prefix, and one.
@@ -363,7 +367,9 @@ class Runner:
         stored = changes.pop("stored", torch.bfloat16)
         self.token_to_kv_pool = SimpleNamespace(dtype=stored)
         self.server_args = SimpleNamespace(
-            attention_backend=backend, speculative_num_draft_tokens=None
+            attention_backend=backend,
+            enable_deterministic_inference=changes.pop("deterministic", False),
+            speculative_num_draft_tokens=None,
         )
         self.model_config = SimpleNamespace(
             attention_arch=arch,
@@ -411,6 +417,16 @@ def test_gpus_gather_only_with_backends_that_were_compared(
     monkeypatch.setattr(kv_prefill, "sglang_version", lambda: "0.5.16")
     assert kv_sizes_of(Runner("cuda", backend), CONFIG) is None
     assert kv_sizes_of(Runner("cpu", backend), CONFIG) is not None
+
+
+@pytest.mark.usefixtures("as_given")
+@pytest.mark.parametrize("backend", ["fa3", "flashinfer", "triton", "torch_native"])
+def test_only_fa3_splits_gathered_keys(backend: str) -> None:
+    """In deterministic inference it does not either."""
+    sizes = kv_sizes_of(Runner("cpu", backend), CONFIG)
+    assert sizes is not None and (sizes.split_below > 0) == (backend == "fa3")
+    fixed = kv_sizes_of(Runner("cpu", backend, deterministic=True), CONFIG)
+    assert fixed == sizes._replace(split_below=0)
 
 
 @pytest.mark.usefixtures("as_given")

@@ -60,11 +60,15 @@ class InnerBackend(ABC):
     head_tile : int, optional
         Heads that a decode kernel takes at a time, if a tile of them may not belong to two
         K/V heads. See `folding_of`.
+    splits_ragged_below : float
+        Tiles of query rows of a request below which `extend_ragged` splits the keys of a
+        prefix, so that all SMs have work. 0 if it never does.
     """
 
     is_lse_base_on_e: bool
     capabilities: ClassVar[BackendCapabilities]
     head_tile: ClassVar[Optional[int]] = None
+    splits_ragged_below: ClassVar[float] = 0
 
     @classmethod
     def from_runner(cls, runner: Any) -> InnerBackend:

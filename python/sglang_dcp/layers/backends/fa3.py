@@ -15,7 +15,12 @@ from sglang_dcp.layers.backends.base import (
     local_pages,
 )
 from sglang_dcp.layers.backends.capabilities import BackendCapabilities
-from sglang_dcp.layers.backends.fa3_splits import Fa3Heads, prefix_splits
+from sglang_dcp.layers.backends.fa3_splits import (
+    FULL_TILES,
+    Fa3Heads,
+    prefix_splits,
+    ragged_splits,
+)
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -41,6 +46,7 @@ class Fa3Backend(PlannedBackend):
 
     is_lse_base_on_e = True
     capabilities = BackendCapabilities(head_dims=(64, 96, 128, 192, 256))
+    splits_ragged_below = FULL_TILES
     creator = "create_flashattention_v3_backend"
 
     def __init__(self, inner: Any) -> None:
@@ -90,7 +96,10 @@ class Fa3Backend(PlannedBackend):
         batch: ForwardBatch,
         keys: RaggedKeys,
     ) -> Partial:
-        return as_partial(self._varlen(q, k, v, layer, keys), q.dtype)
+        more = {}
+        if keys.prefix_chunk is not None:
+            more["num_splits"] = self._ragged_splits(q, k, v, keys)
+        return as_partial(self._varlen(q, k, v, layer, keys, **more), q.dtype)
 
     def extend_paged_prefix(
         self, q: torch.Tensor, layer: RadixAttention, local: ForwardBatch
@@ -116,6 +125,19 @@ class Fa3Backend(PlannedBackend):
         sizes = Fa3Heads(heads, layer.tp_k_head_num, qk_dim, layer.v_head_dim)
         return prefix_splits(sizes, tokens, plan.max_seqlen_q)
 
+    def _ragged_splits(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: RaggedKeys
+    ) -> int:
+        if self._inner.num_splits:
+            return int(self._inner.num_splits)
+        if not self.splits_ragged_below:
+            return 1
+        tokens, heads, qk_dim = q.shape
+        sizes = Fa3Heads(heads, k.shape[1], qk_dim, v.shape[2])
+        return ragged_splits(
+            sizes, tokens, self.extend_plan().max_seqlen_q, max(keys.lens)
+        )
+
     def _varlen(
         self,
         q: torch.Tensor,
@@ -124,7 +146,7 @@ class Fa3Backend(PlannedBackend):
         layer: RadixAttention,
         keys: Optional[RaggedKeys],
         /,
-        **more: torch.Tensor,
+        **more: Any,
     ) -> Any:
         """Call the kernel for rows that lie request after request.
 

@@ -5,6 +5,9 @@ heads, tokens, v_dim]. By reading its source: if it may choose, it takes up to 1
 where few tiles of queries leave SMs idle. Where queries are many and not causal, it takes
 one more for each 50 MB of a K/V head, however many tokens there are. Queries over a cached
 prefix are not causal here, so there the memory would grow with the length of the prompt.
+
+A given number is an upper bound. Before each call with ragged lengths, a small kernel gives
+each request as many splits as its share of the work fills SMs.
 """
 
 from __future__ import annotations
@@ -16,12 +19,16 @@ from typing import NamedTuple
 # Of an H100 or H200. GPUs with fewer split less.
 _SMS = 132
 _MOST_SPLITS = 128
+# With so many tiles of queries, splits gain no SM.
+FULL_TILES = 0.8 * _SMS
 # Keys of so few tiles are never split.
 _FEW_KEY_TILES = 4
 # Longer batches of decode rows count all their tiles, which fill the GPU.
 _MOST_SPLIT_REQUESTS = 992
 # What the splits of a prefill over a prefix may take.
 PREFIX_SPLIT_BYTES = 256 << 20
+# A split of gathered keys has at least so many.
+_SPLIT_KEYS = 512
 
 
 class Fa3Heads(NamedTuple):
@@ -60,13 +67,34 @@ def prefix_splits(heads: Fa3Heads, tokens: int, longest: int) -> int:
         New tokens of the batch, and of the request with most.
     """
     tiles = heads.tiles(longest)
-    if tiles >= 0.8 * _SMS:
-        # Splits would gain no SM, and FA3 would still allocate those for its L2 cache.
+    if tiles >= FULL_TILES:
+        # FA3 would still allocate splits for its L2 cache.
         return 1
     fitting = PREFIX_SPLIT_BYTES // heads.split_bytes(tokens)
     if most_splits(tiles) <= fitting:
         return 0
     return max(1, min(fitting, -(-_SMS // tiles)))
+
+
+def ragged_splits(heads: Fa3Heads, tokens: int, longest: int, keys: int) -> int:
+    """Return the `num_splits` of attention to the gathered keys of a prefix: at least 1.
+
+    Their memory is at most `PREFIX_SPLIT_BYTES`. The number is never left to FA3, whose
+    releases differ in what they count.
+
+    Parameters
+    ----------
+    tokens, longest : int
+        New tokens of the batch, and of the request with most.
+    keys : int
+        Keys of the request with most.
+    """
+    tiles = heads.tiles(longest)
+    if tiles >= FULL_TILES:
+        return 1
+    fitting = PREFIX_SPLIT_BYTES // heads.split_bytes(tokens)
+    useful = min(-(-_SMS // tiles), keys // _SPLIT_KEYS)
+    return max(1, min(_MOST_SPLITS, fitting, useful))
 
 
 def prefix_split_bytes(heads: Fa3Heads, tokens: int) -> int:
@@ -88,7 +116,7 @@ def most_splits(tiles: int) -> int:
 
     It takes the fewest splits whose last wave over the SMs is nearly as full as can be.
     """
-    if tiles >= 0.8 * _SMS:
+    if tiles >= FULL_TILES:
         return 1
     filled = []
     for splits in range(1, _MOST_SPLITS + 1):

@@ -13,6 +13,7 @@ same collectives.
 
 from __future__ import annotations
 
+import enum
 from typing import NamedTuple
 
 from sglang_dcp.layers.prefix.cost import (
@@ -35,13 +36,21 @@ SERVED_SINCE = "0.5.23"
 ROWS_SERVED: frozenset[str] = frozenset()
 
 # Of the K and V that the layers of one gather attend to. With those sent and received they
-# hold up to three times this: not more than FA3's splits and the exchange take in place. A chunk of
-# 8192 tokens seldom gathers more by the estimate below either.
+# hold up to three times this: not more than FA3's splits and the exchange take in place.
+# Turns on longer prefixes stay in place, though gathered they might take less time.
 MOST_GATHERED_BYTES = 128 << 20
 
 # K and V are taken from the pool, packed, received, put in order. Each copy is written and
 # read once.
 _GATHER_PASSES = 8
+
+
+class KvForm(enum.Enum):
+    """How the new tokens of a prefill attend to their prefix."""
+
+    IN_PLACE = "in place"
+    GATHERED = "gathered"
+    ROWS = "decode rows"
 
 
 class KvSizes(NamedTuple):
@@ -55,6 +64,8 @@ class KvSizes(NamedTuple):
     qk, v : dims of a head
     itemsize : bytes of a number of queries and outputs, and of the pool
     most_rows : rows that a decode step has room for; 0 if no prefill may become one
+    split_below : tiles of query rows of a request below which the kernel splits gathered
+        keys; 0 if it never does
     """
 
     local_heads: int
@@ -64,6 +75,7 @@ class KvSizes(NamedTuple):
     v: int
     itemsize: int = 2
     most_rows: int = 0
+    split_below: float = 0
 
     @property
     def window(self) -> int:
@@ -89,43 +101,36 @@ class KvSizes(NamedTuple):
         return max(1, self.most_positions // positions)
 
 
-def gathers_prefix(
+def choose_kv_form(
     requests: Requests, sizes: KvSizes, *, rates: Rates = HOPPER
-) -> bool:
+) -> KvForm:
     """Choose the form of a prefill. The result is the same on all ranks of the DCP group.
 
     A batch takes one form for all its requests, decoded tokens of mixed chunks included.
+    Of forms that take as long, the one with fewer launches is chosen.
     """
     prefix = sum(requests.prefix)
-    if not 0 < prefix <= sizes.most_positions:
-        return False
-    gathered = gathered_seconds(requests, sizes, rates)
-    return gathered <= in_place_seconds(requests, sizes, rates)
-
-
-def takes_rows(requests: Requests, sizes: KvSizes, *, rates: Rates = HOPPER) -> bool:
-    """Whether a prefill becomes rows of a decode step. The same on all ranks.
-
-    It does where its few new tokens read their prefixes again in less time than the other
-    forms take of the host.
-    """
-    if not any(requests.prefix) or sum(requests.new) > sizes.most_rows:
-        return False
-    rows = rows_seconds(requests, sizes, rates)
-    if rows > in_place_seconds(requests, sizes, rates):
-        return False
-    return rows <= gathered_seconds(requests, sizes, rates)
+    if not prefix:
+        return KvForm.IN_PLACE
+    seconds: dict[KvForm, float] = {}
+    if sum(requests.new) <= sizes.most_rows:
+        seconds[KvForm.ROWS] = rows_seconds(requests, sizes, rates)
+    if prefix <= sizes.most_positions:
+        seconds[KvForm.GATHERED] = gathered_seconds(requests, sizes, rates)
+    seconds[KvForm.IN_PLACE] = in_place_seconds(requests, sizes, rates)
+    return min(seconds, key=seconds.__getitem__)
 
 
 def rows_seconds(requests: Requests, sizes: KvSizes, rates: Rates) -> float:
-    """Time attention as decode rows, and the exchange. Kernels split the keys."""
+    """Time a layer whose new tokens are decode rows. Kernels split the keys."""
     read = sum(new * prefix for new, prefix in zip(requests.new, requests.prefix))
     stored = read * sizes.row_bytes(sizes.kv_heads) / sizes.dcp_size
-    return stored / rates.memory_bytes + _exchange_seconds(requests, sizes, rates)
+    work = stored / rates.memory_bytes + _exchange_seconds(requests, sizes, rates)
+    return _layer_seconds(requests, sizes, work, rates.kv_rows_host_s, rates)
 
 
 def in_place_seconds(requests: Requests, sizes: KvSizes, rates: Rates) -> float:
-    """Time attention to a prefix that stays on its ranks, and the exchange.
+    """Time a layer whose prefix stays on its ranks.
 
     Kernels may split the keys, so all SMs have work.
     """
@@ -134,19 +139,40 @@ def in_place_seconds(requests: Requests, sizes: KvSizes, rates: Rates) -> float:
     attention = FLOPS * (sizes.qk + sizes.v) * pairs / rates.expanded_flops
     stored = sum(requests.prefix) * sizes.row_bytes(sizes.kv_heads) / sizes.dcp_size
     read = stored / rates.memory_bytes
-    exchange = _exchange_seconds(requests, sizes, rates)
-    return max(attention, read) + exchange + rates.kv_in_place_host_s
+    work = max(attention, read) + _exchange_seconds(requests, sizes, rates)
+    return _layer_seconds(requests, sizes, work, rates.kv_in_place_host_s, rates)
 
 
 def gathered_seconds(requests: Requests, sizes: KvSizes, rates: Rates) -> float:
-    """Time the gather of a prefix, and attention to it. Kernels do not split its keys."""
+    """Time a layer that gathers its prefix."""
     positions, kept = sum(requests.prefix), sizes.kept
-    pairs = _pairs(requests, -(-sizes.local_heads // kept), sizes, rates) * kept
+    group = -(-sizes.local_heads // kept)
+    pairs = _pairs(requests, group, sizes, rates) * kept
     row = sizes.row_bytes(sizes.window)
     gather = gather_seconds(row, positions, sizes.dcp_size, _GATHER_PASSES, rates)
-    dims, longest = sizes.qk + sizes.v, max(requests.prefix)
-    attention = ragged_attention_seconds(pairs, longest, dims, rates)
-    return gather + attention + rates.kv_gather_host_s
+    tiles = kept * -(-max(requests.new) * group // rates.expanded_tile)
+    longest = 0 if tiles < sizes.split_below else max(requests.prefix)
+    dims = sizes.qk + sizes.v
+    work = gather + ragged_attention_seconds(pairs, longest, dims, rates)
+    return _layer_seconds(requests, sizes, work, rates.kv_gather_host_s, rates)
+
+
+def _layer_seconds(
+    requests: Requests, sizes: KvSizes, work: float, host: float, rates: Rates
+) -> float:
+    """Time a layer by its launches or by its work on the GPU, whichever takes longer.
+
+    The host launches ahead of the GPU, so the shorter one of both is hidden.
+
+    Parameters
+    ----------
+    work : seconds of the GPU for the prefix
+    host : seconds of launches beyond those of plain TP
+    """
+    pairs = sum(new * new for new in requests.new) / 2 * sizes.local_heads
+    attention = FLOPS * (sizes.qk + sizes.v) * pairs / rates.expanded_flops
+    others = sum(requests.new) * rates.layer_token_s
+    return max(rates.layer_host_s + host, others + attention + work)
 
 
 def _exchange_seconds(requests: Requests, sizes: KvSizes, rates: Rates) -> float:

@@ -26,8 +26,10 @@ class Rates(NamedTuple):
     in_place_host_s : seconds of launches that a layer adds to keep a prefix in place
     gather_host_s : seconds of launches that a layer adds to gather latents once
     chunk_host_s : seconds of launches that each further prefix chunk adds
-    kv_in_place_host_s, kv_gather_host_s : the same of a prefix of K/V heads, in place and
-        gathered
+    layer_host_s : seconds of launches of a layer in plain TP
+    layer_token_s : seconds of the GPU that a layer takes for a new token beside attention
+    kv_in_place_host_s, kv_gather_host_s, kv_rows_host_s : seconds of launches that a layer
+        adds for a prefix of K/V heads, in place, gathered and as decode rows
     """
 
     absorbed_flops: float
@@ -43,8 +45,11 @@ class Rates(NamedTuple):
     in_place_host_s: float
     gather_host_s: float
     chunk_host_s: float
+    layer_host_s: float
+    layer_token_s: float
     kv_in_place_host_s: float
     kv_gather_host_s: float
+    kv_rows_host_s: float
 
 
 # Derived from the first-token times of DeepSeek-V2-Lite's dimensions on 2 H200, fa3,
@@ -55,10 +60,15 @@ class Rates(NamedTuple):
 #   32,768 tokens gathered, each against plain TP.
 # Not measured, but taken from the datasheet (4.8 TB/s, 450 GB/s each way): memory at 5/6,
 # links at 7/9 and 2/3. The rate of products is taken from the same prefills.
-# Of K/V heads (Qwen3-30B-A3B/4, tp 2, prefill graphs, chunks of 8192 tokens of prompts of
-# 32,768): over 48 layers a chunk took 23 ms more than plain TP's in place, of which 4 ms are
-# bytes, and 2.8 ms more gathered, of which half are bytes. There the GPU has work enough to
-# hide launches. In a short turn it has not, and both times are longer.
+# Of K/V heads (Qwen3-30B-A3B/4, 48 layers, 2 H200, tp 2, fa3, prefill graphs):
+# - layer: a traced chunk of 8192 tokens in plain TP. The host took 32 ms, and the GPU 45.6 ms
+#   beside attention.
+# - in place: a turn of 100 tokens on 30,720 positions, 54 ms more than plain TP.
+# - gathered and rows: not measured, but scaled by launches. In place a layer has 4 launches
+#   more than plain TP without a prefix, and 10 more with one. The 4 take 0.1 ms by the host
+#   times of traces, so the 10 take 1.0 ms. Gathered has the 4 and 5 more: 2 of attention, one
+#   that joins its splits, one that merges, and a layer's share of the gather. Rows have 5: two
+#   of the gather of queries, three of the exchange.
 HOPPER = Rates(
     absorbed_flops=640e12,
     absorbed_split_flops=200e12,
@@ -73,6 +83,9 @@ HOPPER = Rates(
     in_place_host_s=1.2e-3,
     gather_host_s=0.5e-3,
     chunk_host_s=0.6e-3,
-    kv_in_place_host_s=0.40e-3,
-    kv_gather_host_s=0.03e-3,
+    layer_host_s=0.67e-3,
+    layer_token_s=0.116e-6,
+    kv_in_place_host_s=1.1e-3,
+    kv_gather_host_s=0.6e-3,
+    kv_rows_host_s=0.5e-3,
 )
