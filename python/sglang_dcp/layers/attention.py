@@ -34,7 +34,7 @@ from sglang_dcp.layers.prefix.kv_form import KvForm, KvSizes
 from sglang_dcp.layers.runner_view import RunnerView
 from sglang_dcp.layers.workspace import (
     most_requests,
-    rows_per_request,
+    tokens_per_request,
     workspace_spec,
 )
 from sglang_dcp.ops.chains import Chains, attend_chains
@@ -137,7 +137,7 @@ class DcpAttentionBackend(AttentionBackend):
                 config.comm_backend, get_dcp_group(), workspace_spec(runner, config)
             )
         # The steps of a draft are beside another. Each of them has one token.
-        width = rows_per_request(runner.server_args) if beside is None else 1
+        width = tokens_per_request(runner.server_args) if beside is None else 1
         requests = most_requests(runner, config)
         view = RunnerView(
             *(runner, batches.local_table, config, requests, width),
@@ -231,14 +231,12 @@ class DcpAttentionBackend(AttentionBackend):
         k_rope: Optional[torch.Tensor] = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Attend with one new token of each request: [tokens, local heads x v_dim].
+        """Attend with the new token of each request: [tokens, local heads x v_dim].
 
         `q` is [tokens, local heads x qk_dim], or with replicated Q all heads of the DCP
         group. With `q_rope` and `k_rope`, `q` and `k` are the latent parts (absorbed MLA).
-        Safe in CUDA-graph capture. Raises NotImplementedError for a call that DCP does not
-        support.
-
-        In a verification there are `width` new tokens of each request.
+        In a verification there are `width` new tokens of each request. Safe in CUDA-graph
+        capture. Raises NotImplementedError for a call that DCP does not support.
         """
         check_call(layer, k, kwargs)
         local = self._current_batch()

@@ -45,7 +45,10 @@ def as_chains(batch: ForwardBatch) -> tuple[ForwardBatch, int]:
     if width == 1:
         # A decode step, which counts the key of its own token.
         lens, lens_cpu = lens + 1, lens_cpu + 1
-    return _decode_step(batch, lens, lens_cpu), width
+    step = _decode_step(batch, lens, lens_cpu)
+    # SGLang sizes captured plans by them. Attention reads no position.
+    step.positions = batch.positions[::width]
+    return step, width
 
 
 def as_prefill_rows(batch: ForwardBatch) -> ForwardBatch:

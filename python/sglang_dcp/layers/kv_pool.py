@@ -288,7 +288,8 @@ def _as_read(
 ) -> torch.Tensor:
     if scale is None or stored.itemsize >= rows.itemsize:
         return as_stored(rows, stored)
-    return as_stored(rows / scale, stored) * scale.to(rows.dtype)
+    # Kernels multiply by the scale in float32.
+    return (as_stored(rows / scale, stored).float() * scale).to(rows.dtype)
 
 
 def _scales(pool: Any, layer: Any) -> tuple[Optional[Any], Optional[Any]]:

@@ -20,7 +20,7 @@ from sglang_dcp.layers.prefix import kv_form
 from sglang_dcp.layers.prefix.cost import Requests
 from sglang_dcp.layers.prefix.gather import GatherPlan, empty_rows, plan_gather
 from sglang_dcp.layers.prefix.kv_form import KvForm, KvSizes, choose_kv_form
-from sglang_dcp.layers.workspace import most_decode_rows, rows_per_request
+from sglang_dcp.layers.workspace import most_query_tokens, tokens_per_request
 from sglang_dcp.ops.kv_rows import order_kv_rows, pack_kv_rows
 from sglang_dcp.ops.layout import kv_heads_by_peer, kv_index_in_window
 from sglang_dcp.releases.api import sglang_api
@@ -225,7 +225,7 @@ def kv_sizes_of(runner: Any, config: DcpConfig) -> Optional[KvSizes]:
         return None
     # With speculation, a decode step is planned for several query tokens of a request.
     has_rows = args.attention_backend in kv_form.ROWS_SERVED
-    has_rows = has_rows and rows_per_request(runner.server_args) == 1
+    has_rows = has_rows and tokens_per_request(runner.server_args) == 1
     splits = not args.enable_deterministic_inference
     backend = backend_class(args.attention_backend, mla=False)
     return KvSizes(
@@ -235,7 +235,7 @@ def kv_sizes_of(runner: Any, config: DcpConfig) -> Optional[KvSizes]:
         qk=model.head_dim,
         v=model.v_head_dim,
         itemsize=stored.itemsize,
-        most_rows=most_decode_rows(runner, config) if has_rows else 0,
+        most_rows=most_query_tokens(runner, config) if has_rows else 0,
         split_below=backend.splits_ragged_below if splits else 0,
     )
 

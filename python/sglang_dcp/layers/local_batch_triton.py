@@ -48,8 +48,8 @@ def fill_local_tensors(
         `table` has any strides, `local_table` has contiguous rows.
     batch : ForwardBatch
         It reads the mode, the size, `req_pool_indices` [requests] and `out_cache_loc`
-        [tokens or fewer]. In decode each request has as many tokens. In extend it also
-        reads `extend_seq_lens` and `extend_start_loc` [requests]. They are int32 or int64,
+        [tokens or fewer]. In decode all requests have equally many tokens. In extend it
+        also reads `extend_seq_lens` and `extend_start_loc` [requests]. They are int32 or int64,
         and contiguous.
     lens : Tensor [requests] int32 or int64
         Positions that the forward reads: all in decode, the prefix in extend.
@@ -64,11 +64,13 @@ def fill_local_tensors(
         A tensor of the batch is not contiguous.
     """
     starts = counts = None
-    # In decode all requests have as many query tokens.
-    most_new = width = len(out.empty_rows) // batch.batch_size
+    width = 1
     if batch.forward_mode.is_extend():
         starts, counts = batch.extend_start_loc, batch.extend_seq_lens
         most_new = max(batch.extend_seq_lens_cpu)
+    else:
+        # The requests of a verification have equally many query tokens.
+        most_new = width = len(out.empty_rows) // batch.batch_size
     vectors = (batch.req_pool_indices, lens, batch.out_cache_loc, starts, counts)
     if not all(v is None or v.is_contiguous() for v in vectors):
         raise ValueError("indices, lengths and slots of a batch must be contiguous")
@@ -85,7 +87,7 @@ def fill_local_tensors(
         DCP_SIZE=shard.dcp_size,
         PAGE=shard.page_size,
         BLOCK=BLOCK,
-        WIDTH=1 if starts is not None else width,
+        WIDTH=width,
     )
 
 

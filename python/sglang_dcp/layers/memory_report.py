@@ -26,7 +26,7 @@ from sglang_dcp.layers.forward_memory import (
 from sglang_dcp.layers.heads import is_mla, kv_head_counts
 from sglang_dcp.layers.kv_prefill import kv_sizes_of
 from sglang_dcp.layers.mla.form import MHA_HEAD_DIMS
-from sglang_dcp.layers.workspace import most_decode_rows, rows_per_request
+from sglang_dcp.layers.workspace import most_query_tokens, tokens_per_request
 from sglang_dcp.ops.layout import most_kept_kv_heads
 from sglang_dcp.releases.api import sglang_api
 
@@ -126,11 +126,11 @@ def longest_that_fits(sizes: ForwardSizes, longest: int, free: int) -> int:
 def forward_memory(runner: Any, sizes: ForwardSizes, longest: int) -> ForwardMemory:
     """Compute the memory of a rank whose longest prompt has `longest` tokens."""
     args = sglang_api().resolved(runner.server_args)
-    width = rows_per_request(runner.server_args)
+    width = tokens_per_request(runner.server_args)
     tokens = max(longest, args.max_prefill_tokens)
     if is_chunked(args):
         tokens = args.chunked_prefill_size
-    rows = most_decode_rows(runner, get_context().config)
+    rows = most_query_tokens(runner, get_context().config)
     prefill, decode = prefill_parts(sizes, tokens), decode_parts(sizes, rows)
     forward, what = prefill, f"a prefill of {tokens} tokens"
     if sum(decode.values()) > sum(prefill.values()):

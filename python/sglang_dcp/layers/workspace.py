@@ -21,7 +21,7 @@ def workspace_spec(runner: Any, config: DcpConfig) -> WorkspaceSpec:
     else:
         dim = max(model.head_dim, model.v_head_dim)
     return WorkspaceSpec(
-        tokens=most_decode_rows(runner, config),
+        tokens=most_query_tokens(runner, config),
         heads=model.num_attention_heads // config.tp_size,
         row_bytes=dim * runner.dtype.itemsize,
         # Shorter than SGLang's watchdog, which cannot name the ranks.
@@ -29,9 +29,9 @@ def workspace_spec(runner: Any, config: DcpConfig) -> WorkspaceSpec:
     )
 
 
-def most_decode_rows(runner: Any, config: DcpConfig) -> int:
+def most_query_tokens(runner: Any, config: DcpConfig) -> int:
     """Return the most query tokens of a decode step of SGLang's `ModelRunner`."""
-    return most_requests(runner, config) * rows_per_request(runner.server_args)
+    return most_requests(runner, config) * tokens_per_request(runner.server_args)
 
 
 def most_requests(runner: Any, config: DcpConfig) -> int:
@@ -44,9 +44,13 @@ def most_requests(runner: Any, config: DcpConfig) -> int:
     return -(-runner.req_to_token_pool.size // ranks) * ranks
 
 
-def rows_per_request(server_args: Any) -> int:
+def tokens_per_request(server_args: Any) -> int:
     """Return how many query tokens a request has in a decode step.
 
-    `server_args` is SGLang's `ServerArgs`, resolved.
+    `server_args` is SGLang's `ServerArgs`, resolved. Without an algorithm, SGLang ignores a
+    number of draft tokens.
     """
-    return sglang_api().resolved(server_args).speculative_num_draft_tokens or 1
+    args = sglang_api().resolved(server_args)
+    if not args.speculative_algorithm:
+        return 1
+    return args.speculative_num_draft_tokens or 1

@@ -69,7 +69,7 @@ EAGER_PREFILL: tuple[EagerPrefill, ...] = (
     EagerPrefill(
         "--speculative-algorithm",
         given("speculative_algorithm"),
-        "a draft's extension runs as decode rows, with all heads of a replicated Q, and a "
+        "a draft's extension runs as a decode step, with all heads of a replicated Q, and a "
         "segment holds the Q projection of a prefill",
     ),
     EagerPrefill(

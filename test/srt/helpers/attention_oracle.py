@@ -248,6 +248,7 @@ class Served:
             seq_lens_cpu=lens.clone(),
             seq_lens_sum=int(lens.sum()),
             out_cache_loc=torch.tensor(slots),
+            positions=torch.tensor([p for where in new.values() for p in where]),
         )
         if committed or mode == "DRAFT_EXTEND_V2":
             width = len(slots) // len(new)

@@ -247,12 +247,14 @@ def make_model(case: Case) -> Any:
     from sglang.srt.configs.model_config import AttentionArch
 
     shape = case.shape
-    seen_kv_heads = shape.kv_heads * case.dcp_size
-    text = SimpleNamespace(num_attention_heads=shape.q_heads)
+    dcp = case.dcp_size
+    seen_kv_heads = shape.kv_heads * dcp
+    text = SimpleNamespace(num_attention_heads=shape.q_heads, dcp_kv_head_scale=dcp)
     return SimpleNamespace(
         attention_arch=AttentionArch.MLA if shape.latent else AttentionArch.MHA,
         context_len=case.max_len,
         get_max_num_attention_heads=lambda: shape.q_heads,
+        get_total_num_kv_heads=lambda: seen_kv_heads,
         get_num_kv_heads=lambda tp_size, own_dcp_size=1: seen_kv_heads // tp_size,
         head_dim=shape.qk_dim,
         hf_config=SimpleNamespace(

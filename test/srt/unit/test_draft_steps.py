@@ -23,7 +23,7 @@ from sglang_dcp.hooks import speculation
 from sglang_dcp.layers import attention
 from sglang_dcp.layers.draft_steps import DraftSteps
 from sglang_dcp.layers.local_batch import LocalBatchBuilder
-from sglang_dcp.layers.workspace import most_decode_rows, rows_per_request
+from sglang_dcp.layers.workspace import most_query_tokens, tokens_per_request
 from sglang_dcp.releases.installed import in_range, sglang_version
 from sglang_dcp.support import speculation as refused
 
@@ -114,6 +114,7 @@ def draft_batch(lens: list[int]) -> Any:
         seq_lens_cpu=torch.tensor(lens),
         seq_lens_sum=sum(lens),
         out_cache_loc=torch.tensor(slots),
+        positions=torch.tensor(slots),
         spec_info=SimpleNamespace(),
     )
 
@@ -191,7 +192,7 @@ def test_a_forward_of_another_width_is_refused(runner: Any) -> None:
 def test_an_exchange_has_room_for_all_rows(
     server_args: Any, tiny_llama: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert rows_per_request(server_args(tp_size=2, dcp_size=2)) == 1
+    assert tokens_per_request(server_args(tp_size=2, dcp_size=2)) == 1
     if not in_range(sglang_version(), "0.5.23", None):
         return
     monkeypatch.setattr(refused, "SERVED_ON_CPU", ("STANDALONE",))
@@ -204,10 +205,13 @@ def test_an_exchange_has_room_for_all_rows(
         speculative_num_steps=4,
         speculative_num_draft_tokens=5,
     )
-    assert rows_per_request(args) == 5
+    assert tokens_per_request(args) == 5
+    # SGLang drops the algorithm with some flags, and keeps the number.
+    without = server_args(tp_size=2, dcp_size=2, speculative_num_draft_tokens=5)
+    assert tokens_per_request(without) == 1
     # Three requests are padded to a multiple of two ranks.
     asked = SimpleNamespace(server_args=args, req_to_token_pool=SimpleNamespace(size=3))
-    assert most_decode_rows(asked, CONFIG) == 20
+    assert most_query_tokens(asked, CONFIG) == 20
 
 
 def factory(args: Any, runner: Any, steps: int = STEPS) -> Any:

@@ -297,7 +297,7 @@ def test_latents_are_written_as_they_are() -> None:
     assert torch.equal(pool.get_key_buffer(0)[[3, 5]], keys)
 
 
-@pytest.mark.parametrize("scale", [None, 0.5])
+@pytest.mark.parametrize("scale", [None, 0.5, 0.3, 0.0137])
 @pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.bfloat16])
 def test_rows_as_read_are_those_that_were_written(
     stored: torch.dtype, scale: Optional[float]
@@ -306,7 +306,7 @@ def test_rows_as_read_are_those_that_were_written(
 
     scales = None if scale is None else torch.tensor(scale)
     layer = SimpleNamespace(layer_id=0, k_scale=scales, v_scale=scales)
-    keys = torch.linspace(-3, 3, 2 * 2 * 8).view(2, 2, 8).bfloat16()
+    keys = torch.linspace(-0.9, 0.9, 2 * 2 * 8).view(2, 2, 8).bfloat16()
     values = (keys * 1.37).contiguous()
     slots = torch.tensor([3, 5])
     with sglang_context("cpu"):

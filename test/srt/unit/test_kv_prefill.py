@@ -369,6 +369,7 @@ class Runner:
         self.server_args = SimpleNamespace(
             attention_backend=backend,
             enable_deterministic_inference=changes.pop("deterministic", False),
+            speculative_algorithm=None,
             speculative_num_draft_tokens=None,
         )
         self.model_config = SimpleNamespace(
@@ -434,7 +435,7 @@ def test_no_prefill_becomes_decode_rows_before_it_was_compared(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(kv_prefill, "sglang_version", lambda: "0.5.23")
-    monkeypatch.setattr(kv_prefill, "most_decode_rows", lambda runner, config: 72)
+    monkeypatch.setattr(kv_prefill, "most_query_tokens", lambda runner, config: 72)
     for device, backend in (("cuda", "fa3"), ("cpu", "torch_native")):
         sizes = kv_sizes_of(Runner(device, backend), CONFIG)
         assert sizes is not None and sizes.most_rows == 0
@@ -442,6 +443,7 @@ def test_no_prefill_becomes_decode_rows_before_it_was_compared(
     sizes = kv_sizes_of(Runner("cuda", "fa3"), CONFIG)
     assert sizes is not None and sizes.most_rows == 72
     speculating = Runner("cuda", "fa3")
+    speculating.server_args.speculative_algorithm = "NGRAM"
     speculating.server_args.speculative_num_draft_tokens = 4
     sizes = kv_sizes_of(speculating, CONFIG)
     assert sizes is not None and sizes.most_rows == 0

@@ -64,6 +64,7 @@ def make_batch(mode: str, width: int, table: torch.Tensor) -> Any:
         seq_lens_cpu=counted.clone(),
         seq_lens_sum=int(counted.sum()),
         out_cache_loc=torch.cat(slots).long(),
+        positions=(lens[:, None] + torch.arange(width)).flatten(),
         spec_info=SimpleNamespace(num_tokens_per_req=width),
     )
 
@@ -268,6 +269,8 @@ def test_sglangs_batch_is_not_changed() -> None:
     assert vars(batch) == before
     assert step.forward_mode.is_decode() and step.spec_info is None
     assert step.batch_size == len(COMMITTED) and width == 3
+    # SGLang's FlashInfer backend makes captured plans for as many requests.
+    assert step.positions.tolist() == list(COMMITTED)
     assert len(step.out_cache_loc) == 3 * len(COMMITTED)
     assert step.seq_lens.tolist() == list(COMMITTED)
     assert step.seq_lens_sum == sum(COMMITTED)
