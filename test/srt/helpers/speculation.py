@@ -11,6 +11,7 @@ import json
 import os
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,9 +121,13 @@ def known_verifications(
 def open_door() -> None:
     """Let servers of this process start with the algorithms that it names.
 
-    A server without DCP names none.
+    A server without DCP names none. They may have any attention backend.
     """
+    from sglang_dcp.layers.backends.flashinfer import FlashInferBackend
     from sglang_dcp.support import speculation
+
+    known = FlashInferBackend.capabilities
+    FlashInferBackend.capabilities = replace(known, speculates=True)
 
     served = tuple(os.environ.get(SERVED, "").split(","))
     speculation.SERVED = speculation.SERVED_ON_CPU = served  # type: ignore[misc]

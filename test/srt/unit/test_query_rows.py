@@ -14,6 +14,8 @@ from typing import Any, Optional
 import pytest
 import torch
 
+from helpers.needs_sglang import needs_sglang
+from sglang_dcp.layers.backends.triton import TritonBackend
 from sglang_dcp.layers.decode_rows import (
     as_chains,
     as_draft_step,
@@ -233,6 +235,15 @@ def test_query_tokens_become_heads_of_their_kv_head(tile: Optional[int]) -> None
         assert torch.equal(folding.unfold(folded[..., 0]), rows[..., 0])
         if tile and kv_heads > 1 and width > 1:
             assert folding.padded <= tile or folding.padded % tile == 0
+
+
+@needs_sglang("0.5.23", "speculation needs SGLang 0.5.23")
+def test_the_tile_of_triton_is_that_of_its_kernel() -> None:
+    """A tile of heads of two K/V heads would read the keys of one."""
+    pytest.importorskip("triton", reason="needs triton")
+    from sglang.kernels.ops.attention.decode_attention import _GROUPED_BLOCK_H
+
+    assert TritonBackend.head_tile == _GROUPED_BLOCK_H
 
 
 def test_folding_copies_nothing_with_one_kv_head() -> None:

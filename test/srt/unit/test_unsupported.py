@@ -595,8 +595,10 @@ def test_chains_would_be_served(
 @since("enable_return_aux_hidden_states")
 def test_gpus_speculate_with_algorithms_that_were_compared() -> None:
     ngram = {"speculative_algorithm": "NGRAM", "speculative_ngram_max_bfs_breadth": 1}
-    check_server_args(fine_server(device="cuda", attention_backend="fa3", **ngram))
-    for changes in (ngram, speculating(device="cuda", attention_backend="fa3")):
+    eagle = {"speculative_algorithm": "EAGLE3", "speculative_eagle_topk": 1}
+    for changes in (ngram, eagle, speculating()):
+        on_gpu = fine_server(device="cuda", attention_backend="fa3", **changes)
+        check_server_args(on_gpu)
         with pytest.raises(DcpConfigError, match="--speculative-algorithm .*compared"):
             check_server_args(fine_server(**changes))
 
@@ -831,6 +833,13 @@ GPU_BACKENDS = {
         on_mla(head_dim=(64, 16)),
         "--model-path kv_lora_rank 64, qk_rope_head_dim 16 .*use --att.* torch_native",
     ),
+    "triton-ngram": ("triton", on_gpu(speculative_algorithm="NGRAM"), None),
+    "flashinfer-mla-eagle": ("flashinfer", on_mla(speculative_algorithm="EAGLE"), None),
+    "flashinfer-ngram": (
+        "flashinfer",
+        on_gpu(head_dim=128, speculative_algorithm="NGRAM"),
+        "--speculative-algorithm NGRAM .*flashinfer.*; use --attention-backend fa3",
+    ),
     "flashinfer-80": (
         "flashinfer",
         on_gpu(head_dim=80),
@@ -1053,6 +1062,7 @@ RAN_WITH_LATENTS = {
     "compressed-tensors-float-quantized-8bit-channel",
     "fp8-block",
     "fp8-tensor-dynamic",
+    "gptq_marlin-4bit",
     "modelopt_fp8",
 }
 RAN = RAN_WITH_LATENTS | {
@@ -1060,7 +1070,6 @@ RAN = RAN_WITH_LATENTS | {
     "compressed-tensors-int-quantized-8bit-channel",
     "compressed-tensors-pack-quantized-4bit-group",
     "fp8-online",
-    "gptq_marlin-4bit",
 }
 
 
