@@ -28,7 +28,6 @@ MLA_PASSED = frozenset(
         "compressed-tensors-float-quantized-8bit-channel",
         "fp8-block",
         "fp8-tensor-dynamic",
-        "gptq_marlin-4bit",
         "modelopt_fp8",
     }
 )
@@ -37,6 +36,7 @@ GQA_PASSED = MLA_PASSED | {
     "compressed-tensors-int-quantized-8bit-channel",
     "compressed-tensors-pack-quantized-4bit-group",
     "fp8-online",
+    "gptq_marlin-4bit",
 }
 
 # "sglang/srt/layers/quantization/__init__.py" of both releases.

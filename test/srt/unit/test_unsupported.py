@@ -1062,7 +1062,6 @@ RAN_WITH_LATENTS = {
     "compressed-tensors-float-quantized-8bit-channel",
     "fp8-block",
     "fp8-tensor-dynamic",
-    "gptq_marlin-4bit",
     "modelopt_fp8",
 }
 RAN = RAN_WITH_LATENTS | {
@@ -1070,6 +1069,7 @@ RAN = RAN_WITH_LATENTS | {
     "compressed-tensors-int-quantized-8bit-channel",
     "compressed-tensors-pack-quantized-4bit-group",
     "fp8-online",
+    "gptq_marlin-4bit",
 }
 
 

@@ -31,8 +31,8 @@ from sglang_dcp.ops.layout import kv_windows, most_kept_kv_heads
 # first release on which they were. CPUs gather whatever stands here.
 SERVED = frozenset({"fa3", "flashinfer", "triton"})
 SERVED_SINCE = "0.5.23"
-# Attention backends whose prefills as decode rows were compared with tp 1 on GPUs. None was
-# yet. A CPU gains nothing by this form.
+# Attention backends whose prefills as decode rows were compared with tp 1 on GPUs, and timed.
+# None was timed yet. A CPU gains nothing by this form.
 ROWS_SERVED: frozenset[str] = frozenset()
 
 # Of the K and V that the layers of one gather attend to. With those sent and received they
