@@ -199,6 +199,13 @@ HOOKS: tuple[Hook, ...] = (
             "the error for a prompt as long as the bound would say that it exceeds it",
         ),
         Hook(
+            "chunk-admission",
+            f"{_SRT}.managers.schedule_policy.PrefillAdder.add_chunked_req",
+            Kind.AROUND,
+            "sglang_dcp.hooks.admission:add_chunked_req",
+            "a chunk of a prompt in a pool full of decoded requests would end the server",
+        ),
+        Hook(
             "kv-pool-mha",
             f"{_SRT}.mem_cache.kv_cache_configurator.KVCacheConfigurator._build_mha_kv_pool",
             Kind.AROUND,

@@ -97,6 +97,10 @@ class SglangApi(ABC):
         """Return the Triton kernel `create_flashinfer_kv_indices_triton`."""
 
     @abstractmethod
+    def cached_tokens(self, req: Any) -> int:
+        """Count the tokens of a scheduler's `Req` whose K/V are in the pool."""
+
+    @abstractmethod
     def attn_tp_partition(
         self, attn_tp_rank: int, attn_tp_size: int, dcp_size: int
     ) -> dict[str, Any]:

@@ -78,6 +78,9 @@ class _Api(SglangApi):
 
         return create_flashinfer_kv_indices_triton
 
+    def cached_tokens(self, req: Any) -> int:
+        return int(req.prefix_len)
+
     def attn_tp_partition(
         self, attn_tp_rank: int, attn_tp_size: int, dcp_size: int
     ) -> dict[str, Any]:

@@ -547,6 +547,7 @@ class Runner:
             enable_streaming_session=False,
             max_prefill_tokens=16384,
             mem_fraction_static=0.9,
+            speculative_algorithm=None,
             speculative_num_draft_tokens=None,
             triton_attention_num_kv_splits=8,
         )
