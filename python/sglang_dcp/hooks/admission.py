@@ -28,7 +28,8 @@ def add_chunked_req(original: Callable[[Any, Any], Any], adder: Any, req: Any) -
 
 
 def _has_room(adder: Any, req: Any) -> bool:
-    if adder.rem_total_tokens > 0:
+    # What running requests may need is an estimate, and so a fraction of a token.
+    if int(adder.rem_total_tokens) > 0:
         # SGLang cuts the chunk to that. It is so whenever no request runs.
         return True
     left = len(req.full_untruncated_fill_ids) - sglang_api().cached_tokens(req)

@@ -74,7 +74,8 @@ def taken(total: float, now: int, left: int) -> bool:
     [
         # SGLang cuts the chunk to what is left.
         (1, 8, 100, True),
-        (0.5, 0, 100, True),
+        # Less than a token is none: it would take a whole chunk.
+        (0.5, 0, 100, False),
         # Running requests may need all of it later, and there is room now.
         (-50, 40, 100, True),
         (-50, 39, 100, False),
@@ -104,8 +105,10 @@ def test_sglang_itself_takes_a_chunk_without_room() -> None:
     allocator = SimpleNamespace(page_size=PAGE, available_size=lambda: 0)
     cache = SimpleNamespace(supports_mamba=lambda: False, evictable_size=lambda: 0)
     budget = PrefillBudget(allocator, cache, num_mixed_decode_tokens=3)
-    assert budget.remaining_total < 0 and budget.remaining_current < 0
-    assert budget.available_chunk_tokens(CHUNK) == CHUNK
+    for left in (-3, 0, 0.5):
+        budget.total_offset = -left
+        assert budget.remaining_total == left and budget.remaining_current < 0
+        assert budget.available_chunk_tokens(CHUNK) == CHUNK
 
 
 def test_the_scheduler_has_what_is_read() -> None:
