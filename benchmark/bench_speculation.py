@@ -28,8 +28,8 @@ says, and each is measured while the others idle.
 Greedy replies of fixed length. Not measured: real weights, how many drafts are right,
 batches whose requests accept different numbers.
 
-DCP refuses an algorithm until its tests have passed on GPUs, and all on CPUs. NGRAM has
-passed. `--tests-plugin` allows the others to the servers of this run.
+DCP refuses drafts on CPUs, and with `flashinfer` and K/V heads. `--tests-plugin` allows them
+to the servers of this run.
 """
 
 from __future__ import annotations

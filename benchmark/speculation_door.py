@@ -1,6 +1,6 @@
 """Opens the door of speculation to servers with DCP, as the live tests do.
 
-DCP refuses an algorithm until its tests have passed on GPUs, and all on CPUs. The plugin of
+DCP refuses what its tests have not shown on GPUs, and all algorithms on CPUs. The plugin of
 these tests, in `test/srt/helpers/speculation.py`, allows all in the processes of one run. On
 a CPU it also brings the kernels that SGLang lacks there.
 """

@@ -1,6 +1,6 @@
 """Live servers whose short prefills over a cached prefix are rows of a decode step.
 
-DCP makes no such prefill on GPUs until this file has run there (`ROWS_SERVED` in
+DCP makes no such prefill on GPUs until the form was timed there, too (`ROWS_SERVED` in
 `layers/prefix/kv_form.py`). The plugin of its servers opens that door. Only here do
 decode kernels with ragged rows of several requests, prefill graphs and the Q projection of
 a prefill meet in one server.
