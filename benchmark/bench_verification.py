@@ -22,7 +22,7 @@ from typing import Any, Callable, NamedTuple, Sequence
 import torch
 from torch import Tensor
 
-from sglang_dcp.ops.chains import Chains, attend_chains
+from sglang_dcp.ops.chains import Chains, ChainSizes, attend_chains
 
 DCP = 2
 CALLS = 8
@@ -100,9 +100,8 @@ def chain(model: Heads, batch: int, width: int) -> Callable[[], Any]:
     chains = Chains(q, k, rows_of(tokens, 1, model.v), *q_rope, *k_rope)
     prefix = rows_of(tokens, heads, model.v)
     lse = torch.randn(tokens, heads, device="cuda")
-    sizes: dict[str, Any] = dict(width=width, scaling=0.1, first_head=0)
-    sizes.update(heads_of_kv=model.heads, is_lse_base_on_e=True)
-    return lambda: attend_chains(chains, prefix, lse, **sizes)
+    sizes = ChainSizes(width, 0.1, 0, model.heads, is_lse_base_on_e=True)
+    return lambda: attend_chains(chains, prefix, lse, sizes)
 
 
 def microseconds(call: Callable[[], Any], repeats: int = 5) -> float:

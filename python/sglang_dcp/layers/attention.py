@@ -37,7 +37,7 @@ from sglang_dcp.layers.workspace import (
     tokens_per_request,
     workspace_spec,
 )
-from sglang_dcp.ops.chains import Chains, attend_chains
+from sglang_dcp.ops.chains import Chains, ChainSizes, attend_chains
 from sglang_dcp.ops.layout import kv_index_of_local_q
 from sglang_dcp.ops.lse_merge import merge_two_states
 from sglang_dcp.ops.query_rows import folding_of
@@ -311,15 +311,14 @@ class DcpAttentionBackend(AttentionBackend):
         if q.shape[1] > heads:
             own = slice(first, first + heads)
             q, q_rope = q[:, own], None if q_rope is None else q_rope[:, own]
-        return attend_chains(
-            Chains(q, k, v, q_rope, k_rope),
-            *prefix,
+        sizes = ChainSizes(
             width=local.width,
             scaling=layer.scaling,
             first_head=first,
             heads_of_kv=heads * self._dcp_size // k.shape[1],
             is_lse_base_on_e=self.backend.is_lse_base_on_e,
         )
+        return attend_chains(Chains(q, k, v, q_rope, k_rope), *prefix, sizes)
 
     def forward_extend(
         self,

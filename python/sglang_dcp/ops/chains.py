@@ -38,16 +38,31 @@ class Chains(NamedTuple):
     k_rope: Optional[Tensor] = None
 
 
+class ChainSizes(NamedTuple):
+    """What attention of chains is besides its tensors.
+
+    Attributes
+    ----------
+    width : int
+        Query tokens of each request.
+    scaling : float
+        Factor of a score.
+    first_head, heads_of_kv : int
+        The rank's first head among those of its DCP group, and how many of these each K/V
+        head serves.
+    is_lse_base_on_e : bool
+        True if the LSE of the prefix is in natural log, False for base 2.
+    """
+
+    width: int
+    scaling: float
+    first_head: int
+    heads_of_kv: int
+    is_lse_base_on_e: bool
+
+
 def attend_chains(
-    chains: Chains,
-    prefix: Tensor,
-    prefix_lse: Tensor,
-    *,
-    width: int,
-    scaling: float,
-    first_head: int,
-    heads_of_kv: int,
-    is_lse_base_on_e: bool,
+    chains: Chains, prefix: Tensor, prefix_lse: Tensor, sizes: ChainSizes
 ) -> Tensor:
     """Attend with each query token to those of its request up to itself, and to its prefix.
 
@@ -61,15 +76,7 @@ def attend_chains(
         Merged attention to the prefix, in fp16, bf16 or fp32.
     prefix_lse : Tensor [tokens, heads] float32
         Its LSE. -inf, +inf or NaN marks a row without a prefix, whose `prefix` is not used.
-    width : int
-        Query tokens of each request.
-    scaling : float
-        Factor of a score.
-    first_head, heads_of_kv : int
-        The rank's first head among those of its DCP group, and how many of these each K/V
-        head serves.
-    is_lse_base_on_e : bool
-        True if `prefix_lse` is in natural log, False for base 2.
+    sizes : ChainSizes
 
     Returns
     -------
@@ -84,33 +91,22 @@ def attend_chains(
         A dtype is not supported.
     """
     check_states(prefix, prefix_lse, 3, "prefix", "prefix_lse")
-    _check(chains, prefix, width, first_head, heads_of_kv)
+    _check(chains, prefix, sizes)
     given = [part for part in chains if part is not None]
     if uses_kernels(prefix, prefix_lse, *given):
         # Not at module level: CPU users may have no Triton.
-        from sglang_dcp.ops.chains_triton import attend_chains_triton as attend
-    else:
-        attend = chains_torch.attend_chains_torch
-    return attend(
-        chains,
-        prefix,
-        prefix_lse,
-        width=width,
-        scaling=scaling,
-        first_head=first_head,
-        heads_of_kv=heads_of_kv,
-        is_lse_base_on_e=is_lse_base_on_e,
-    )
+        from sglang_dcp.ops.chains_triton import attend_chains_triton
+
+        return attend_chains_triton(chains, prefix, prefix_lse, sizes)
+    return chains_torch.attend_chains_torch(chains, prefix, prefix_lse, sizes)
 
 
-def _check(
-    chains: Chains, prefix: Tensor, width: int, first_head: int, heads_of_kv: int
-) -> None:
+def _check(chains: Chains, prefix: Tensor, sizes: ChainSizes) -> None:
     q, k, v, q_rope, k_rope = chains
     tokens, heads, dim = q.shape
     kv_heads = k.shape[1]
-    if width < 1 or tokens % width:
-        raise ValueError(f"{tokens} query tokens are not chains of {width}")
+    if sizes.width < 1 or tokens % sizes.width:
+        raise ValueError(f"{tokens} query tokens are not chains of {sizes.width}")
     if prefix.shape != (tokens, heads, v.shape[2]):
         raise ValueError(f"a prefix of {tuple(prefix.shape)} for q {tuple(q.shape)}")
     if k.shape != (tokens, kv_heads, dim) or v.shape[:2] != k.shape[:2]:
@@ -124,7 +120,7 @@ def _check(
             (tokens, kv_heads, rope),
         ):
             raise ValueError("q_rope and k_rope must have the heads of q and k")
-    if (first_head + heads - 1) // heads_of_kv >= kv_heads:
+    if (sizes.first_head + heads - 1) // sizes.heads_of_kv >= kv_heads:
         raise ValueError(
-            f"heads from {first_head} on need more than {kv_heads} K/V heads"
+            f"heads from {sizes.first_head} on need more than {kv_heads} K/V heads"
         )

@@ -11,22 +11,15 @@ from torch import Tensor
 from sglang_dcp.ops.lse_merge_torch import merge_two_states_torch
 
 if TYPE_CHECKING:
-    from sglang_dcp.ops.chains import Chains
+    from sglang_dcp.ops.chains import Chains, ChainSizes
 
 
 def attend_chains_torch(
-    chains: Chains,
-    prefix: Tensor,
-    prefix_lse: Tensor,
-    *,
-    width: int,
-    scaling: float,
-    first_head: int,
-    heads_of_kv: int,
-    is_lse_base_on_e: bool,
+    chains: Chains, prefix: Tensor, prefix_lse: Tensor, sizes: ChainSizes
 ) -> Tensor:
     """Do what `chains.attend_chains` does, in float32."""
     q, k, v, q_rope, k_rope = chains
+    width, scaling, first_head, heads_of_kv, is_lse_base_on_e = sizes
     if q_rope is not None and k_rope is not None:
         q, k = torch.cat([q, q_rope], dim=-1), torch.cat([k, k_rope], dim=-1)
     kv = (first_head + torch.arange(q.shape[1], device=q.device)) // heads_of_kv

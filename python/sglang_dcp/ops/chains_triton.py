@@ -15,7 +15,7 @@ import triton.language as tl
 from sglang_dcp.ops.lse_merge_triton import is_live
 
 if TYPE_CHECKING:
-    from sglang_dcp.ops.chains import Chains
+    from sglang_dcp.ops.chains import Chains, ChainSizes
 
 # mypy: allow-untyped-defs
 
@@ -25,18 +25,11 @@ _BLOCK = 64
 
 
 def attend_chains_triton(
-    chains: Chains,
-    prefix: torch.Tensor,
-    prefix_lse: torch.Tensor,
-    *,
-    width: int,
-    scaling: float,
-    first_head: int,
-    heads_of_kv: int,
-    is_lse_base_on_e: bool,
+    chains: Chains, prefix: torch.Tensor, prefix_lse: torch.Tensor, sizes: ChainSizes
 ) -> torch.Tensor:
     """Do what `chains.attend_chains` does, in one launch."""
     q, k, v, q_rope, k_rope = chains
+    width, scaling, first_head, heads_of_kv, is_lse_base_on_e = sizes
     tokens, heads, dim = q.shape
     out = prefix.new_empty(prefix.shape)
     rope = 0

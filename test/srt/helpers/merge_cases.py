@@ -1,16 +1,12 @@
-"""Cases of the merge kernels in Triton's interpreter, and how they are run."""
+"""Cases of the merge kernels in Triton's interpreter."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import zlib
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -50,20 +46,6 @@ def kernel_cases(kernels: Iterable[str]) -> dict[str, Case]:
 
 def assert_same(actual: Tensor, wanted: Tensor, tol: float = 0.0) -> None:
     torch.testing.assert_close(actual, wanted, rtol=tol, atol=tol)
-
-
-def interpreted(file: str) -> dict[str, str]:
-    """What `work` prints in `file`'s worker, where Triton interprets its kernels."""
-    pytest.importorskip("triton", reason="needs triton")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", file, "--worker"],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def kernel_inputs(name: str, case: Case) -> tuple[Tensor, Tensor]:

@@ -10,14 +10,14 @@ from __future__ import annotations
 import json
 import math
 import sys
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from helpers.gloo_ranks import run_python
-from sglang_dcp.ops.chains import Chains, attend_chains
+from helpers import interpreter
+from sglang_dcp.ops.chains import Chains, ChainSizes, attend_chains
 from sglang_dcp.ops.chains_torch import attend_chains_torch
 
 PREFIX = 5
@@ -58,7 +58,7 @@ class Inputs(NamedTuple):
     chains: Chains
     prefix: Tensor
     prefix_lse: Tensor
-    sizes: dict[str, Any]
+    sizes: ChainSizes
     wanted: Tensor
 
 
@@ -108,7 +108,7 @@ def make(case: Case) -> Inputs:
         chains = Chains(q, k, v, q_rope, k_rope)
     else:
         chains = Chains(q, k, v)
-    sizes = dict(
+    sizes = ChainSizes(
         width=case.width,
         scaling=SCALING,
         first_head=case.rank * case.heads,
@@ -138,25 +138,20 @@ def kernel_distance(name: str, device: str) -> float:
         from sglang_dcp.ops.chains_triton import attend_chains_triton as attend
     else:
         attend = attend_chains  # type: ignore[assignment]
-    found = attend(Chains(*moved), prefix, lse, **inputs.sizes)  # type: ignore[arg-type]
+    found = attend(Chains(*moved), prefix, lse, inputs.sizes)  # type: ignore[arg-type]
     return distance(case, found, inputs.wanted)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_torch_form_equals_a_softmax_over_all_keys(name: str) -> None:
     inputs = make(CASES[name])
-    found = attend_chains(*inputs[:3], **inputs.sizes)
+    found = attend_chains(*inputs[:3], inputs.sizes)
     assert distance(CASES[name], found, inputs.wanted) < 16
 
 
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, float]:
-    pytest.importorskip("triton", reason="needs triton")
-    done = run_python(
-        __file__, "--worker", TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES=""
-    )
-    assert done.code == 0, done.stderr[-3000:]
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    return interpreter.results_of(__file__)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -172,9 +167,9 @@ def test_compiled_kernel(name: str) -> None:
 
 def test_a_later_token_changes_nothing() -> None:
     inputs = make(CASES["one-kv-head"])
-    before = attend_chains_torch(*inputs[:3], **inputs.sizes)
+    before = attend_chains_torch(*inputs[:3], inputs.sizes)
     inputs.chains.k[1::2] = inputs.chains.v[1::2] = 100.0
-    after = attend_chains_torch(*inputs[:3], **inputs.sizes)
+    after = attend_chains_torch(*inputs[:3], inputs.sizes)
     assert torch.equal(before[::2], after[::2])
     assert not torch.equal(before[1::2], after[1::2])
 
@@ -182,17 +177,17 @@ def test_a_later_token_changes_nothing() -> None:
 def test_wrong_arguments() -> None:
     chains, prefix, lse, sizes, _ = make(CASES["uneven"])
     with pytest.raises(ValueError, match="not chains of 5"):
-        attend_chains(chains, prefix, lse, **{**sizes, "width": 5})
+        attend_chains(chains, prefix, lse, sizes._replace(width=5))
     with pytest.raises(ValueError, match="a prefix of"):
-        attend_chains(chains, prefix[..., 1:], lse, **sizes)
+        attend_chains(chains, prefix[..., 1:], lse, sizes)
     with pytest.raises(ValueError, match="do not fit q"):
-        attend_chains(chains._replace(k=chains.k[..., 1:]), prefix, lse, **sizes)
+        attend_chains(chains._replace(k=chains.k[..., 1:]), prefix, lse, sizes)
     with pytest.raises(ValueError, match="come together"):
-        attend_chains(chains._replace(q_rope=chains.q), prefix, lse, **sizes)
+        attend_chains(chains._replace(q_rope=chains.q), prefix, lse, sizes)
     with pytest.raises(ValueError, match="more than 2 K/V heads"):
-        attend_chains(chains, prefix, lse, **{**sizes, "first_head": 4})
+        attend_chains(chains, prefix, lse, sizes._replace(first_head=4))
     with pytest.raises(TypeError, match="int32"):
-        attend_chains(chains, prefix.int(), lse, **sizes)
+        attend_chains(chains, prefix.int(), lse, sizes)
 
 
 if __name__ == "__main__":

@@ -20,10 +20,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers import interpreter
 from helpers.attention_oracle import Served, Shape, extend, mixed, move
 from helpers.backend_groups import serve
 from helpers.backend_ranks import FP8, Case
-from helpers.gloo_ranks import run_python
 from helpers.mla_kernels_torch import Fa3Mla, FlashInferMha
 from sglang_dcp.config import DcpConfig
 from sglang_dcp.distributed.topology import Layout
@@ -329,11 +329,7 @@ INTERPRETED = ("dcp2-page16", "uneven-12-3")
 
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, str]:
-    done = run_python(
-        __file__, "--worker", TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES=""
-    )
-    assert done.code == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return interpreter.results_of(__file__)
 
 
 @pytest.mark.long

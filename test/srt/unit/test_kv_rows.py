@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers.gloo_ranks import run_python
+from helpers import interpreter
 from sglang_dcp.ops.kv_rows import order_kv_rows, pack_kv_rows
 from sglang_dcp.ops.kv_rows_torch import order_kv_rows_torch, pack_kv_rows_torch
 
@@ -121,11 +121,7 @@ def test_torch_forms_row_by_row(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, int]:
-    done = run_python(
-        __file__, "--worker", TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES=""
-    )
-    assert done.code == 0, done.stderr[-3000:]
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    return interpreter.results_of(__file__)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers.gloo_ranks import run_python
+from helpers import interpreter
 from helpers.local_batch_cases import (
     BLOCK,
     CASES,
@@ -37,11 +37,7 @@ def test_reference_equals_walk(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, str]:
-    done = run_python(
-        __file__, "--worker", TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES=""
-    )
-    assert done.code == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return interpreter.results_of(__file__)
 
 
 @each_case

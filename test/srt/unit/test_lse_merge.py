@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers import interpreter
 from helpers.merge_cases import (
     DTYPES,
     EMPTY_LSES,
@@ -21,7 +22,6 @@ from helpers.merge_cases import (
     ROUNDING,
     Case,
     assert_same,
-    interpreted,
     kernel_cases,
     kernel_inputs,
     work,
@@ -167,7 +167,7 @@ def test_wrong_arguments_are_refused() -> None:
 
 @pytest.fixture(scope="module")
 def kernel_results() -> dict[str, str]:
-    return interpreted(__file__)
+    return interpreter.results_of(__file__)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers import interpreter
 from helpers.merge_cases import (
     DTYPES,
     INF,
@@ -20,7 +21,6 @@ from helpers.merge_cases import (
     ROUNDING,
     Case,
     assert_same,
-    interpreted,
     kernel_cases,
     kernel_inputs,
     work,
@@ -140,7 +140,7 @@ def test_wrong_arguments_are_refused() -> None:
 
 @pytest.fixture(scope="module")
 def kernel_results() -> dict[str, str]:
-    return interpreted(__file__)
+    return interpreter.results_of(__file__)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 
-from helpers.gloo_ranks import run_python
+from helpers import interpreter
 
 SPLITS = (1, 8, 13)
 
@@ -41,11 +41,7 @@ def worst_difference(max_splits: int, device: str) -> float:
 
 @pytest.fixture(scope="module")
 def worst() -> dict[str, float]:
-    done = run_python(
-        __file__, "--worker", TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES=""
-    )
-    assert done.code == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return interpreter.results_of(__file__)
 
 
 @pytest.mark.parametrize("max_splits", SPLITS)
