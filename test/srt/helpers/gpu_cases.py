@@ -210,13 +210,20 @@ def fleet_fixture(waves: Callable[[], Sequence[teacher_forcing.Wave]]) -> Any:
 def measure(
     case: Case, fleet: Fleet
 ) -> tuple[teacher_forcing.Distance, teacher_forcing.Distance]:
-    """Distance of the DCP server, and of plain tp 2, from plain tp 1; printed."""
+    """Distance of the DCP server, and of plain tp 2, from plain tp 1; printed.
+
+    So is the distance of the two from each other. It tells more where plain tp 2 itself is
+    far from plain tp 1.
+    """
     tp1, tp2 = (fleet.run(spec).replies for spec in case.plain)
     spread = teacher_forcing.distance(tp2, tp1)
-    found = teacher_forcing.distance(fleet.run(case.spec).replies, tp1)
+    replies = fleet.run(case.spec).replies
+    found = teacher_forcing.distance(replies, tp1)
+    apart = teacher_forcing.distance(replies, tp2)
     print(
         f"{case.name}: |d logprob| {found}; plain tp 2: {spread}; "
-        f"ratio {found.mean / spread.mean:.2f} over {found.tokens} tokens"
+        f"ratio {found.mean / spread.mean:.2f} over {found.tokens} tokens; "
+        f"from plain tp 2: {apart}"
     )
     return found, spread
 

@@ -269,7 +269,7 @@ FORMATS: Mapping[str, Format] = {
 
 
 def _in_16_bit(weight: torch.Tensor) -> Tensors:
-    return {"weight": weight.half()}
+    return {"weight": weight.bfloat16()}
 
 
 # The loader fills a layer in 16 bit, which SGLang quantizes once it is whole.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers.quantized import FORMATS, Format
+from helpers.quantized import FORMATS, ONLINE_FP8, Format
 from sglang_dcp.demo.tiny_kinds import KINDS, TinyModel
 from sglang_dcp.demo.tiny_model import make_model
 
@@ -24,6 +24,8 @@ _MARK = "quantized.json"
 _VERSION = 1
 # SGLang derives the K weights of MLA from `kv_b_proj`, and cannot from these formats.
 NOT_FOR_LATENTS = ("gptq", "w4a16")
+# The server quantizes these itself. SGLang refuses to do so with weights in float32.
+_FORMS: Mapping[str, Format] = {**FORMATS, "bf16": ONLINE_FP8}
 
 
 def _sized(kind: str, **sizes: Any) -> TinyModel:
@@ -56,7 +58,7 @@ def make_quantized(path: Path, kind: str, name: str, seed: int = 0) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".quantized-") as scratch:
         fresh = tiny_model(Path(scratch) / "model", kind, seed)
-        _quantize(fresh, FORMATS[name], _left(kind, name))
+        _quantize(fresh, _FORMS[name], _left(kind, name))
         (fresh / _MARK).write_text(json.dumps(mark))
         if path.exists():
             shutil.rmtree(path)
@@ -85,7 +87,8 @@ def _quantize(folder: Path, form: Format, left: tuple[str, ...]) -> None:
     save_file(stored, folder / _WEIGHTS, metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     config["dtype"] = "bfloat16"
-    config["quantization_config"] = _config(form, left)
+    if form.config is not None:
+        config["quantization_config"] = _config(form, left)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
