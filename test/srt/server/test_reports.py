@@ -2,8 +2,9 @@
 
 The numbers are those of the table in docs/correctness.md, which names the reports. Only
 here are seen a GGUF checkpoint, prefix hits at the edge of a logical page, and a pool that
-is no whole number of pages. Retraction and preemption are certain here. Further cases are
-replicas, sampling by 64 users, and embeddings. The oracle is Hugging Face transformers.
+is no whole number of pages. Retraction, preemption and a chunk that waits are certain
+here. Further cases are replicas, sampling by 64 users, and embeddings. The oracle is
+Hugging Face transformers.
 """
 
 from __future__ import annotations
@@ -274,6 +275,49 @@ def test_20_a_shared_prefix_with_short_tails(models: Callable[[str], Path]) -> N
         answers = send(dcp, requests[:1]) + send(dcp, requests[1:])
     assert all(a.reply.cached_tokens >= len(prefix) for a in answers[1:])
     assert_equal_to_transformers(model, requests, answers)
+
+
+@pytest.mark.parametrize(("page_size", "length"), [(1, 300), (4, 200)])
+def test_22_a_chunk_of_a_prompt_in_a_full_pool(
+    models: Callable[[str], Path], page_size: int, length: int
+) -> None:
+    """12 requests decode beside the chunks of a prompt, until no token is left.
+
+    A request that ignores the end of a text has all its tokens reserved, and one that asks
+    for log-probabilities is not mixed with chunks.
+    """
+    model = models("llama-2kv")
+    requests = make_requests(22, *[(8, 120)] * 12, (length, 4))
+    flags = f"{DCP} --page-size {page_size} --max-total-tokens 256"
+    flags += " --enable-mixed-chunk --chunked-prefill-size 32"
+    flags += " --schedule-conservativeness 0.05"
+    payload = {
+        "input_ids": [request.ids for request in requests],
+        "sampling_params": [
+            {"temperature": 0, "max_new_tokens": request.max_new_tokens}
+            for request in requests
+        ],
+    }
+    with server(model, flags) as dcp:
+        bodies = http_json(f"{dcp.base_url}/generate", payload)
+        assert "a chunk of a prompt waits" in dcp.log_path.read_text(errors="replace")
+        assert_no_leak(dcp)
+    oracle = load_oracle(model)
+    for request, body in zip(requests, bodies, strict=True):
+        assert len(body["output_ids"]) == request.max_new_tokens
+        assert_greedy(oracle, request.ids, body["output_ids"])
+
+
+def assert_greedy(oracle: Any, prompt: Sequence[int], ids: Sequence[int]) -> None:
+    """Each token is the best one by transformers, or as good as the best."""
+    import torch
+
+    whole = torch.tensor([[*prompt, *ids]])
+    with torch.inference_mode():
+        logits = oracle(input_ids=whole).logits[0, len(prompt) - 1 : -1]
+    best = logits.log_softmax(-1).max(-1).values.tolist()
+    gaps = [a - b for a, b in zip(best, score_again(oracle, prompt, ids))]
+    assert max(gaps) < LOGPROB_TOLERANCE
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """The next chunk of a prompt in a KV pool that is full of requests that decode.
 
-Only here is a pool certain to have no token left when a chunk's turn comes. In a live
-server that depends on when requests arrive and how many tokens they need.
+Only here is each side of the rule seen. `test_reports.py` has a live server whose chunk waits.
 """
 
 from __future__ import annotations
