@@ -16,7 +16,7 @@ DCP refuses `flashinfer` with K/V heads. The plugin opens these servers.
 Words for pytest -k, beside those of test/srt/README.md:
 
     ngram | head | accepted            one of the three tests
-    eagle3 | mtp | standalone          who drafts; `itself` or `stranger` with `standalone`
+    eagle-k | eagle3 | mtp | standalone  who drafts; `itself` or `stranger` with `standalone`
     some-of-8, all-of-4, none-of-2     right drafts of NGRAM, and query tokens
     k1 | k3                            steps of a draft model
     tp2dcp2 | tp4                      2 or 4 GPUs
@@ -197,6 +197,7 @@ class Drafter(NamedTuple):
 # An MTP layer is a part of the target's checkpoint. SGLang makes one of any DeepSeek-V3 that
 # drafts, so STANDALONE has DeepSeek-V2.
 RANDOM_HEADS = {
+    "eagle": Drafter("EAGLE", "@eagle", "llama-2kv-d128"),
     "eagle3": Drafter("EAGLE3", "@eagle3", "llama-2kv-d128"),
     "mtp": Drafter("EAGLE", "@seed0", "mla-v3-d512-h512+mtp"),
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from helpers.draft_models import TARGETS, make_eagle3
+from helpers.draft_models import TARGETS, make_eagle, make_eagle3
 from helpers.quantized_checkpoint import make_quantized
 from sglang_dcp.demo.tiny_model import make_tiny_model
 
@@ -29,14 +29,17 @@ def checkpoint(folder: Path, kind: str, seed: int) -> Path:
 def beside(folder: Path, kind: str, seed: int, word: str) -> Path:
     """Another checkpoint for a server of a kind and a seed.
 
-    `seed1` is the same kind with seed 1. `eagle3` is a head for the server's own model. It
-    is right if the kind allows that.
+    `seed1` is the same kind with seed 1. `eagle` and `eagle3` are heads for the server's own
+    model. That of `eagle3` is right if the kind allows that.
     """
     if found := re.fullmatch(r"seed(\d+)", word):
         return checkpoint(folder, kind, int(found[1]))
-    if word != "eagle3":
+    if word not in ("eagle", "eagle3"):
         raise ValueError(f"no checkpoint {word!r}")
-    path = folder / "models" / f"{kind}-{seed}-eagle3"
+    path = folder / "models" / f"{kind}-{seed}-{word}"
+    if path.exists():
+        return path
     target = checkpoint(folder, kind, seed)
-    right = kind.endswith("+shallow")
-    return path if path.exists() else make_eagle3(path, target, right=right)
+    if word == "eagle":
+        return make_eagle(path, target)
+    return make_eagle3(path, target, right=kind.endswith("+shallow"))
