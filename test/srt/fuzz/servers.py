@@ -38,6 +38,8 @@ class Setting:
         KV tokens of a rank. So small that mixes fill the pool.
     page_size : int
         Tokens of a rank's page.
+    one_gpu : bool
+        Whether all ranks share one GPU (`helpers.one_gpu`).
     """
 
     kind: str
@@ -47,6 +49,7 @@ class Setting:
     page_size: int = 1
     dcp_size: int = 2
     ranks: int = 2
+    one_gpu: bool = False
 
     @property
     def longest_prompt(self) -> int:
