@@ -149,7 +149,8 @@ class Served:
         self.rank: Rank = self.group.ranks[0]
         silent: Any = SilentGroup(case.dcp_size)
         exchange = create_exchange(comm_backend, silent)
-        self.rank.backend.exchange = exchange
+        backend = self.rank.backend
+        backend.exchange = backend.decode._exchange = exchange
 
     def peak(self, step: Step) -> int:
         """Serve a forward; returns the most bytes that its attention allocated."""
