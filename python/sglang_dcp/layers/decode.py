@@ -95,13 +95,20 @@ class DecodeAttention:
                 batch = local.forward_batch
                 found = self._backend.decode_parts(latent, rope, layer, batch)
                 return Partial(*map(folding.unfold, found))
+        # No name holds gathered or folded queries, so that each copy frees the one before.
+        found = self._backend.decode(
+            folding.fold(self._of_group(q, q_rope, layer)), layer, local.forward_batch
+        )
+        return Partial(*map(folding.unfold, found))
+
+    def _of_group(
+        self, q: torch.Tensor, q_rope: Optional[torch.Tensor], layer: RadixAttention
+    ) -> torch.Tensor:
+        """Return the queries of all ranks: [tokens, heads of the DCP group, qk_dim]."""
         q = whole_rows(layer, q, q_rope)
         if q.shape[1] == layer.tp_q_head_num:
             q = self._exchange.gather_heads(q)
-        # No name holds what was gathered: with several K/V heads, this is a copy.
-        q = folding.fold(q)
-        found = self._backend.decode(q, layer, local.forward_batch)
-        return Partial(*map(folding.unfold, found))
+        return q
 
     def _folding(self, layer: RadixAttention, width: int) -> Folding:
         heads = layer.tp_q_head_num * self._shard.dcp_size
