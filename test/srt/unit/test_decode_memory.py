@@ -154,8 +154,14 @@ def splits_of(sizes: ForwardSizes, keys: int) -> int:
 @pytest.mark.parametrize("heads", [1, 4, 8, 16, 32, 64])
 @pytest.mark.parametrize(
     "kind",
-    [QWEN, QWEN._replace(kv_heads=4), QWEN._replace(qk_dim=64, v_dim=64), LITE],
-    ids=["one-kv-head", "four-kv-heads", "dim64", "mla"],
+    [
+        QWEN,
+        QWEN._replace(kv_heads=4),
+        QWEN._replace(qk_dim=64, v_dim=64),
+        QWEN._replace(qk_dim=96, v_dim=96),
+        LITE,
+    ],
+    ids=["one-kv-head", "four-kv-heads", "dim64", "dim96", "mla"],
 )
 def test_splits_of_fa3_are_those_of_all_query_tokens(
     kind: ForwardSizes, heads: int, width: int

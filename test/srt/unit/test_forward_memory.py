@@ -30,7 +30,12 @@ from helpers.allocating_ranks import (
 )
 from helpers.attention_oracle import Shape, extend
 from helpers.backend_ranks import FP8, Case
-from helpers.kernels_that_allocate import SilentGroup, allocating_kernels, fa3_splits
+from helpers.kernels_that_allocate import (
+    SilentGroup,
+    allocating_kernels,
+    fa3_splits,
+    fa3_tile,
+)
 from helpers.live_bytes import LiveBytes
 from helpers.mla_expanded import DEEPSEEK, Prefill
 from sglang_dcp import context
@@ -226,7 +231,7 @@ def test_a_gathered_prefix_is_bounded_whatever_the_heads() -> None:
 FA3_HEADS = [
     Fa3Heads(heads, kv, *dims)
     for heads, kv, dims in itertools.product(
-        (8, 16, 32, 128), (1, 2, 4), ((64, 64), (128, 128), (256, 256))
+        (8, 16, 32, 128), (1, 2, 4), ((64, 64), (96, 96), (128, 128), (256, 256))
     )
 ] + [Fa3Heads(heads, 1, 576, 512) for heads in (8, 16, 64, 128)]
 
@@ -236,7 +241,8 @@ def own_choice(heads: Fa3Heads, longest: int, keys: int) -> int:
     rows = longest * heads.heads // heads.kv_heads
     # Of MLA, K is the rotary part.
     dims = heads.qk_dim + (0 if heads.v_dim > 256 else heads.v_dim)
-    return fa3_splits(rows, heads.kv_heads, keys, dims, heads.tile, causal=False)
+    tile = fa3_tile(0 if heads.v_dim > 256 else heads.qk_dim, heads.v_dim)
+    return fa3_splits(rows, heads.kv_heads, keys, dims, tile, causal=False)
 
 
 @pytest.mark.parametrize("heads", FA3_HEADS, ids=lambda h: "-".join(map(str, h)))

@@ -44,7 +44,7 @@ class Fa3Heads(NamedTuple):
         """Rows (query tokens x heads of one K/V head) of a tile."""
         if self.v_dim > 256:
             return 64
-        return 192 if self.qk_dim <= 64 else 128
+        return 192 if self.qk_dim <= 96 else 128
 
     def tiles(self, queries: int) -> int:
         """Count the tiles of one request."""
