@@ -18,15 +18,15 @@ from sglang_dcp.context import DcpContext, get_context
 from sglang_dcp.distributed.exchange import Exchange, create_exchange
 from sglang_dcp.distributed.groups import get_dcp_group
 from sglang_dcp.layers.backends.attention_calls import (
-    by_head,
     check_call,
     first_rows,
     padded_rows,
     whole_rows,
 )
 from sglang_dcp.layers.backends.base import InnerBackend, Partial
-from sglang_dcp.layers.decode_rows import as_chains, as_prefill_rows
-from sglang_dcp.layers.kv_pool import as_read, write_kv
+from sglang_dcp.layers.decode import DecodeAttention
+from sglang_dcp.layers.decode_rows import as_prefill_rows
+from sglang_dcp.layers.kv_pool import write_kv
 from sglang_dcp.layers.kv_prefill import KvPrefill, kv_sizes_of
 from sglang_dcp.layers.local_batch import LocalBatch, LocalBatchBuilder
 from sglang_dcp.layers.mla.prefill import MlaPrefill
@@ -37,10 +37,9 @@ from sglang_dcp.layers.workspace import (
     tokens_per_request,
     workspace_spec,
 )
-from sglang_dcp.ops.chains import Chains, ChainSizes, attend_chains
+from sglang_dcp.ops.chains import Chains
 from sglang_dcp.ops.layout import kv_index_of_local_q
 from sglang_dcp.ops.lse_merge import merge_two_states
-from sglang_dcp.ops.query_rows import folding_of
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -108,6 +107,7 @@ class DcpAttentionBackend(AttentionBackend):
         self._dcp_rank = context.dcp_rank
         self._q_replicas = q_replicas
         parts = (backend, batches.shard, exchange, token_to_kv_pool)
+        self.decode = DecodeAttention(*parts, width)
         self.prefill = MlaPrefill(*parts)
         self.kv_prefill = KvPrefill(*parts, kv_sizes)
         self._local: Optional[LocalBatch] = None
@@ -161,7 +161,7 @@ class DcpAttentionBackend(AttentionBackend):
         if forward_batch.forward_mode.is_idle():
             # No layer attends then, on any rank of this replica of DP attention.
             return
-        batch, width = self._as_chains(forward_batch)
+        batch, width = self.decode.step_of(forward_batch)
         # SGLang's projections of a prefill give a rank its own heads.
         replicated = batch.forward_mode.is_decode()
         form = self.kv_prefill.form_of(batch)
@@ -183,7 +183,7 @@ class DcpAttentionBackend(AttentionBackend):
         self, forward_batch: ForwardBatch, in_capture: bool = False
     ) -> None:
         """Refresh what a captured decode step reads, outside the graph."""
-        batch, width = self._as_chains(forward_batch)
+        batch, width = self.decode.step_of(forward_batch)
         if not batch.forward_mode.is_decode():
             raise NotImplementedError(
                 f"DCP captures decode only, not {forward_batch.forward_mode}"
@@ -191,16 +191,6 @@ class DcpAttentionBackend(AttentionBackend):
         self._local = self._batches.build_static(batch, width)
         self.backend.init_graph_metadata(self._local.forward_batch, in_capture)
         self._select_q_width(replicated=True)
-
-    def _as_chains(self, batch: ForwardBatch) -> tuple[ForwardBatch, int]:
-        """Return `batch` as its decode step, if it is one, and the tokens of a request."""
-        step, width = as_chains(batch)
-        if step.forward_mode.is_decode() and width != self._width:
-            raise NotImplementedError(
-                f"{batch.forward_mode} brings {width} query tokens of each request, and "
-                f"attention plans {self._width}"
-            )
-        return step, width
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
         """Return the length of padding rows: one token, which DCP rank 0 owns."""
@@ -244,81 +234,18 @@ class DcpAttentionBackend(AttentionBackend):
         if save_kv_cache and not chains:
             self._write(layer, local, k, v, k_rope)
         out, lse = self.exchange.reduce(
-            *self._decode(q, q_rope, layer, local),
+            *self.decode.attend(q, q_rope, layer, local),
             is_lse_base_on_e=self.backend.is_lse_base_on_e,
             empty_rows=local.empty_rows,
         )
         if chains:
-            partial = Partial(out, lse)
-            out = self._attend_chains(partial, q, k, v, layer, local, q_rope, k_rope)
+            given = Chains(q, k, v, q_rope, k_rope)
+            prefix = Partial(out, lse)
+            out = self.decode.attend_chains(prefix, given, layer, local.width)
             # Written last, because a write with scales divides K and V in place.
             if save_kv_cache:
                 self._write(layer, local, k, v, k_rope)
         return out.reshape(q.shape[0], -1)
-
-    def _decode(
-        self,
-        q: torch.Tensor,
-        q_rope: Optional[torch.Tensor],
-        layer: RadixAttention,
-        local: LocalBatch,
-    ) -> Partial:
-        """Attend with all heads of the DCP group to the rank's local keys.
-
-        The query tokens of a chain see them as more heads of one query.
-        """
-        batch = local.forward_batch
-        heads = layer.tp_q_head_num * self._dcp_size
-        sizes = local.width, heads, layer.tp_k_head_num, self.backend.head_tile
-        folding = folding_of(*sizes)
-        if q_rope is not None:
-            parts = by_head(layer, q, q_rope)
-            if parts[0].shape[1] > layer.tp_q_head_num:
-                # Q is replicated. Only a gather would need the two parts joined.
-                latent, rope = map(folding.fold, parts)
-                found = self.backend.decode_parts(latent, rope, layer, batch)
-                return Partial(*map(folding.unfold, found))
-        q = whole_rows(layer, q, q_rope)
-        if q.shape[1] == layer.tp_q_head_num:
-            q = self.exchange.gather_heads(q)
-        found = self.backend.decode(folding.fold(q), layer, batch)
-        return Partial(*map(folding.unfold, found))
-
-    def _attend_chains(
-        self,
-        prefix: Partial,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        layer: RadixAttention,
-        local: LocalBatch,
-        q_rope: Optional[torch.Tensor],
-        k_rope: Optional[torch.Tensor],
-    ) -> torch.Tensor:
-        """Attend with local heads to the query tokens themselves, and merge the prefix.
-
-        Keys and values are rounded as those are that later tokens read from the pool.
-        """
-        heads, tokens = layer.tp_q_head_num, q.shape[0]
-        if q_rope is None or k_rope is None:
-            q, k = whole_rows(layer, q, None), whole_rows(layer, k, None)
-        else:
-            q, q_rope = by_head(layer, q, q_rope)
-            k, k_rope = by_head(layer, k, k_rope)
-        v = v.view(tokens, -1, layer.v_head_dim)
-        k, v, k_rope = as_read(self.token_to_kv_pool, layer, k, v, k_rope)
-        first = heads * self._dcp_rank
-        if q.shape[1] > heads:
-            own = slice(first, first + heads)
-            q, q_rope = q[:, own], None if q_rope is None else q_rope[:, own]
-        sizes = ChainSizes(
-            width=local.width,
-            scaling=layer.scaling,
-            first_head=first,
-            heads_of_kv=heads * self._dcp_size // k.shape[1],
-            is_lse_base_on_e=self.backend.is_lse_base_on_e,
-        )
-        return attend_chains(Chains(q, k, v, q_rope, k_rope), *prefix, sizes)
 
     def forward_extend(
         self,

@@ -1,4 +1,4 @@
-"""GPU memory that attention with DCP takes outside of the KV pool: pure functions of sizes.
+"""GPU memory that a prefill with DCP takes outside of the KV pool: pure functions of sizes.
 
 A forward allocates its largest tensors in one layer and frees them before the next. So
 its peak is that of one layer. Each function below lists what lives at some moments of a
@@ -8,20 +8,16 @@ are SGLang's and not counted.
 Nothing here depends on the length of a prompt: new tokens end at the prefill chunk,
 gathered latents at `SGLANG_MAX_KV_CHUNK_CAPACITY`, their chunks at `MOST_PREFIX_CHUNKS`,
 gathered K/V heads at `MOST_GATHERED_BYTES`.
-Lists of slots take 4 bytes a cached position, a `dcp_size`-th of SGLang's own, and are left
-out.
+Lists of slots take 4 or 8 bytes a cached position, a `dcp_size`-th of SGLang's own, and are
+left out. `decode_memory` is about decode steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple, Optional
 
-from sglang_dcp.layers.backends.fa3_splits import (
-    Fa3Heads,
-    decode_split_bytes,
-    prefix_split_bytes,
-)
+from sglang_dcp.layers.backends.fa3_splits import Fa3Heads, prefix_split_bytes
+from sglang_dcp.layers.forward_sizes import Expansion, ForwardSizes, Parts
 from sglang_dcp.layers.mla.form import MOST_PREFIX_CHUNKS
 from sglang_dcp.layers.prefix.kv_form import KvSizes
 from sglang_dcp.ops.partials_torch import packed_bytes
@@ -33,133 +29,36 @@ _PLAN_VECTORS = 12
 # FlashInfer's wrapper of one prefix chunk, or of a gathered prefix.
 _WRAPPER_BYTES = 8 << 20
 
+OUTPUTS, COPIES = "partial outputs", "copies of queries and outputs"
+SPLITS = "splits of the kernel"
+
 # So many rows (tokens x heads) fit into one of FlashInfer's plans for latents.
 _PLAN_ROWS = 8192 * 128
-
-# Bytes by what they hold, in words for a log line.
-Parts = dict[str, int]
-
-
-class Expansion(NamedTuple):
-    """The expanded form of an MLA prefill.
-
-    Attributes
-    ----------
-    latent, rope, nope, v : dims of a latent, of its rotary key, and of an expanded head
-    positions : most positions that are gathered and expanded at once
-    """
-
-    latent: int
-    rope: int
-    nope: int
-    v: int
-    positions: int
-
-    @property
-    def stored(self) -> int:
-        """Numbers of a position in the pool."""
-        return self.latent + self.rope
-
-    @property
-    def expanded(self) -> int:
-        """Numbers of an expanded position and head: the product, and K beside it."""
-        return self.nope + self.v + self.nope + self.rope
-
-
-class ForwardSizes(NamedTuple):
-    """Sizes of a rank's attention.
-
-    Attributes
-    ----------
-    backend : name of the attention backend
-    heads, dcp_size : query heads of a rank, and ranks of a DCP group
-    kv_heads, kept_kv_heads : K/V heads in a rank's pool, and most of them, copies included,
-        that a rank takes for its query heads
-    qk_dim, v_dim : dims of attention to the pool; of MLA those of latents
-    itemsize, stored_itemsize : bytes of a number of the model, and in the pool
-    latent : whether attention is MLA
-    replicated_q : whether decode projects the queries of all ranks
-    gathers_lse : whether the exchange gathers the LSE apart (`ag_rs`)
-    splits : whether FA3 may split keys, as it may not in deterministic inference
-    triton_splits : most splits of keys in a decode step of `triton`
-    expansion : the expanded form, if there is one
-    has_prefix : whether new tokens may see K/V that a request has in the pool
-    gathered : most cached positions whose K/V heads a prefill gathers; 0 if it never does
-    """
-
-    backend: str
-    heads: int
-    dcp_size: int
-    kv_heads: int
-    kept_kv_heads: int
-    qk_dim: int
-    v_dim: int
-    itemsize: int
-    stored_itemsize: int
-    latent: bool = False
-    replicated_q: bool = False
-    gathers_lse: bool = False
-    splits: bool = True
-    triton_splits: int = 8
-    expansion: Optional[Expansion] = None
-    has_prefix: bool = True
-    gathered: int = 0
-
-    @property
-    def group_heads(self) -> int:
-        return self.heads * self.dcp_size
-
-    @property
-    def quantized(self) -> bool:
-        return self.stored_itemsize < self.itemsize
 
 
 def prefill_parts(sizes: ForwardSizes, tokens: int) -> Parts:
     """Return what lives at the peak of a prefill of `tokens` new tokens, over any prefix."""
     if not sizes.has_prefix:
         return _new_tokens(sizes, tokens)
-    in_place = _peak(_prefix_in_place(sizes, tokens))
+    in_place = peak(_prefix_in_place(sizes, tokens))
     expanded, gathered = expanded_parts(sizes, tokens), gathered_parts(sizes, tokens)
-    return _peak([_new_tokens(sizes, tokens), in_place, expanded, gathered])
+    return peak([_new_tokens(sizes, tokens), in_place, expanded, gathered])
 
 
-def decode_parts(sizes: ForwardSizes, rows: int) -> Parts:
-    """Return what lives at the peak of a decode step of `rows` rows."""
-    held, scratch = _joined(sizes, rows, with_keys=False), 0
-    if sizes.backend == "fa3" and sizes.splits:
-        scratch = decode_split_bytes(_fa3_heads(sizes), rows)
-    elif sizes.backend == "triton":
-        # Planned for all layers.
-        splits = rows * sizes.group_heads * sizes.triton_splits
-        held["splits that are planned"] = splits * (sizes.v_dim + 1) * _LSE
-    if sizes.replicated_q:
-        numbers = rows * sizes.group_heads * sizes.qk_dim
-        held["projected queries of the DCP group"] = numbers * sizes.itemsize
-    gathers = not sizes.replicated_q
-    return _peak(
-        held | moment
-        for moment in _attention_of_group(sizes, rows, scratch, gathers=gathers)
-    )
-
-
-def _fa3_heads(sizes: ForwardSizes) -> Fa3Heads:
-    return Fa3Heads(sizes.group_heads, sizes.kv_heads, sizes.qk_dim, sizes.v_dim)
-
-
-def _peak(moments: Iterable[Parts]) -> Parts:
+def peak(moments: Iterable[Parts]) -> Parts:
     return max(moments, key=lambda parts: sum(parts.values()))
 
 
-def _state(heads: int, dim: int, tokens: int, itemsize: int) -> int:
+def state_bytes(heads: int, dim: int, tokens: int, itemsize: int) -> int:
     """Return the bytes of an output and its LSE."""
     return tokens * heads * (dim * itemsize + _LSE)
 
 
-def _local_state(sizes: ForwardSizes, tokens: int) -> int:
-    return _state(sizes.heads, sizes.v_dim, tokens, sizes.itemsize)
+def local_state(sizes: ForwardSizes, tokens: int) -> int:
+    return state_bytes(sizes.heads, sizes.v_dim, tokens, sizes.itemsize)
 
 
-def _joined(sizes: ForwardSizes, tokens: int, *, with_keys: bool = True) -> Parts:
+def joined(sizes: ForwardSizes, tokens: int, *, with_keys: bool = True) -> Parts:
     """Return MLA's two parts of queries and keys, put into one tensor each."""
     if not sizes.latent:
         return {}
@@ -176,55 +75,60 @@ def _new_tokens(sizes: ForwardSizes, tokens: int) -> Parts:
         # Divided by their scales, then rounded.
         copied += tokens * sizes.kept_kv_heads * dims * sizes.itemsize
         copied += tokens * numbers * sizes.stored_itemsize
-    return _joined(sizes, tokens) | {
+    return joined(sizes, tokens) | {
         "copies of new queries, keys and values": copied,
-        "new tokens' output": _local_state(sizes, tokens),
+        "new tokens' output": local_state(sizes, tokens),
     }
 
 
 def _prefix_in_place(sizes: ForwardSizes, tokens: int) -> Iterable[Parts]:
     """Gathered queries attend to the rank's part of the prefix, and outputs are merged."""
-    state = _local_state(sizes, tokens)
-    held = _joined(sizes, tokens) | {"new tokens' output": state}
-    scratch = 0
+    state, heads = local_state(sizes, tokens), sizes.group_heads
+    held = joined(sizes, tokens) | {"new tokens' output": state}
+    attended = attending(sizes, tokens, heads)
     if sizes.backend == "fa3" and sizes.splits:
-        scratch = prefix_split_bytes(_fa3_heads(sizes), tokens)
-    for moment in _attention_of_group(sizes, tokens, scratch, gathers=True):
+        of_call = Fa3Heads(heads, sizes.kv_heads, sizes.qk_dim, sizes.v_dim)
+        attended[SPLITS] = prefix_split_bytes(of_call, tokens)
+    in_parts = sizes.latent and sizes.backend == "flashinfer"
+    if in_parts and tokens * heads > _PLAN_ROWS:
+        # Some heads at a time, whose outputs are joined.
+        attended[COPIES] += attended[OUTPUTS]
+    for moment in (*gathering(sizes, tokens), attended, exchanging(sizes, tokens)):
         yield held | moment
     yield held | {"merged output": 2 * state}
 
 
-def _attention_of_group(
-    sizes: ForwardSizes, tokens: int, scratch: int, *, gathers: bool
-) -> Iterable[Parts]:
-    """Gather queries, attend with all heads of the DCP group, exchange the outputs."""
+def gathering(sizes: ForwardSizes, tokens: int) -> Iterable[Parts]:
+    """Gather queries. Those of MLA, joined, are not among them."""
     own = tokens * sizes.heads * sizes.qk_dim * sizes.itemsize
-    # Gathered, or with replicated Q a copy that is contiguous.
     queries = own * sizes.dcp_size
-    if gathers:
-        # A copy that is contiguous, and what NCCL fills.
-        yield {"gathered queries": own + queries}
-        # Put in order of tokens.
-        yield {"gathered queries": 2 * queries}
-    partial = _state(sizes.group_heads, sizes.v_dim, tokens, sizes.itemsize)
+    # A copy that is contiguous, as joined ones are, and what NCCL fills.
+    yield {"gathered queries": queries + (0 if sizes.latent else own)}
+    # Put in order of tokens.
+    yield {"gathered queries": 2 * queries}
+
+
+def attending(sizes: ForwardSizes, rows: int, heads: int) -> Parts:
+    """Attend with `rows` queries of `heads` heads each, without splits of the kernel."""
+    numbers = rows * heads
     cast = 0
-    if sizes.quantized:
+    if sizes.quantized and sizes.backend != "triton":
         # Rounded queries, then outputs: FA3 returns bfloat16, whatever the model's dtype.
-        rows = tokens * sizes.group_heads
-        rounded = rows * sizes.qk_dim * sizes.stored_itemsize
-        cast = max(rounded, rows * sizes.v_dim * sizes.itemsize)
-    in_parts = sizes.latent and sizes.backend == "flashinfer"
-    if in_parts and tokens * sizes.group_heads > _PLAN_ROWS:
-        # Some heads at a time, whose outputs are joined.
-        cast += partial
-    yield {
-        "queries of the DCP group": queries,
-        "partial outputs": partial,
-        "copies of queries and outputs": cast,
-        "splits of the kernel": scratch,
+        rounded = numbers * sizes.qk_dim * sizes.stored_itemsize
+        cast = max(rounded, numbers * sizes.v_dim * sizes.itemsize)
+    return {
+        # Gathered, or with replicated Q a copy that is contiguous.
+        "queries of the DCP group": numbers * sizes.qk_dim * sizes.itemsize,
+        OUTPUTS: state_bytes(heads, sizes.v_dim, rows, sizes.itemsize),
+        COPIES: cast,
     }
-    yield {
-        "partial outputs": partial,
+
+
+def exchanging(sizes: ForwardSizes, tokens: int) -> Parts:
+    """Exchange the outputs of all heads of the DCP group."""
+    heads = sizes.group_heads
+    return {
+        OUTPUTS: state_bytes(heads, sizes.v_dim, tokens, sizes.itemsize),
         "rows for peers and from them": _exchange_bytes(sizes, tokens),
     }
 
@@ -243,12 +147,12 @@ def _exchange_bytes(sizes: ForwardSizes, tokens: int) -> int:
         width = packed_bytes(sizes.v_dim, sizes.itemsize)
     received = (sizes.dcp_size - 1) * rows * width
     # The output takes the place of what was sent.
-    return received + max(received, _local_state(sizes, tokens)) + lse
+    return received + max(received, local_state(sizes, tokens)) + lse
 
 
 def gathered_parts(sizes: ForwardSizes, tokens: int) -> Parts:
     """Return what lives at the peak of a prefill that gathers its prefix, if one does."""
-    return _peak(_prefix_gathered(sizes, tokens)) if sizes.gathered else {}
+    return peak(_prefix_gathered(sizes, tokens)) if sizes.gathered else {}
 
 
 def _prefix_gathered(sizes: ForwardSizes, tokens: int) -> Iterable[Parts]:
@@ -260,7 +164,7 @@ def _prefix_gathered(sizes: ForwardSizes, tokens: int) -> Iterable[Parts]:
     dims = sizes.qk_dim, sizes.v_dim, sizes.itemsize
     kv = KvSizes(sizes.heads, sizes.kv_heads, sizes.dcp_size, *dims)
     own = -(-sizes.gathered // sizes.dcp_size)
-    state = _local_state(sizes, tokens)
+    state = local_state(sizes, tokens)
     held = {
         "plan of the gather": _INDEX * (sizes.gathered + own),
         "new tokens' output": state,
@@ -284,7 +188,7 @@ def _prefix_gathered(sizes: ForwardSizes, tokens: int) -> Iterable[Parts]:
     yield held | {
         "gathered K and V": ordered + copied,
         "queries, and output over the prefix": queries + state,
-        "splits of the kernel": scratch,
+        SPLITS: scratch,
     }
     yield held | {"merged output": 2 * state}
 
@@ -296,11 +200,11 @@ def expanded_parts(sizes: ForwardSizes, tokens: int) -> Parts:
     shot takes no more, because it counts new tokens among the positions. SGLang expands
     as many positions without DCP, from a prefix of 8192 on.
     """
-    return _peak(_expanded(sizes, tokens, sizes.expansion)) if sizes.expansion else {}
+    return peak(_expanded(sizes, tokens, sizes.expansion)) if sizes.expansion else {}
 
 
 def _expanded(sizes: ForwardSizes, tokens: int, form: Expansion) -> Iterable[Parts]:
-    state = _state(sizes.heads, form.v, tokens, sizes.itemsize)
+    state = state_bytes(sizes.heads, form.v, tokens, sizes.itemsize)
     new = tokens * sizes.heads * form.expanded * sizes.itemsize
     chunk = form.positions * sizes.heads * form.expanded * sizes.itemsize
     gathered = form.positions * form.stored * sizes.itemsize

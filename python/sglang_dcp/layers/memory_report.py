@@ -16,17 +16,13 @@ from typing import Any, NamedTuple, Optional
 
 from sglang_dcp.config import DcpConfig
 from sglang_dcp.context import get_context
-from sglang_dcp.layers.forward_memory import (
-    Expansion,
-    ForwardSizes,
-    Parts,
-    decode_parts,
-    prefill_parts,
-)
+from sglang_dcp.layers.decode_memory import decode_parts
+from sglang_dcp.layers.forward_memory import prefill_parts
+from sglang_dcp.layers.forward_sizes import Expansion, ForwardSizes, Parts
 from sglang_dcp.layers.heads import is_mla, kv_head_counts
 from sglang_dcp.layers.kv_prefill import kv_sizes_of
 from sglang_dcp.layers.mla.form import MHA_HEAD_DIMS
-from sglang_dcp.layers.workspace import most_query_tokens, tokens_per_request
+from sglang_dcp.layers.workspace import most_requests, tokens_per_request
 from sglang_dcp.ops.layout import most_kept_kv_heads
 from sglang_dcp.releases.api import sglang_api
 
@@ -126,21 +122,25 @@ def longest_that_fits(sizes: ForwardSizes, longest: int, free: int) -> int:
 def forward_memory(runner: Any, sizes: ForwardSizes, longest: int) -> ForwardMemory:
     """Compute the memory of a rank whose longest prompt has `longest` tokens."""
     args = sglang_api().resolved(runner.server_args)
-    width = tokens_per_request(runner.server_args)
     tokens = max(longest, args.max_prefill_tokens)
     if is_chunked(args):
         tokens = args.chunked_prefill_size
-    rows = most_query_tokens(runner, get_context().config)
-    prefill, decode = prefill_parts(sizes, tokens), decode_parts(sizes, rows)
+    requests = most_requests(runner, get_context().config)
+    prefill, decode = prefill_parts(sizes, tokens), decode_parts(sizes, requests)
     forward, what = prefill, f"a prefill of {tokens} tokens"
     if sum(decode.values()) > sum(prefill.values()):
-        forward, what = decode, f"a decode step of {rows} rows without a CUDA graph"
-    captured = decode_parts(sizes, captured_requests(args) * width)
+        forward, what = decode, f"{_decode_words(sizes, requests)} without a CUDA graph"
+    captured = decode_parts(sizes, captured_requests(args), captured=True)
     standing = {
         "inboxes": runner.attn_backend.exchange.standing_bytes,
         "captured decode steps": sum(captured.values()),
     }
     return ForwardMemory(standing, forward, what)
+
+
+def _decode_words(sizes: ForwardSizes, requests: int) -> str:
+    words = f"a decode step of {requests} requests"
+    return words if sizes.width == 1 else f"{words} x {sizes.width} query tokens"
 
 
 def captured_requests(args: Any) -> int:
@@ -164,6 +164,7 @@ def forward_sizes(runner: Any, config: DcpConfig) -> ForwardSizes:
     else:
         kv_heads = config.layout.kv_heads_per_rank(kv_head_counts(model)[0])
     kv_sizes = kv_sizes_of(runner, config)
+    inner = runner.attn_backend.backend
     return ForwardSizes(
         backend=args.attention_backend,
         heads=heads,
@@ -178,10 +179,12 @@ def forward_sizes(runner: Any, config: DcpConfig) -> ForwardSizes:
         replicated_q=config.replicate_q_proj,
         gathers_lse=config.comm_backend == "ag_rs",
         splits=not args.enable_deterministic_inference,
-        triton_splits=args.triton_attention_num_kv_splits,
+        planned_outputs=inner.planned_outputs,
         expansion=_expansion(model, args) if latent else None,
         has_prefix=may_have_prefix(args),
         gathered=kv_sizes.most_positions if kv_sizes else 0,
+        width=tokens_per_request(runner.server_args),
+        head_tile=inner.head_tile,
     )
 
 

@@ -1,7 +1,8 @@
 """GPU kernels that only allocate what they would return and need, on a CPU.
 
-The merge kernels of this package, the communication, and FlashAttention-3 with the splits
-that it chooses by its source. So a test can count what a forward allocates on a GPU.
+All Triton kernels, the merge kernels of this package, the communication, and
+FlashAttention-3 with the splits that it chooses by its source. So a test can count what a
+forward allocates on a GPU.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from helpers.mla_kernels_torch import Fa3Plans
 from sglang_dcp.distributed.exchange import a2a, ag_rs, base
-from sglang_dcp.ops import lse_merge, partials
+from sglang_dcp.ops import chains, lse_merge, partials
 
 SMS = 132
 
@@ -39,6 +40,8 @@ class SilentGroup:
 @contextmanager
 def allocating_kernels() -> Iterator[None]:
     """Take the paths of a GPU, without its kernels."""
+    from triton.runtime.jit import JITFunction
+
     names = ("combine", "cut", "interleave", "merge_two")
     kernels = SimpleNamespace(**{name: lambda *args: None for name in names})
     with ExitStack() as stack:
@@ -50,6 +53,13 @@ def allocating_kernels() -> Iterator[None]:
             stack.enter_context(
                 mock.patch.object(module, "exchange_with_peers", lambda *tensors: None)
             )
+        stack.enter_context(mock.patch.object(torch.cuda, "Event", mock.Mock))
+        stack.enter_context(
+            mock.patch.object(chains, "uses_kernels", lambda *tensors: True)
+        )
+        stack.enter_context(
+            mock.patch.object(JITFunction, "run", lambda self, *args, **more: None)
+        )
         yield
 
 
@@ -101,11 +111,28 @@ class AllocatingFa3(Fa3Plans):
             kv_heads=k_cache.shape[2],
             keys=page_table.shape[1] * self.page_size,
             dims=k_cache.shape[-1] + v_dim,
-            tile=64 if v_dim > 256 else 128,
+            tile=fa3_tile(k_cache.shape[-1], v_dim),
             causal=causal,
         )
         self.splits.append(splits)
         return _split_result(q, v_dim, splits)
+
+
+class AllocatingFlashInfer:
+    """FlashInfer's wrappers for heads and for latents; their splits are in its scratch."""
+
+    def plan(self, *args: Any, **plan: Any) -> None:
+        pass
+
+    def forward_return_lse(self, q: Tensor, cache: Any, **how: Any) -> Any:
+        return q.new_zeros(*q.shape[:2], cache[1].shape[-1]), _lse(q)
+
+    def run(self, latent: Tensor, *rest: Tensor, **how: Any) -> tuple[Tensor, Tensor]:
+        return latent.new_zeros(latent.shape), _lse(latent)
+
+
+def _lse(q: Tensor) -> Tensor:
+    return q.new_zeros(q.shape[:2], dtype=torch.float32)
 
 
 def _split_result(q: Tensor, v_dim: int, splits: int) -> tuple[Tensor, Tensor]:
@@ -116,6 +143,16 @@ def _split_result(q: Tensor, v_dim: int, splits: int) -> tuple[Tensor, Tensor]:
     if splits > 1:
         q.new_zeros(splits, heads, tokens, v_dim + 1, dtype=torch.float32)
     return out, lse
+
+
+def fa3_tile(qk_dim: int, v_dim: int) -> int:
+    """Return the rows of a tile of FlashAttention-3 on Hopper, by its source.
+
+    Of MLA, `qk_dim` is that of the rotary part.
+    """
+    if v_dim == 512:
+        return 64
+    return 192 if qk_dim <= 96 else 128
 
 
 def fa3_splits(

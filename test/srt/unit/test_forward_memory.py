@@ -1,7 +1,7 @@
-"""What attention with DCP allocates, against tensors counted while the real code runs.
+"""What a prefill with DCP allocates, against tensors counted while the real code runs.
 
-Only this file compares the number in the log with what the code allocates. The kernels
-only allocate; everything between them is the package's own code.
+Only this file and `test_decode_memory.py` compare the number in the log with what the code
+allocates. The kernels only allocate; everything between them is the package's own code.
 """
 
 from __future__ import annotations
@@ -13,25 +13,31 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ContextManager
 from unittest import mock
 
 import pytest
 import torch
 from sglang.srt.configs.model_config import ModelConfig
 
-from helpers import backend_groups, mla_expanded
-from helpers.attention_oracle import Shape, Step, decode, extend
-from helpers.backend_ranks import FP8, Case, Rank, sglang_context
+from helpers import mla_expanded
+from helpers.allocating_ranks import (
+    Served,
+    allocating_backend,
+    serving,
+    total,
+    without_splits,
+)
+from helpers.attention_oracle import Shape, extend
+from helpers.backend_ranks import FP8, Case
 from helpers.kernels_that_allocate import (
-    AllocatingFa3,
     SilentGroup,
     allocating_kernels,
     fa3_splits,
+    fa3_tile,
 )
 from helpers.live_bytes import LiveBytes
 from helpers.mla_expanded import DEEPSEEK, Prefill
-from helpers.parallel import attention_width
 from sglang_dcp import context
 from sglang_dcp.config import DcpConfig
 from sglang_dcp.context import DcpContext, set_context
@@ -39,26 +45,22 @@ from sglang_dcp.demo.tiny_model import make_tiny_model
 from sglang_dcp.distributed.exchange import create_exchange
 from sglang_dcp.distributed.topology import Layout
 from sglang_dcp.layers import memory_report
-from sglang_dcp.layers.backends.fa3 import Fa3Backend
-from sglang_dcp.layers.backends.fa3_mla import Fa3MlaBackend
 from sglang_dcp.layers.backends.fa3_splits import (
     PREFIX_SPLIT_BYTES,
     Fa3Heads,
-    decode_split_bytes,
     most_splits,
     prefix_splits,
     ragged_splits,
 )
+from sglang_dcp.layers.decode_memory import decode_parts
 from sglang_dcp.layers.forward_memory import (
-    Expansion,
-    ForwardSizes,
-    decode_parts,
     expanded_parts,
     gather_bytes,
     gathered_parts,
     plan_bytes,
     prefill_parts,
 )
+from sglang_dcp.layers.forward_sizes import Expansion, ForwardSizes
 from sglang_dcp.layers.memory_report import (
     admit_prompts,
     forward_sizes,
@@ -76,7 +78,6 @@ from sglang_dcp.layers.mla.latents import gather_latents
 from sglang_dcp.layers.prefix import kv_form
 from sglang_dcp.layers.prefix.gather import plan_gather, split_into_chunks
 from sglang_dcp.layers.prefix.kv_form import MOST_GATHERED_BYTES, KvForm, KvSizes
-from sglang_dcp.ops.layout import most_kept_kv_heads
 from sglang_dcp.releases.api import sglang_api
 from sglang_dcp.releases.installed import in_range, sglang_version
 
@@ -108,82 +109,8 @@ GATHERS = in_range(sglang_version(), kv_form.SERVED_SINCE, None)
 QWEN_SERVED = QWEN._replace(gathered=MOST_GATHERED_BYTES // 512 * GATHERS)
 
 
-def total(parts: dict[str, int]) -> int:
-    return sum(parts.values())
-
-
-def sizes_of(case: Case, comm_backend: str) -> ForwardSizes:
-    shape = case.shape
-    heads = shape.q_heads // case.dcp_size
-    return ForwardSizes(
-        case.backend,
-        heads,
-        case.dcp_size,
-        shape.kv_heads,
-        most_kept_kv_heads(heads, shape.kv_heads, case.dcp_size),
-        shape.qk_dim,
-        shape.v_dim,
-        case.dtype.itemsize,
-        (case.kv_dtype or case.dtype).itemsize,
-        latent=shape.latent,
-        gathers_lse=comm_backend == "ag_rs",
-    )
-
-
-def allocating_backend(case: Case, runner: Any) -> Any:
-    kind = Fa3MlaBackend if case.shape.latent else Fa3Backend
-    return kind(AllocatingFa3(runner))
-
-
-def without_splits(served: Served, sizes: ForwardSizes) -> ForwardSizes:
-    """As in deterministic inference, so that splits hide nothing else."""
-    served.rank.backend.backend._inner.num_splits = 1  # type: ignore[attr-defined]
-    return sizes._replace(splits=False)
-
-
-class Served:
-    """One rank that serves two requests, with kernels that only allocate."""
-
-    def __init__(self, case: Case, comm_backend: str) -> None:
-        self.group = backend_groups.Group(case, allocating_backend)
-        self.rank: Rank = self.group.ranks[0]
-        silent: Any = SilentGroup(case.dcp_size)
-        exchange = create_exchange(comm_backend, silent)
-        self.rank.backend.exchange = exchange
-
-    def peak(self, step: Step) -> int:
-        """Serve a forward; returns the most bytes that its attention allocated."""
-        new, batch = self.group.batch(step)
-        q, k, v = self.group.inputs(new)
-        rows, more = self._as_a_model(q[:, self.rank.own], k, v)
-        backend, layer = self.rank.backend, self.rank.layer
-        backend.init_forward_metadata(batch)
-        with LiveBytes() as live:
-            backend.forward(*rows, layer, batch, **more)
-        return live.peak
-
-    def _as_a_model(self, *rows: torch.Tensor) -> tuple[Any, dict[str, Any]]:
-        """Queries, keys and values are cut from one product, or MLA's come in two parts."""
-        q, k, v = rows
-        if self.group.case.shape.latent:
-            at = self.group.case.shape.v_dim
-            latent, keys = q[..., :at].clone(), k[..., :at].clone()
-            more = dict(q_rope=q[..., at:].clone(), k_rope=k[..., at:].clone())
-            return (latent, keys, keys), more
-        product = torch.cat([part.flatten(1) for part in rows], 1)
-        parts = product.split([part.flatten(1).shape[1] for part in rows], 1)
-        return [part.unflatten(1, row.shape[1:]) for part, row in zip(parts, rows)], {}
-
-
-@contextmanager
-def served(name: str) -> Iterator[tuple[Served, ForwardSizes]]:
-    case, comm_backend = CASES[name]
-    with (
-        sglang_context("cpu", **case.arguments),
-        attention_width(case.dcp_size),
-        allocating_kernels(),
-    ):
-        yield Served(case, comm_backend), sizes_of(case, comm_backend)
+def served(name: str) -> ContextManager[tuple[Served, ForwardSizes]]:
+    return serving(*CASES[name])
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -192,11 +119,8 @@ def test_a_forward_allocates_what_is_told(name: str) -> None:
         sizes = without_splits(at_work, sizes)
         at_work.peak(extend(**NEW))
         prefill = at_work.peak(extend(**NEW))
-        step = at_work.peak(decode("ab"))
     told = total(prefill_parts(sizes, TOKENS))
     assert prefill <= told <= 1.05 * prefill
-    told = total(decode_parts(sizes, 2))
-    assert step <= told <= 1.15 * step
 
 
 @pytest.mark.parametrize("name", ["gqa", "mla"])
@@ -214,11 +138,8 @@ def test_gathered_queries_are_freed_before_the_exchange(name: str) -> None:
 def gathering(name: str, **prefixes: int) -> Iterator[tuple[Served, ForwardSizes]]:
     """A rank that gathers these prefixes, and its sizes."""
     case = replace(CASES[name][0], gathers=True)
-    sizes = sizes_of(case, "a2a")._replace(gathered=sum(prefixes.values()))
     with (
-        sglang_context("cpu", **case.arguments),
-        attention_width(case.dcp_size),
-        allocating_kernels(),
+        serving(case) as (at_work, sizes),
         mock.patch(
             "sglang_dcp.layers.kv_prefill.choose_kv_form",
             lambda *args: KvForm.GATHERED,
@@ -226,12 +147,11 @@ def gathering(name: str, **prefixes: int) -> Iterator[tuple[Served, ForwardSizes
         # As where one layer fills what several may take.
         mock.patch.object(KvSizes, "layers_at_once", lambda *args: 1),
     ):
-        at_work = Served(case, "a2a")
         silent: Any = SilentGroup(case.dcp_size)
         at_work.rank.backend.kv_prefill._exchange = create_exchange("a2a", silent)
         for request, prefix in prefixes.items():
             at_work.group.served.grow(request, prefix)
-        yield at_work, sizes
+        yield at_work, sizes._replace(gathered=sum(prefixes.values()))
 
 
 GATHERED_CASES = ("gqa", "gqa-dcp4", "gqa-uneven")
@@ -249,8 +169,7 @@ def test_a_gathered_prefix_takes_what_is_told(name: str) -> None:
 
 
 def ragged_calls(at_work: Served) -> list[tuple[bool, int | None]]:
-    inner: Any = at_work.rank.backend.backend._inner  # type: ignore[attr-defined]
-    return list(inner.ragged_splits)
+    return list(at_work.inner.ragged_splits)
 
 
 @pytest.mark.parametrize("name", GATHERED_CASES)
@@ -312,7 +231,7 @@ def test_a_gathered_prefix_is_bounded_whatever_the_heads() -> None:
 FA3_HEADS = [
     Fa3Heads(heads, kv, *dims)
     for heads, kv, dims in itertools.product(
-        (8, 16, 32, 128), (1, 2, 4), ((64, 64), (128, 128), (256, 256))
+        (8, 16, 32, 128), (1, 2, 4), ((64, 64), (96, 96), (128, 128), (256, 256))
     )
 ] + [Fa3Heads(heads, 1, 576, 512) for heads in (8, 16, 64, 128)]
 
@@ -322,7 +241,8 @@ def own_choice(heads: Fa3Heads, longest: int, keys: int) -> int:
     rows = longest * heads.heads // heads.kv_heads
     # Of MLA, K is the rotary part.
     dims = heads.qk_dim + (0 if heads.v_dim > 256 else heads.v_dim)
-    return fa3_splits(rows, heads.kv_heads, keys, dims, heads.tile, causal=False)
+    tile = fa3_tile(0 if heads.v_dim > 256 else heads.qk_dim, heads.v_dim)
+    return fa3_splits(rows, heads.kv_heads, keys, dims, tile, causal=False)
 
 
 @pytest.mark.parametrize("heads", FA3_HEADS, ids=lambda h: "-".join(map(str, h)))
@@ -396,27 +316,6 @@ def test_the_backend_asks_for_these_splits(tokens: int) -> None:
     heads = Fa3Heads(8, 1, 576, 512)
     asked = prefix_splits(heads, tokens, tokens)
     assert inner.splits[-1] == (asked or own_choice(heads, tokens, 350))
-
-
-def test_splits_of_decode_end_at_992_rows() -> None:
-    heads = Fa3Heads(16, 1, 576, 512)
-    most = decode_split_bytes(heads, 992)
-    assert most == decode_split_bytes(heads, 4096) == 109 * heads.split_bytes(992)
-
-
-def test_splits_of_triton_live_for_the_whole_step() -> None:
-    """SGLang plans them for all layers: outputs and LSEs in float32."""
-    triton, planned = QWEN._replace(backend="triton"), 64 * 16 * 8 * (128 + 1) * 4
-    alone = decode_parts(QWEN._replace(splits=False), 64)
-    assert total(decode_parts(triton, 64)) == planned + total(alone)
-
-
-def test_replicated_queries_are_counted_beside_their_copy() -> None:
-    """A model hands in the queries of all heads, cut from a wider product."""
-    queries = 64 * 16 * 128 * 2
-    replicated = decode_parts(QWEN._replace(replicated_q=True, splits=False), 64)
-    outputs = 64 * 16 * (128 * 2 + 4)
-    assert total(replicated) >= 2 * queries + outputs
 
 
 SHARDS = [(2, torch.bfloat16), (4, torch.bfloat16), (2, FP8)]
@@ -549,7 +448,6 @@ class Runner:
             mem_fraction_static=0.9,
             speculative_algorithm=None,
             speculative_num_draft_tokens=None,
-            triton_attention_num_kv_splits=8,
         )
         self.server_args = SimpleNamespace(**{**arguments, **changes})
         self.model_config = SimpleNamespace(
@@ -560,7 +458,10 @@ class Runner:
             num_attention_heads=16,
             v_head_dim=128,
         )
-        self.attn_backend = SimpleNamespace(exchange=SimpleNamespace(standing_bytes=5))
+        self.attn_backend = SimpleNamespace(
+            exchange=SimpleNamespace(standing_bytes=5),
+            backend=SimpleNamespace(planned_outputs=(0, 0), head_tile=None),
+        )
         self.device, self.dtype = "cuda", torch.bfloat16
         self.pre_model_load_memory = 100.0
         self.req_to_token_pool = SimpleNamespace(size=64)

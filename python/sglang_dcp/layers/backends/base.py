@@ -63,12 +63,19 @@ class InnerBackend(ABC):
     splits_ragged_below : float
         Tiles of query rows of a request below which `extend_ragged` splits the keys of a
         prefix, so that all SMs have work. 0 if it never does.
+    planned_outputs : tuple of int
+        Partial outputs, each of one head and in float32, that the plan of a decode step
+        holds: so many for each head of a row, and so many beside them.
     """
 
     is_lse_base_on_e: bool
     capabilities: ClassVar[BackendCapabilities]
     head_tile: ClassVar[Optional[int]] = None
     splits_ragged_below: ClassVar[float] = 0
+
+    @property
+    def planned_outputs(self) -> tuple[int, int]:
+        return 0, 0
 
     @classmethod
     def from_runner(cls, runner: Any) -> InnerBackend:

@@ -98,7 +98,7 @@ class Fa3Backend(PlannedBackend):
     ) -> Partial:
         more = {}
         if keys.prefix_chunk is not None:
-            more["num_splits"] = self._ragged_splits(q, k, v, keys)
+            more["num_splits"] = self._splits(q, k.shape[1], v.shape[2], keys)
         return as_partial(self._varlen(q, k, v, layer, keys, **more), q.dtype)
 
     def extend_paged_prefix(
@@ -113,30 +113,27 @@ class Fa3Backend(PlannedBackend):
             cu_seqlens_q=plan.cu_seqlens_q,
             max_seqlen_q=plan.max_seqlen_q,
             causal=False,
-            num_splits=self._prefix_splits(q, layer, plan),
+            num_splits=self._splits(q, layer.tp_k_head_num, layer.v_head_dim),
         )
 
-    def _prefix_splits(
-        self, q: torch.Tensor, layer: RadixAttention, plan: ExtendPlan
+    def _splits(
+        self,
+        q: torch.Tensor,
+        kv_heads: int,
+        v_dim: int,
+        gathered: Optional[RaggedKeys] = None,
     ) -> int:
+        """Return the `num_splits` of attention to a prefix: in pages, or `gathered`."""
         if self._inner.num_splits:
             return int(self._inner.num_splits)
-        tokens, heads, qk_dim = q.shape
-        sizes = Fa3Heads(heads, layer.tp_k_head_num, qk_dim, layer.v_head_dim)
-        return prefix_splits(sizes, tokens, plan.max_seqlen_q)
-
-    def _ragged_splits(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, keys: RaggedKeys
-    ) -> int:
-        if self._inner.num_splits:
-            return int(self._inner.num_splits)
-        if not self.splits_ragged_below:
+        if gathered is not None and not self.splits_ragged_below:
             return 1
         tokens, heads, qk_dim = q.shape
-        sizes = Fa3Heads(heads, k.shape[1], qk_dim, v.shape[2])
-        return ragged_splits(
-            sizes, tokens, self.extend_plan().max_seqlen_q, max(keys.lens)
-        )
+        sizes = Fa3Heads(heads, kv_heads, qk_dim, v_dim)
+        queries = tokens, self.extend_plan().max_seqlen_q
+        if gathered is None:
+            return prefix_splits(sizes, *queries)
+        return ragged_splits(sizes, *queries, max(gathered.lens))
 
     def _varlen(
         self,

@@ -44,7 +44,7 @@ class Fa3Heads(NamedTuple):
         """Rows (query tokens x heads of one K/V head) of a tile."""
         if self.v_dim > 256:
             return 64
-        return 192 if self.qk_dim <= 64 else 128
+        return 192 if self.qk_dim <= 96 else 128
 
     def tiles(self, queries: int) -> int:
         """Count the tiles of one request."""
@@ -66,14 +66,11 @@ def prefix_splits(heads: Fa3Heads, tokens: int, longest: int) -> int:
     tokens, longest : int
         New tokens of the batch, and of the request with most.
     """
-    tiles = heads.tiles(longest)
-    if tiles >= FULL_TILES:
-        # FA3 would still allocate splits for its L2 cache.
-        return 1
-    fitting = PREFIX_SPLIT_BYTES // heads.split_bytes(tokens)
-    if most_splits(tiles) <= fitting:
+    own = most_splits(heads.tiles(longest))
+    # Where tiles fill the SMs, FA3 would still allocate splits for its L2 cache.
+    if own > 1 and own * heads.split_bytes(tokens) <= PREFIX_SPLIT_BYTES:
         return 0
-    return max(1, min(fitting, -(-_SMS // tiles)))
+    return _filling_splits(heads, tokens, longest)
 
 
 def ragged_splits(heads: Fa3Heads, tokens: int, longest: int, keys: int) -> int:
@@ -89,12 +86,16 @@ def ragged_splits(heads: Fa3Heads, tokens: int, longest: int, keys: int) -> int:
     keys : int
         Keys of the request with most.
     """
+    return max(1, min(_filling_splits(heads, tokens, longest), keys // _SPLIT_KEYS))
+
+
+def _filling_splits(heads: Fa3Heads, tokens: int, longest: int) -> int:
+    """Return as many splits as fill the SMs and fit: at least 1."""
     tiles = heads.tiles(longest)
     if tiles >= FULL_TILES:
         return 1
     fitting = PREFIX_SPLIT_BYTES // heads.split_bytes(tokens)
-    useful = min(-(-_SMS // tiles), keys // _SPLIT_KEYS)
-    return max(1, min(_MOST_SPLITS, fitting, useful))
+    return max(1, min(_MOST_SPLITS, fitting, -(-_SMS // tiles)))
 
 
 def prefix_split_bytes(heads: Fa3Heads, tokens: int) -> int:

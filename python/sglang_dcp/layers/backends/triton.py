@@ -41,6 +41,13 @@ class TritonBackend(PlannedBackend):
         )
         self._no_prefix: Optional[torch.Tensor] = None
 
+    @property
+    def planned_outputs(self) -> tuple[int, int]:
+        inner = self._inner
+        # SGLang 0.5.23 has them for another kernel, which DCP does not call.
+        programs: int = getattr(inner, "lean_total_programs", 0)
+        return inner.max_kv_splits, programs * getattr(inner, "lean_block_m", 0)
+
     def init_forward_metadata(self, batch: ForwardBatch, local: ForwardBatch) -> None:
         self._inner.init_forward_metadata(local)
         if batch.forward_mode.is_extend():
