@@ -15,7 +15,9 @@ A request asks for one token, so its time is the one to the first token, as a cl
 same machine sees it. A first repeat warms up and is not counted. Whole prompts have it for
 the first length only. Prefixes are prefilled once for all `--turns` of a batch. A size that
 the KV pool cannot hold is a line without a time. A prefix that was not found in the cache
-makes the exit status 1. Not measured: real weights, tokenization, other requests that decode.
+makes the exit status 1. With `--peak-memory` each rank also notes what its largest forward took
+beside what was allocated before it. Not measured: real weights, tokenization, other requests
+that decode.
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ from live_servers import (
     say,
     who,
 )
-from prefill_report import FIELDS, Row, ratio_table, read, summary
+from memory_door import open_door, take_peaks
+from prefill_report import FIELDS, Row, memory_table, ratio_table, read, summary
 from sglang_dcp.demo.server import ServerProcess
 
 # SGLang keeps the last tokens of a full pool for itself.
@@ -133,19 +136,30 @@ def make_server(
 ) -> ServerProcess:
     flags = ["--skip-tokenizer-init", "--chunked-prefill-size", str(options.chunk)]
     log = log_beside(options.csv, layout.name)
-    return new_server(options, layout, model, log, flags, {})
+    env = open_door(peaks_of(options, layout)) if options.peak_memory else {}
+    return new_server(options, layout, model, log, flags, env)
+
+
+def peaks_of(options: argparse.Namespace, layout: Layout) -> Path:
+    """Return where the ranks of a server leave their peaks."""
+    folder: Path = options.folder / f"peaks-{layout.name}".replace(":", "-")
+    return folder
 
 
 def rows_of(options: argparse.Namespace, layout: Layout, url: str) -> Iterator[Row]:
     """Yield what one server gave for each size."""
     client = Client(url, vocab_size(options.model))
     room = client.pool_tokens() - SPARE_TOKENS
+    told = client.told_bytes() if options.peak_memory else 0
+    peaks = peaks_of(options, layout)
     for group in groups(options):
         for size, answers in measure_group(client, group, options, room):
             say(f"{layout.name}: {size.batch} x {size.prefix} + {size.new}")
             seconds = [answer.seconds for answer in answers]
             cached = min((answer.cached for answer in answers), default=0)
-            yield summary(who(options, layout), size, seconds, cached, options.weights)
+            row = summary(who(options, layout), size, seconds, cached, options.weights)
+            taken = " ".join(map(str, take_peaks(peaks)))
+            yield row._replace(peak_bytes=taken, told_bytes=told)
 
 
 def record(options: argparse.Namespace, model: Path) -> list[str]:
@@ -184,6 +198,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="counted whole prompts, 0 for none; default: as --repeats",
     )
     add("--chunk", type=int, default=8192, help="--chunked-prefill-size")
+    add(
+        "--peak-memory",
+        action="store_true",
+        help="note what the largest forward takes on each GPU; not with upstream layouts",
+    )
     options = parser.parse_args(argv)
     if options.repeats < 1:
         parser.error(f"--repeats {options.repeats}: 1 or more")
@@ -191,6 +210,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         options.whole_repeats = options.repeats
     if options.whole_repeats < 0:
         parser.error(f"--whole-repeats {options.whole_repeats}: 0 or more")
+    if options.peak_memory and options.device == "cpu":
+        parser.error("--peak-memory: torch counts the memory of GPUs alone")
     options.csv = options.csv.absolute()
     # What `server_flags` takes for the most requests at once.
     options.concurrency = options.batches
@@ -202,6 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     options.csv.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
+        options.folder = Path(folder)
         longest = max(options.prefixes) + max([0, *options.turns]) + 16
         more = config_entries(options.quantization)
         errors = record(
@@ -217,6 +239,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "seconds to the first token\n"
     )
     print(markdown(ratio_table(rows)))
+    if options.peak_memory:
+        print("\n" + markdown(memory_table(rows)))
     print("\n" + ("\n".join(errors) or "every request was answered"))
     return 1 if errors else 0
 

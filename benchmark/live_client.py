@@ -51,6 +51,11 @@ class Client:
         """Return how many tokens the whole KV pool holds."""
         return int(http_json(f"{self.url}/server_info")["max_total_num_tokens"])
 
+    def told_bytes(self) -> int:
+        """Return what attention may take by the server's estimate, 0 without DCP."""
+        [state, *_] = http_json(f"{self.url}/server_info")["internal_states"]
+        return int(state.get("dcp_attention_memory_bytes", 0))
+
     def flush(self) -> None:
         """Empty the radix cache. It waits until the last request is put away."""
         request = urllib.request.Request(f"{self.url}/flush_cache", data=b"")

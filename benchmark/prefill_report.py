@@ -32,6 +32,8 @@ class Row(NamedTuple):
     requests : how many requests these are of
     cached : the fewest tokens that a request got from the cache
     weights : format of the weights; earlier files do not say it
+    peak_bytes : what the largest forward took on each rank, a number for each
+    told_bytes : what attention may take at most, by the server's estimate at its start
     """
 
     model: str
@@ -47,6 +49,8 @@ class Row(NamedTuple):
     requests: int
     cached: int
     weights: str = PLAIN
+    peak_bytes: str = ""
+    told_bytes: int = 0
 
 
 FIELDS = Row._fields
@@ -90,6 +94,29 @@ def ratio_table(rows: Sequence[Row]) -> list[list[str]]:
         # Else a reader could take all ratios for ones to the first column.
         table.append(["ratio to", "", "", *plain.values()])
     return table
+
+
+def memory_table(rows: Sequence[Row]) -> list[list[str]]:
+    """GB that the largest forward took: on the GPU with most, and the range of all GPUs.
+
+    SGLang's own activations count. The last line is the estimate for attention alone.
+    """
+    layouts = list(dict.fromkeys(row.layout for row in rows))
+    found = {(row.layout, row.prefix, row.new, row.batch): row for row in rows}
+    table = [["prefix", "new", "at once", *layouts]]
+    for size in dict.fromkeys((row.prefix, row.new, row.batch) for row in rows):
+        cells = [_peaks_cell(found.get((layout, *size))) for layout in layouts]
+        table.append([f"{number:,}" for number in size] + cells)
+    told = {row.layout: row.told_bytes for row in rows}
+    estimates = [f"{told[layout] / 1e9:.2f}" for layout in layouts]
+    return [*table, ["attention, told", "", "", *estimates]]
+
+
+def _peaks_cell(row: Row | None) -> str:
+    if row is None or not row.peak_bytes:
+        return "-"
+    peaks = [int(number) / 1e9 for number in row.peak_bytes.split()]
+    return f"{max(peaks):.2f} ({min(peaks):.2f} to {max(peaks):.2f})"
 
 
 def plain_layouts(rows: Sequence[Row]) -> dict[str, str]:
@@ -166,6 +193,8 @@ def main(argv: Sequence[str]) -> int:
     file = Path(argv[0])
     rows = read(file)
     print(markdown(ratio_table(rows)))
+    if any(row.peak_bytes for row in rows):
+        print("\n" + markdown(memory_table(rows)))
     if len(argv) == 2:
         plot(rows, Path(argv[1]))
     return 0

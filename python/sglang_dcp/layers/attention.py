@@ -108,7 +108,7 @@ class DcpAttentionBackend(AttentionBackend):
         self._q_replicas = q_replicas
         parts = (backend, batches.shard, exchange, token_to_kv_pool)
         self.decode = DecodeAttention(*parts, width)
-        self.prefill = MlaPrefill(*parts)
+        self.prefill = MlaPrefill(*parts, self._prefix_in_place)
         self.kv_prefill = KvPrefill(*parts, kv_sizes)
         self._local: Optional[LocalBatch] = None
 
@@ -168,7 +168,7 @@ class DcpAttentionBackend(AttentionBackend):
         if form is KvForm.ROWS:
             batch = as_prefill_rows(batch)
         self._local = self._batches.build(batch, width)
-        self.prefill.init_forward_metadata()
+        self.prefill.init_forward_metadata(self._local.forward_batch)
         self.kv_prefill.init_forward_metadata(batch, form)
         self.backend.init_forward_metadata(batch, self._local.forward_batch)
         self._select_q_width(replicated=replicated)
@@ -304,22 +304,27 @@ class DcpAttentionBackend(AttentionBackend):
         if self.kv_prefill.gathers:
             prefix = self.kv_prefill.attend(q, layer, batch)
         else:
-            prefix = self._prefix_in_place(q, layer, local)
+            more = local.forward_batch, local.rows_to_mask
+            prefix = self._prefix_in_place(q, layer, *more)
         base = self.backend.is_lse_base_on_e
         out, _ = merge_two_states(*new, *prefix, is_lse_base_on_e=base)
         return out.to(q.dtype)
 
     def _prefix_in_place(
-        self, q: torch.Tensor, layer: RadixAttention, local: LocalBatch
+        self,
+        q: torch.Tensor,
+        layer: RadixAttention,
+        local: ForwardBatch,
+        empty_rows: Optional[torch.Tensor],
     ) -> Partial:
         """Attend with all heads of the DCP group to the rank's part of the prefix."""
         base = self.backend.is_lse_base_on_e
         # No name holds the gathered queries, so that the exchange may use their memory.
         partial = self.backend.extend_paged_prefix(
-            self.exchange.gather_heads(q), layer, local.forward_batch
+            self.exchange.gather_heads(q), layer, local
         )
         merged = self.exchange.reduce(
-            *partial, is_lse_base_on_e=base, empty_rows=local.rows_to_mask
+            *partial, is_lse_base_on_e=base, empty_rows=empty_rows
         )
         return Partial(*merged)
 

@@ -212,6 +212,10 @@ def _expanded(sizes: ForwardSizes, tokens: int, form: Expansion) -> Iterable[Par
     if sizes.backend == "flashinfer":
         held["FlashInfer's wrappers"] = MOST_PREFIX_CHUNKS * _WRAPPER_BYTES
     held["new tokens, expanded, and their output"] = new + state
+    if form.in_place:
+        some = min(tokens, form.in_place)
+        # Their queries and outputs, as heads have them, are less than as latents.
+        yield from (held | moment for moment in _prefix_in_place(sizes, some))
     yield held | {"latents": gather_bytes(sizes, form)}
     yield held | {"latents": gathered, "expanded K and V": chunk}
     # Output of the chunk, and of the merge.

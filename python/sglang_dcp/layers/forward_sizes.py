@@ -17,6 +17,7 @@ class Expansion(NamedTuple):
     ----------
     latent, rope, nope, v : dims of a latent, of its rotary key, and of an expanded head
     positions : most positions that are gathered and expanded at once
+    in_place : most new tokens whose prefix stays in place beside, in a prefill by group
     """
 
     latent: int
@@ -24,6 +25,7 @@ class Expansion(NamedTuple):
     nope: int
     v: int
     positions: int
+    in_place: int = 0
 
     @property
     def stored(self) -> int:

@@ -21,6 +21,7 @@ from sglang_dcp.layers.forward_memory import prefill_parts
 from sglang_dcp.layers.forward_sizes import Expansion, ForwardSizes, Parts
 from sglang_dcp.layers.heads import is_mla, kv_head_counts
 from sglang_dcp.layers.kv_prefill import kv_sizes_of
+from sglang_dcp.layers.mla import groups
 from sglang_dcp.layers.mla.form import MHA_HEAD_DIMS
 from sglang_dcp.layers.workspace import most_requests, tokens_per_request
 from sglang_dcp.ops.layout import most_kept_kv_heads
@@ -215,7 +216,13 @@ def _expansion(model: Any, args: Any) -> Optional[Expansion]:
     ):
         return None
     positions = envs.SGLANG_MAX_KV_CHUNK_CAPACITY.get()
-    return Expansion(model.kv_lora_rank, rope, nope, model.v_head_dim, positions)
+    by_group = args.attention_backend in groups.SERVED
+    return Expansion(
+        model.kv_lora_rank,
+        *(rope, nope, model.v_head_dim),
+        positions,
+        groups.MOST_IN_PLACE_TOKENS if by_group else 0,
+    )
 
 
 def free_bytes(runner: Any) -> Optional[int]:

@@ -118,6 +118,14 @@ def test_table_compares_with_plain_tp(tmp_path: Path) -> None:
     ]
 
 
+def test_peaks_are_of_gpus_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        options_of(tmp_path, "--peak-memory")
+    assert "--peak-memory" in capsys.readouterr().err
+
+
 def test_percentile_is_a_value_that_was_seen() -> None:
     assert p95(range(1, 101)) == 95
     assert p95([7.0]) == 7.0

@@ -79,6 +79,22 @@ REPLAYED_VERIFICATIONS = [
 DECODES = ("DECODE", "TARGET_VERIFY", "DRAFT_EXTEND_V2")
 
 
+def merge_all(
+    partials: Sequence[tuple[Tensor, Tensor]], base_on_e: bool
+) -> tuple[Tensor, Tensor]:
+    """Merge outputs and LSEs of ranks, in float64 and in the log base of the LSEs."""
+    lses = torch.stack([lse.double() for _, lse in partials])
+    exp, log = (torch.exp, torch.log) if base_on_e else (torch.exp2, torch.log2)
+    total = exp(lses - lses.amax(0)).nan_to_num(0).sum(0)
+    lse = lses.amax(0) + log(total)
+    outs = [
+        torch.where(own.isfinite()[..., None], out.double(), 0.0)
+        * exp(own.double() - lse).nan_to_num(0)[..., None]
+        for out, own in partials
+    ]
+    return sum(outs), lse  # type: ignore[return-value]
+
+
 class Group:
     """A DCP group: its ranks, the requests that they serve, and the truth."""
 
@@ -150,17 +166,7 @@ class Group:
     def merged(self) -> tuple[Tensor, Tensor]:
         """Of the noted partial results, in float64 and the backend's log base."""
         e = self.ranks[0].backend.backend.is_lse_base_on_e
-        partials = [rank.exchange.partial for rank in self.ranks]
-        lses = torch.stack([lse.double() for _, lse in partials])
-        exp, log = (torch.exp, torch.log) if e else (torch.exp2, torch.log2)
-        total = exp(lses - lses.amax(0)).nan_to_num(0).sum(0)
-        lse = lses.amax(0) + log(total)
-        outs = [
-            torch.where(own.isfinite()[..., None], out.double(), 0.0)
-            * exp(own.double() - lse).nan_to_num(0)[..., None]
-            for out, own in partials
-        ]
-        return sum(outs), lse  # type: ignore[return-value]
+        return merge_all([rank.exchange.partial for rank in self.ranks], e)
 
     def check(self, got: Tensor, new: dict[str, range], where: str) -> None:
         tolerance = TOLERANCE[self.case.kv_dtype]

@@ -58,26 +58,17 @@ class Case:
 class StashExchange:
     """Notes a rank's partial result; answers with `merged` once it is known."""
 
-    def __init__(self, own: slice, ranks: int) -> None:
-        self._own, self._ranks = own, ranks
+    def __init__(self, own: slice) -> None:
+        self._own = own
         self.all_heads: Optional[Tensor] = None
         self.partial: tuple[Tensor, Tensor]
         self.merged: Optional[tuple[Tensor, Tensor]] = None
-        self.rows: list[Tensor] = []
-        self.all_rows: list[Tensor] = []
         self.swapped: Optional[Tensor] = None
         self.incoming: Optional[Tensor] = None
 
     def gather_heads(self, q: Tensor) -> Tensor:
         assert self.all_heads is not None
         return self.all_heads
-
-    def gather_rows(self, rows: Tensor) -> Tensor:
-        """Of the call with this number: those of all ranks once they are known."""
-        self.rows.append(rows)
-        if self.all_rows:
-            return self.all_rows[len(self.rows) - 1]
-        return rows.repeat(self._ranks, *[1] * (rows.dim() - 1))
 
     def swap_rows(self, sent: Tensor, received: Tensor) -> None:
         """What peers send, once it is known."""
@@ -129,7 +120,7 @@ class Rank:
             *(views.local_table, config, len(table), case.width),
             head_tile=kind.head_tile,
         )
-        self.exchange = StashExchange(self.own, case.dcp_size)
+        self.exchange = StashExchange(self.own)
         heads = self.local_heads, shape.kv_heads, case.dcp_size
         dims = shape.qk_dim, shape.v_dim, case.dtype.itemsize
         self.backend = DcpAttentionBackend(

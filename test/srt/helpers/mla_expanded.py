@@ -1,15 +1,16 @@
 """DeepSeek's prefill by MHA, in SGLang's own code, over our backend: all ranks of a group.
 
 What `test_mla_prefill*.py` share. SGLang's `DeepseekMHAForwardMixin` expands latents and merges the
-prefix chunks; pools, chunks, gathering and kernels are ours. The ranks run
-one after the other: a first pass notes what each sends, a second gives it what all sent.
+prefix chunks; pools, chunks, gathering and kernels are ours. The ranks run one after the
+other: a first pass notes what each sends, the next one gives it what all sent. A third
+follows where partial outputs of gathered queries are merged.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Optional
@@ -27,10 +28,13 @@ from helpers.attention_oracle import (
     mixed,
     move,
 )
+from helpers.backend_groups import merge_all
 from helpers.backend_ranks import Case, Rank, real_backend, sglang_context
 from helpers.parallel import attention_width
+from sglang_dcp.distributed.exchange.base import mask_empty_rows
 from sglang_dcp.layers.mla import dispatch
 from sglang_dcp.layers.mla.form import PrefillForm, expanded_form
+from sglang_dcp.layers.mla.groups import Groups
 
 TOLERANCE = 3e-2
 ROWS = 9
@@ -64,7 +68,8 @@ DEEPSEEK = Sizes(16, 512, 64, 128, 128)
 class Prefill:
     """A case; `capacity` is how many positions a prefix chunk has at most.
 
-    Each batch ends with `padding` tokens of no request, as DP attention has it.
+    Each batch ends with `padding` tokens of no request, as DP attention has it. Requests
+    that `in_place` names keep their prefix in place, in a prefill by group.
     """
 
     backend: str
@@ -77,6 +82,7 @@ class Prefill:
     max_len: int = 1500
     capacity: int = 1 << 17
     padding: int = 0
+    in_place: str = ""
 
     @property
     def case(self) -> Case:
@@ -180,12 +186,17 @@ def deepseek(rank: Rank, prefill: Prefill, truth: Truth) -> Any:
     module.qk_head_dim, module.v_head_dim = sizes.nope + sizes.rope, sizes.v
     module.current_attention_backend = prefill.backend
     module.kv_cache_dtype = "auto" if prefill.kv_dtype is None else "fp8_e4m3"
-    dim = module.qk_head_dim
-    module.attn_mha = RadixAttention(
-        heads, dim, truth.scaling, heads, 0, v_head_dim=sizes.v
-    )
+    dim, scaling = module.qk_head_dim, truth.scaling
+    module.attn_mha = RadixAttention(heads, dim, scaling, heads, 0, v_head_dim=sizes.v)
+    dim, latent = sizes.latent + sizes.rope, sizes.latent
+    module.attn_mqa = RadixAttention(heads, dim, scaling, 1, 0, v_head_dim=latent)
     weight = truth.weight.view(sizes.heads, -1, sizes.latent)[rank.own]
-    own = weight.flatten(0, 1).to(prefill.dtype)
+    weight = weight.to(prefill.dtype)
+    own = weight.flatten(0, 1)
+    # As SGLang's loader leaves them: K from heads to latents, V from latents to heads.
+    w_kc, w_vc = weight.split([sizes.nope, sizes.v], dim=1)
+    module.w_kc = w_kc.transpose(1, 2).contiguous().transpose(1, 2)
+    module.w_vc = w_vc.contiguous().transpose(1, 2)
 
     def kv_b_proj(latent: Tensor) -> tuple[Tensor, None]:
         # Kernels of quantized weights ask for it.
@@ -201,6 +212,70 @@ def _never(*args: Any) -> None:
     raise AssertionError("SGLang's own method, by logical slots")
 
 
+class Call(NamedTuple):
+    """A collective, and what a rank gave to it."""
+
+    kind: str
+    given: tuple[Tensor, ...]
+    more: dict[str, Any]
+
+
+class NotedExchange:
+    """Notes what a rank gives to each collective, and answers once that of all is known."""
+
+    def __init__(self, ranks: int) -> None:
+        self._ranks = ranks
+        self.calls: list[Call] = []
+        self.answers: dict[int, Any] = {}
+
+    def gather_heads(self, q: Tensor) -> Tensor:
+        return self._note("gather_heads", (q,), q.repeat(1, self._ranks, 1))
+
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        repeats = self._ranks, *[1] * (rows.dim() - 1)
+        return self._note("gather_rows", (rows,), rows.repeat(*repeats))
+
+    def reduce(self, out: Tensor, lse: Tensor, **more: Any) -> Any:
+        lse = mask_empty_rows(lse, more["empty_rows"])
+        heads = out.shape[1] // self._ranks
+        unknown = out[:, :heads].nan_to_num(0), lse[:, :heads].nan_to_num(0)
+        return self._note("reduce", (out, lse), unknown, **more)
+
+    def _note(
+        self, kind: str, given: tuple[Tensor, ...], unknown: Any, **more: Any
+    ) -> Any:
+        self.calls.append(Call(kind, given, more))
+        return self.answers.get(len(self.calls) - 1, unknown)
+
+
+def answer(exchanges: list[NotedExchange], *, reduces: bool) -> None:
+    """Tell all ranks what the noted calls give: the gathers, or all calls.
+
+    Ranks that issue other collectives, or in another order, fail here.
+    """
+    for number, calls in enumerate(zip(*(e.calls for e in exchanges), strict=True)):
+        kinds = {(call.kind, *(part.shape for part in call.given)) for call in calls}
+        assert len(kinds) == 1, f"ranks differ in collective {number}: {kinds}"
+        kind, parts = calls[0].kind, [call.given for call in calls]
+        if kind == "reduce" and not reduces:
+            continue
+        for rank, exchange in enumerate(exchanges):
+            exchange.answers[number] = _answer_of(kind, parts, rank, calls[0].more)
+
+
+def _answer_of(
+    kind: str, parts: list[tuple[Tensor, ...]], rank: int, more: dict[str, Any]
+) -> Any:
+    if kind != "reduce":
+        dim = 1 if kind == "gather_heads" else 0
+        return torch.cat([part for (part,) in parts], dim)
+    outs = [(out, lse) for out, lse in parts]
+    out, lse = merge_all(outs, more["is_lse_base_on_e"])
+    heads = out.shape[1] // len(parts)
+    own = slice(rank * heads, (rank + 1) * heads)
+    return out[:, own].to(outs[0][0].dtype), lse[:, own].float()
+
+
 class Group:
     """A DCP group at work on `SCRIPT`, and what it should give."""
 
@@ -213,11 +288,20 @@ class Group:
         self.served = Served(case.page_size, case.dcp_size, case.max_len, pages)
         self.table = self.served.table.to(case.device, copy=True)
         slots = pages * case.page_size
+
+        def make(case: Case, runner: Any) -> Any:
+            # SGLang scales scores by the dims of an expanded head, absorbed or not.
+            runner.model_config.scaling = self.truth.scaling
+            return make_backend(case, runner)
+
         self.ranks = [
-            Rank(case, rank, self.table, slots, make_backend)
-            for rank in range(case.dcp_size)
+            Rank(case, rank, self.table, slots, make) for rank in range(case.dcp_size)
         ]
         self.modules = [deepseek(rank, prefill, self.truth) for rank in self.ranks]
+        self.exchanges = [NotedExchange(case.dcp_size) for _ in self.ranks]
+        for rank, exchange in zip(self.ranks, self.exchanges):
+            rank.backend.exchange = exchange  # type: ignore[assignment]
+            rank.backend.prefill._exchange = exchange  # type: ignore[assignment]
 
     def run(self, step: Step) -> None:
         if step.mode == "MOVE":
@@ -233,22 +317,23 @@ class Group:
             )
         ]
         tokens = len(inputs[0])
+        stays = [r in self.prefill.in_place and at.start > 0 for r, at in new.items()]
         inputs = [self._padded(part, math.nan) for part in inputs]
         batch.out_cache_loc = self._padded(batch.out_cache_loc, 0)
-        self._pass(inputs, batch)
-        sent = [rank.exchange.rows for rank in self.ranks]
-        known = [torch.cat(rows) for rows in zip(*sent, strict=True)]
-        for rank in self.ranks:
-            rank.exchange.rows, rank.exchange.all_rows = [], known
-        out = self._pass(inputs, batch)
+        self._pass(inputs, batch, stays)
+        answer(self.exchanges, reduces=False)
+        out = self._pass(inputs, batch, stays)
+        if any(stays):
+            answer(self.exchanges, reduces=True)
+            out = self._pass(inputs, batch, stays)
+        for exchange in self.exchanges:
+            exchange.answers.clear()
         assert not out[tokens:].any()
         out = out[:tokens]
-        for rank in self.ranks:
-            rank.exchange.rows, rank.exchange.all_rows = [], []
         # In one shot new tokens come from the pool; with prefix chunks they are as projected.
         total = sum(at.stop for at in new.values())
         prefixes = any(at.start for at in new.values())
-        read_back = prefixes and total <= self.prefill.capacity
+        read_back = prefixes and total <= self.prefill.capacity and not any(stays)
         wanted = torch.cat(
             [self.truth.attention(*r, read_back=read_back) for r in new.items()]
         )
@@ -271,11 +356,13 @@ class Group:
         }
         return batch_kind()(**fields)
 
-    def _pass(self, inputs: list[Tensor], batch: Any) -> Tensor:
+    def _pass(self, inputs: list[Tensor], batch: Any, stays: list[bool]) -> Tensor:
         """[tokens, heads, v_dim] of all ranks, each with a batch of its own."""
         q, latent, rope = inputs
+        for exchange in self.exchanges:
+            exchange.calls.clear()
         outs = [
-            self._forward(rank, module, q, latent, rope, copy.copy(batch))
+            self._forward(rank, module, q, latent, rope, copy.copy(batch), stays)
             for rank, module in zip(self.ranks, self.modules)
         ]
         return torch.cat(outs, 1)
@@ -288,6 +375,7 @@ class Group:
         latent: Tensor,
         rope: Tensor,
         batch: Any,
+        stays: Sequence[bool] = (),
     ) -> Tensor:
         """From behind the projections of `forward_normal_prepare` on."""
         from sglang.srt.model_executor.forward_context import (
@@ -303,7 +391,12 @@ class Group:
             rank.backend.init_forward_metadata(batch)
             # As the hook of the forward method does, and then the method.
             form = expanded_form(dispatch.prefill_batch(batch))
-            rank.backend.prefill.prepare(batch, form)
+            if any(stays):
+                form = PrefillForm.BY_GROUP
+                groups = Groups(stays, 0.0)
+                rank.backend.prefill.prepare_groups(batch, module, lambda: groups)
+            else:
+                rank.backend.prefill.prepare(batch, form)
             if form is PrefillForm.ONE_SHOT:
                 batch.mha_one_shot, core = True, module.forward_normal_one_shot_core
             else:
@@ -377,6 +470,12 @@ def cases_of(base: Prefill, capacity: int) -> dict[str, Prefill]:
         named[f"prefix-chunks-dcp{dcp}-page{page}"] = replace(
             base, dcp_size=dcp, page_size=page, capacity=capacity
         )
+    for dcp, page, most in ((2, 1, base.capacity), (2, 16, capacity), (4, 1, capacity)):
+        named[f"by-group-dcp{dcp}-page{page}-{most}"] = replace(
+            base, dcp_size=dcp, page_size=page, capacity=most, in_place="abfc"
+        )
+    # No prefix is gathered, and tokens of no request follow.
+    named["by-group-all-in-place"] = replace(base, in_place="abcdef", padding=3)
     # In one shot and in prefix chunks.
     for most in (base.capacity, capacity):
         named[f"padded-{most}"] = replace(base, padding=3, capacity=most)

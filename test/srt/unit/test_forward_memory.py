@@ -74,6 +74,7 @@ from sglang_dcp.layers.mla.form import (
     PrefillForm,
     choose_prefill_form,
 )
+from sglang_dcp.layers.mla.groups import MOST_IN_PLACE_TOKENS
 from sglang_dcp.layers.mla.latents import gather_latents
 from sglang_dcp.layers.prefix import kv_form
 from sglang_dcp.layers.prefix.gather import plan_gather, split_into_chunks
@@ -121,17 +122,6 @@ def test_a_forward_allocates_what_is_told(name: str) -> None:
         prefill = at_work.peak(extend(**NEW))
     told = total(prefill_parts(sizes, TOKENS))
     assert prefill <= told <= 1.05 * prefill
-
-
-@pytest.mark.parametrize("name", ["gqa", "mla"])
-def test_gathered_queries_are_freed_before_the_exchange(name: str) -> None:
-    """They are as large as the partial outputs. The peak had both."""
-    with served(name) as (at_work, sizes):
-        sizes = without_splits(at_work, sizes)
-        at_work.peak(extend(**NEW))
-        prefill = at_work.peak(extend(**NEW))
-    queries = TOKENS * sizes.group_heads * sizes.qk_dim * sizes.itemsize
-    assert prefill < total(prefill_parts(sizes, TOKENS)) + queries
 
 
 @contextmanager
@@ -310,7 +300,7 @@ def test_the_backend_asks_for_these_splits(tokens: int) -> None:
         fa3: Any = at_work.rank.backend.backend
         layer, inner = at_work.rank.layer, fa3._inner
         plan = fa3.extend_plan()
-        fa3._extend = replace(plan, max_seqlen_q=tokens)
+        fa3._prefix = replace(plan, max_seqlen_q=tokens)
         q = torch.zeros(tokens, 8, 576, dtype=torch.bfloat16)
         fa3.extend_paged_prefix(q, layer, None)
     heads = Fa3Heads(8, 1, 576, 512)
@@ -395,6 +385,55 @@ def test_an_expanded_prefill_takes_what_is_told(
     assert set(inner.ragged_splits) == {(True, None)} | chunks
     assert live.peak - fed <= told
     assert told <= 1.6 * live.peak
+
+
+@pytest.mark.parametrize("dcp_size", [2, 8])
+def test_a_prefill_by_group_takes_what_is_told(
+    dcp_size: int, silent_merge: None
+) -> None:
+    """Two requests, of which one keeps its prefix in place, and no other has one."""
+    prefill = Prefill("fa3", DEEPSEEK, dcp_size=dcp_size, device="cpu", max_len=3000)
+    new = {"a": 1000, "b": 400}
+    with mla_expanded.surroundings(prefill), allocating_kernels():
+        group = mla_expanded.Group(prefill, allocating_backend)
+        rank, module = group.ranks[0], group.modules[0]
+        silent: Any = SilentGroup(dcp_size)
+        rank.backend.exchange = create_exchange("a2a", silent)
+        rank.backend.backend._inner.num_splits = 1  # type: ignore[attr-defined]
+        group.served.grow("a", 900)
+        grown = {name: group.served.grow(name, count) for name, count in new.items()}
+        group.table.copy_(group.served.table)
+        batch = group._batch(group.served.batch("EXTEND", grown))
+        rows = zip(
+            *([p[list(at)] for p in group.truth.of(r)] for r, at in grown.items())
+        )
+        q, latent, rope = (torch.cat(part).to(prefill.dtype) for part in rows)
+        with LiveBytes() as live:
+            group._forward(rank, module, q, latent, rope, batch, [True, False])
+    local_heads = 16 // dcp_size
+    # Local queries, and the copies by which the test feeds the module.
+    fed = sum(new.values()) * (local_heads * 192 + 512 + 576) * 2
+    form = EXPANDED._replace(positions=1, in_place=1000)
+    sizes = LITE._replace(
+        heads=local_heads, dcp_size=dcp_size, splits=False, expansion=form
+    )
+    told = total(expanded_parts(sizes, sum(new.values())))
+    assert live.peak - fed <= told <= 1.4 * live.peak
+    # Without the group it takes less.
+    alone = sizes._replace(expansion=form._replace(in_place=0))
+    assert total(expanded_parts(alone, sum(new.values()))) < told
+
+
+def test_what_stays_in_place_is_less_than_what_is_expanded() -> None:
+    """So that prefills by group need no more memory than others."""
+    for heads, dcp, backend in itertools.product(
+        (4, 16, 64), (2, 8), ("fa3", "flashinfer")
+    ):
+        sizes = LITE._replace(heads=heads, dcp_size=dcp, backend=backend)
+        by_group = EXPANDED._replace(in_place=MOST_IN_PLACE_TOKENS)
+        assert prefill_parts(sizes, 8192) == prefill_parts(
+            sizes._replace(expansion=by_group), 8192
+        )
 
 
 def test_the_longest_prompt_takes_what_any_chunk_takes() -> None:

@@ -16,7 +16,7 @@ import torch
 from sglang_dcp.config import DcpConfig
 from sglang_dcp.context import DcpContext
 from sglang_dcp.distributed.topology import Layout
-from sglang_dcp.layers.mla import dispatch
+from sglang_dcp.layers.mla import dispatch, groups
 from sglang_dcp.layers.mla.form import PrefillForm
 from sglang_dcp.layers.mla.prefill import MlaPrefill
 
@@ -38,8 +38,14 @@ def dcp(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         if form in (PrefillForm.ONE_SHOT, PrefillForm.PREFIX_CHUNKS):
             prepared.append(batch)
 
+    def prepare_groups(batch: Any, module: Any, share_out: Any) -> None:
+        prepared.append((batch.extend_prefix_lens_cpu, module, share_out().stays))
+
     prefill = SimpleNamespace(
-        form=lambda choose: choose(), prepare=prepare, stored_itemsize=2
+        form=lambda choose: choose(),
+        prepare=prepare,
+        prepare_groups=prepare_groups,
+        stored_itemsize=2,
     )
     backend = SimpleNamespace(prefill=prefill)
     monkeypatch.setattr(dispatch, "_backend", lambda: backend)
@@ -127,6 +133,54 @@ def test_prefill_is_mha_unless_its_prefix_stays_in_place(
     assert prepared == [[200, 92], [200, 202], [1 << 18, 0]]
 
 
+def weights(**changes: Any) -> dict[str, Any]:
+    """What tells how SGLang absorbs: as it loads weights in 16 bit."""
+    plain = torch.zeros(8, 2, 3, dtype=torch.bfloat16)
+    known = dict(w_kc=plain, w_vc=plain, use_deep_gemm_bmm=False)
+    return {**known, "kv_b_proj": SimpleNamespace(), **changes}
+
+
+# A long chunk on a long prefix, and short turns on longer ones.
+TWO_KINDS = [1 << 15, *[1 << 18] * 8], [8192, *[100] * 8], 1 << 17
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_two_kinds_of_requests_take_two_forms_where_that_is_served(
+    name: str, dcp: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = attention(**weights())
+    one_form = chosen(name, module, "EXTEND", *TWO_KINDS)
+    assert dcp == [] and one_form == "MLA"
+    monkeypatch.setattr(groups, "SERVED", frozenset({name}))
+    assert chosen(name, module, "MIXED", *TWO_KINDS) == "MHA_CHUNKED_KV"
+    [(prefix, asked, stays)] = dcp
+    assert (prefix, asked) == (TWO_KINDS[0], module)
+    assert stays == [False, *[True] * 8]
+    absorbed = attention(**weights(), disable_chunked_prefix_cache=True)
+    assert chosen(name, absorbed, "EXTEND", *TWO_KINDS) == "MLA"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"w_kc": torch.zeros(8, 2, 3).to(torch.float8_e4m3fn)},
+        {"w_vc": torch.zeros(8, 2, 3).to(torch.float8_e4m3fn)},
+        {"w_kc": None},
+        {"w_vc": torch.zeros(8, 2, 3, dtype=torch.int32)},
+        {"use_deep_gemm_bmm": True},
+        {"kv_b_proj": SimpleNamespace(set_lora=True)},
+    ],
+    ids=lambda changes: "-".join(changes),
+)
+def test_weights_that_need_other_products_take_one_form(
+    changes: dict[str, Any], dcp: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(groups, "SERVED", frozenset({"fa3"}))
+    module = attention(**weights(**changes))
+    assert chosen("fa3", module, "EXTEND", *TWO_KINDS) == "MLA"
+    assert not dcp
+
+
 def test_sizes_are_those_of_the_module_and_the_pool() -> None:
     sizes = dispatch.mla_sizes(attention(), DCP_SIZE, 1)
     assert sizes == (8, DCP_SIZE, 512, 64, 128, 128, 2, 1)
@@ -206,11 +260,11 @@ def test_the_entries_are_those_that_sglang_registers() -> None:
 
 def test_the_first_layer_of_each_forward_chooses_for_all() -> None:
     nothing: Any = None
-    prefill = MlaPrefill(nothing, nothing, nothing, nothing)
+    prefill = MlaPrefill(*[nothing] * 5)
     wanted = iter((PrefillForm.ABSORBED, PrefillForm.ONE_SHOT))
     forms = []
     for _ in range(2):
-        prefill.init_forward_metadata()
+        prefill.init_forward_metadata(nothing)
         forms += [prefill.form(lambda: next(wanted)) for _ in range(3)]
     assert forms == [PrefillForm.ABSORBED] * 3 + [PrefillForm.ONE_SHOT] * 3
 

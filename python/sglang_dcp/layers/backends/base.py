@@ -147,6 +147,13 @@ class InnerBackend(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} attends to its pool alone")
 
+    def plan_some_prefixes(self, local: ForwardBatch) -> None:
+        """Plan `extend_paged_prefix` for some requests of the forward that is planned.
+
+        `local` is their part of the local batch. Other calls keep their plans.
+        """
+        raise NotImplementedError(f"{type(self).__name__} plans for whole batches")
+
     @abstractmethod
     def extend_paged_prefix(
         self, q: torch.Tensor, layer: RadixAttention, local: ForwardBatch

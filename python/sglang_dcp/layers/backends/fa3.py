@@ -52,10 +52,11 @@ class Fa3Backend(PlannedBackend):
     def __init__(self, inner: Any) -> None:
         super().__init__(inner)
         self._extend: Optional[ExtendPlan] = None
+        self._prefix: Optional[ExtendPlan] = None
 
     def init_forward_metadata(self, batch: ForwardBatch, local: ForwardBatch) -> None:
         if batch.forward_mode.is_extend():
-            self._extend = self._plan_extend(batch, local)
+            self._extend = self._prefix = self._plan_extend(batch, local)
         else:
             self._inner.init_forward_metadata(local)
 
@@ -101,10 +102,14 @@ class Fa3Backend(PlannedBackend):
             more["num_splits"] = self._splits(q, k.shape[1], v.shape[2], keys)
         return as_partial(self._varlen(q, k, v, layer, keys, **more), q.dtype)
 
+    def plan_some_prefixes(self, local: ForwardBatch) -> None:
+        self._prefix = self._plan_extend(local, local)
+
     def extend_paged_prefix(
         self, q: torch.Tensor, layer: RadixAttention, local: ForwardBatch
     ) -> Partial:
-        plan = self.extend_plan()
+        plan = self._prefix
+        assert plan is not None, "init_forward_metadata has not run"
         return self._paged(
             q,
             layer,

@@ -135,6 +135,10 @@ class FlashInferMlaBackend(InnerBackend):
     ) -> Partial:
         return self._paged(self._decode, (latent, rope), layer)
 
+    def plan_some_prefixes(self, local: ForwardBatch) -> None:
+        """The first layer plans, by the local batch of its call."""
+        self._prefix_heads = 0
+
     def extend_paged_prefix(
         self, q: torch.Tensor, layer: RadixAttention, local: ForwardBatch
     ) -> Partial:

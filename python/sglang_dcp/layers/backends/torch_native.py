@@ -42,6 +42,9 @@ class TorchNativeBackend(InnerBackend):
     ) -> Partial:
         return self._paged(q, layer, local, [1] * local.batch_size)
 
+    def plan_some_prefixes(self, local: ForwardBatch) -> None:
+        """Nothing is planned."""
+
     def extend_paged_prefix(
         self, q: torch.Tensor, layer: RadixAttention, local: ForwardBatch
     ) -> Partial:

@@ -65,9 +65,7 @@ def in_place_seconds(requests: Requests, sizes: MlaSizes, rates: Rates) -> float
     """Time the absorbed form: queries travel, the prefix stays."""
     causal = sum(new * new for new in requests.new) / 2
     flops = FLOPS * causal * sizes.local_heads * sizes.absorbed_dims
-    new = flops / rates.absorbed_flops + _expand_flops(requests.new, sizes) / (
-        rates.gemm_flops
-    )
+    new = flops / rates.absorbed_flops + absorb_seconds(requests.new, sizes, rates)
     return new + prefix_in_place_seconds(requests, sizes, rates)
 
 
@@ -101,6 +99,11 @@ def new_expanded_seconds(requests: Requests, sizes: MlaSizes, rates: Rates) -> f
     pairs = sum(new * new for new in requests.new) / 2
     attention = _expanded_attention(pairs, max(requests.new), sizes, rates)
     return _expand_seconds(requests.new, sizes, rates) + attention
+
+
+def absorb_seconds(new: Sequence[int], sizes: MlaSizes, rates: Rates) -> float:
+    """Time the products that absorb queries and bring outputs back from latents."""
+    return _expand_flops(new, sizes) / rates.gemm_flops
 
 
 def prefix_in_place_seconds(requests: Requests, sizes: MlaSizes, rates: Rates) -> float:
@@ -137,6 +140,53 @@ def prefix_gathered_seconds(
         + _expand_seconds(requests.prefix, sizes, rates)
         + _expanded_attention(pairs, min(longest, prefix), sizes, rates)
         + host
+    )
+
+
+class Marginal(NamedTuple):
+    """What a request adds to a GPU whose SMs are all at work, without launches: seconds.
+
+    Attributes
+    ----------
+    token : of a new token in place: absorbed, exchanged
+    row_pair : of a key and a query of one head in place; rows fill tiles of `row_tile`
+    read : of a position that is read in place
+    position : of a position that is gathered and expanded
+    token_pair : of a gathered position and a new token; tokens fill tiles of `token_tile`
+    rows : query rows of a new token in place
+    """
+
+    token: float
+    row_pair: float
+    read: float
+    position: float
+    token_pair: float
+    rows: int
+    row_tile: int
+    token_tile: int
+
+    def gains_in_place(self, new: int, prefix: int) -> bool:
+        """Whether a request takes less in place than gathered."""
+        rows = -(-new * self.rows // self.row_tile) * self.row_tile
+        tokens = -(-new // self.token_tile) * self.token_tile
+        in_place = new * self.token + prefix * max(rows * self.row_pair, self.read)
+        return in_place < prefix * (self.position + tokens * self.token_pair)
+
+
+def marginal(sizes: MlaSizes, rates: Rates) -> Marginal:
+    """Return what each part of a request adds."""
+    stored = (sizes.latent + sizes.rope) * sizes.stored_itemsize / sizes.dcp_size
+    absorbed = FLOPS * sizes.absorbed_dims / rates.absorbed_flops
+    expanded = FLOPS * sizes.expanded_dims / rates.expanded_flops
+    return Marginal(
+        token=absorb_seconds([1], sizes, rates) + _exchange_seconds(1, sizes, rates),
+        row_pair=absorbed / sizes.dcp_size,
+        read=stored / rates.memory_bytes,
+        position=_gather_seconds(1, sizes, rates) + _expand_seconds([1], sizes, rates),
+        token_pair=expanded * sizes.local_heads,
+        rows=sizes.group_heads,
+        row_tile=rates.absorbed_tile,
+        token_tile=rates.expanded_tile,
     )
 
 

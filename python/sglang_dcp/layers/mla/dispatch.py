@@ -8,13 +8,21 @@ two methods. `torch_native` is always absorbed.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Callable, Optional
 
 import torch
 
 from sglang_dcp.context import find_context
+from sglang_dcp.layers.mla import groups
 from sglang_dcp.layers.mla.cost import MlaSizes, Requests
-from sglang_dcp.layers.mla.form import PrefillBatch, PrefillForm, choose_prefill_form
+from sglang_dcp.layers.mla.form import (
+    PrefillBatch,
+    PrefillForm,
+    choose_prefill_form,
+    groups_of,
+)
+from sglang_dcp.layers.mla.in_place import absorbs_plainly
 
 
 def mla_forward_method_torch_native(attention: Any, batch: Any) -> Any:
@@ -40,7 +48,7 @@ def mla_forward_method_fa3(attention: Any, batch: Any) -> Any:
     from sglang.srt.models.deepseek_common import attention_backend_handler
 
     return _forward_method(
-        attention_backend_handler.handle_attention_fa3, attention, batch, False
+        attention_backend_handler.handle_attention_fa3, attention, batch, "fa3"
     )
 
 
@@ -52,12 +60,12 @@ def mla_forward_method_flashinfer(attention: Any, batch: Any) -> Any:
         attention_backend_handler.handle_attention_flashinfer,
         attention,
         batch,
-        attention.flashinfer_mla_disable_ragged,
+        "flashinfer",
     )
 
 
 def _forward_method(
-    original: Callable[[Any, Any], Any], attention: Any, batch: Any, absorbed: bool
+    original: Callable[[Any, Any], Any], attention: Any, batch: Any, backend: str
 ) -> Any:
     from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import (
         AttnForwardMethod,
@@ -72,19 +80,35 @@ def _forward_method(
         PrefillForm.NO_PREFIX: AttnForwardMethod.MHA_CHUNKED_KV,
         PrefillForm.ONE_SHOT: AttnForwardMethod.MHA_ONE_SHOT,
         PrefillForm.PREFIX_CHUNKS: AttnForwardMethod.MHA_CHUNKED_KV,
+        PrefillForm.BY_GROUP: AttnForwardMethod.MHA_CHUNKED_KV,
     }
+    absorbed = backend == "flashinfer" and attention.flashinfer_mla_disable_ragged
     if absorbed or not batch.forward_mode.is_extend_without_speculative():
         return AttnForwardMethod.MLA
+    return methods[_prepared_form(attention, batch, context.config.dcp_size, backend)]
+
+
+def _prepared_form(
+    attention: Any, batch: Any, dcp_size: int, backend: str
+) -> PrefillForm:
+    """Choose the form of a prefill, and set what it needs in SGLang's batch."""
     prefill = _backend().prefill
-    form = prefill.form(
+    sizes = partial(mla_sizes, attention, dcp_size, prefill.stored_itemsize)
+    form: PrefillForm = prefill.form(
         lambda: choose_prefill_form(
             prefill_batch(batch),
-            mla_sizes(attention, context.config.dcp_size, prefill.stored_itemsize),
+            sizes(),
             expand_prefix=not attention.disable_chunked_prefix_cache,
+            by_group=backend in groups.SERVED and absorbs_plainly(attention),
         )
     )
-    prefill.prepare(batch, form)
-    return methods[form]
+    if form is PrefillForm.BY_GROUP:
+        prefill.prepare_groups(
+            batch, attention, lambda: groups_of(prefill_batch(batch), sizes())
+        )
+    else:
+        prefill.prepare(batch, form)
+    return form
 
 
 def mla_sizes(attention: Any, dcp_size: int, stored_itemsize: int) -> MlaSizes:

@@ -8,9 +8,9 @@ collectives.
 from __future__ import annotations
 
 from enum import Enum
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
-from sglang_dcp.layers.mla import cost
+from sglang_dcp.layers.mla import cost, groups
 from sglang_dcp.layers.mla.cost import MlaSizes, Requests
 from sglang_dcp.layers.prefix.rates import HOPPER, Rates
 
@@ -26,13 +26,15 @@ class PrefillForm(Enum):
 
     `ABSORBED` attends to latents. The other forms expand them to the rank's local heads.
     `NO_PREFIX` has new tokens alone, `ONE_SHOT` takes all positions in one call, and
-    `PREFIX_CHUNKS` takes the new tokens and then the prefix in chunks.
+    `PREFIX_CHUNKS` takes the new tokens and then the prefix in chunks. `BY_GROUP` is
+    `PREFIX_CHUNKS` for some requests, and keeps the prefixes of the others in place.
     """
 
     ABSORBED = "absorbed"
     NO_PREFIX = "no prefix"
     ONE_SHOT = "one shot"
     PREFIX_CHUNKS = "prefix chunks"
+    BY_GROUP = "by group"
 
 
 class PrefillBatch(NamedTuple):
@@ -49,30 +51,51 @@ class PrefillBatch(NamedTuple):
     def positions(self) -> int:
         return self.prefix + sum(self.requests.new)
 
+    @property
+    def most_gathered(self) -> int:
+        """Most positions of prefixes that may be gathered."""
+        return MOST_PREFIX_CHUNKS * self.capacity
+
 
 def choose_prefill_form(
     batch: PrefillBatch,
     sizes: MlaSizes,
     *,
     expand_prefix: bool,
+    by_group: bool = False,
     rates: Rates = HOPPER,
 ) -> PrefillForm:
     """Choose the form of a prefill. The result is the same on all ranks of the DCP group.
 
+    Of forms that take as long, the one with fewer launches is chosen.
+
     Parameters
     ----------
     expand_prefix : False under `--disable-chunked-prefix-cache`
+    by_group : whether requests may take different forms
     """
     if (sizes.nope + sizes.rope, sizes.v) != MHA_HEAD_DIMS:
         return PrefillForm.ABSORBED
     form = expanded_form(batch)
     if form is PrefillForm.NO_PREFIX:
         return form
-    if not expand_prefix or batch.prefix > MOST_PREFIX_CHUNKS * batch.capacity:
+    if not expand_prefix:
         return PrefillForm.ABSORBED
-    in_place = cost.in_place_seconds(batch.requests, sizes, rates)
-    gathered = expanded_seconds(batch, form, sizes, rates)
-    return form if gathered <= in_place else PrefillForm.ABSORBED
+    seconds: dict[PrefillForm, float] = {}
+    if batch.prefix <= batch.most_gathered:
+        seconds[form] = expanded_seconds(batch, form, sizes, rates)
+    seconds[PrefillForm.ABSORBED] = cost.in_place_seconds(batch.requests, sizes, rates)
+    if by_group and (found := groups_of(batch, sizes, rates)):
+        seconds[PrefillForm.BY_GROUP] = found.seconds
+    return min(seconds, key=seconds.__getitem__)
+
+
+def groups_of(
+    batch: PrefillBatch, sizes: MlaSizes, rates: Rates = HOPPER
+) -> Optional[groups.Groups]:
+    """Share out a batch for a prefill by group; None if there is nothing to share out."""
+    limits = batch.most_gathered, batch.capacity
+    return groups.best_groups(batch.requests, *limits, sizes, rates)
 
 
 def expanded_form(batch: PrefillBatch) -> PrefillForm:

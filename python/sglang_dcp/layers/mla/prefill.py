@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any, Optional, Union
 import torch
 
 from sglang_dcp.layers.backends.attention_calls import first_rows, padded_rows
-from sglang_dcp.layers.backends.base import RaggedKeys, cumulated
+from sglang_dcp.layers.backends.base import Partial, RaggedKeys, cumulated
 from sglang_dcp.layers.mla.form import PrefillForm
+from sglang_dcp.layers.mla.groups import Groups, gathered_prefixes
+from sglang_dcp.layers.mla.in_place import AttendInPlace, PrefixInPlace
 from sglang_dcp.layers.mla.latents import gather_latents
 from sglang_dcp.layers.prefix.gather import (
     GatherPlan,
@@ -40,7 +42,8 @@ logger = logging.getLogger(__name__)
 class MlaPrefill:
     """The expanded MLA prefill of one backend.
 
-    Only latents are gathered: no query and no partial output leaves its rank.
+    Only latents are gathered: no query and no partial output leaves its rank. In a prefill
+    by group, this holds for the requests whose prefix is gathered.
 
     Parameters
     ----------
@@ -50,10 +53,17 @@ class MlaPrefill:
         The exchange over the DCP group.
     kv_pool
         SGLang's pool of this rank.
+    attend_in_place : AttendInPlace
+        Attends to the prefixes that a prefill by group keeps in place.
     """
 
     def __init__(
-        self, backend: InnerBackend, shard: Shard, exchange: Exchange, kv_pool: Any
+        self,
+        backend: InnerBackend,
+        shard: Shard,
+        exchange: Exchange,
+        kv_pool: Any,
+        attend_in_place: AttendInPlace,
     ) -> None:
         self._backend = backend
         self._shard = shard
@@ -63,18 +73,22 @@ class MlaPrefill:
         self._keys: dict[Optional[int], tuple[RaggedKeys, Optional[torch.Tensor]]] = {}
         self._plans: dict[Optional[int], GatherPlan] = {}
         self._form: Optional[PrefillForm] = None
-        self._logged = False
+        self._in_place = PrefixInPlace(backend, attend_in_place)
+        self._local: Optional[ForwardBatch] = None
+        self._logged: set[str] = set()
 
     @property
     def stored_itemsize(self) -> int:
         """Bytes of a number in the pool."""
         return int(self._pool.dtype.itemsize)
 
-    def init_forward_metadata(self) -> None:
-        """Drop the plans of the previous forward."""
+    def init_forward_metadata(self, local: ForwardBatch) -> None:
+        """Drop the plans of the previous forward. `local` is the local batch of this one."""
         self._keys.clear()
         self._plans.clear()
         self._form = None
+        self._in_place.init_forward_metadata()
+        self._local = local
 
     def form(self, choose: Callable[[], PrefillForm]) -> PrefillForm:
         """Return the form of this forward. The first layer chooses it for all."""
@@ -87,19 +101,46 @@ class MlaPrefill:
         if form is PrefillForm.ONE_SHOT:
             # Logical slots, which nothing reads.
             batch.mha_one_shot_kv_indices = batch.req_pool_indices[:0]
-            self._log_once(sum(_whole(batch)), "in one shot")
+            self._log_gather(sum(_whole(batch)), "in one shot")
         elif form is PrefillForm.PREFIX_CHUNKS and batch.num_prefix_chunks is None:
-            self._split(batch)
+            self._split(batch, batch.extend_prefix_lens_cpu)
 
-    def _split(self, batch: ForwardBatch) -> None:
-        """Split the prefixes into chunks, instead of SGLang.
+    def prepare_groups(
+        self,
+        batch: ForwardBatch,
+        module: Any,
+        share_out: Callable[[], Optional[Groups]],
+    ) -> None:
+        """Do the same for a prefill by group.
+
+        Parameters
+        ----------
+        module
+            SGLang's attention module of the layer that comes next.
+        share_out : callable
+            Makes the groups. The first layer calls it.
+        """
+        self._in_place.learn(module)
+        if self._in_place.planned:
+            return
+        assert self._local is not None, "init_forward_metadata has not run"
+        groups, prefix = share_out(), batch.extend_prefix_lens_cpu
+        assert groups is not None, "the form was chosen without groups"
+        gathered = gathered_prefixes(prefix, groups.stays)
+        self._in_place.plan(self._local, groups.stays)
+        self._split(batch, gathered)
+        kept = sum(prefix) - sum(gathered)
+        self._log_once("DCP prefill by group keeps %d positions in place", kept)
+
+    def _split(self, batch: ForwardBatch, prefix: Sequence[int]) -> None:
+        """Split prefixes, one of each request, into chunks, instead of SGLang.
 
         SGLang gives every request the same share of a chunk. With one long prefix among
         64 requests, its chunks would be nearly empty.
         """
-        prefix = batch.extend_prefix_lens_cpu
         starts, lens = split_into_chunks(prefix, batch.get_max_chunk_capacity())
-        self._log_once(sum(prefix), f"prefix chunks: {len(lens)}")
+        if len(lens):
+            self._log_gather(sum(prefix), f"prefix chunks: {len(lens)}")
         device = self._shard.table.device
         batch.num_prefix_chunks = len(lens)
         batch.prefix_chunk_starts_cpu, batch.prefix_chunk_seq_lens_cpu = starts, lens
@@ -107,10 +148,14 @@ class MlaPrefill:
         # Logical slots, which nothing reads.
         batch.prefix_chunk_kv_indices = [None] * len(lens)
 
-    def _log_once(self, positions: int, how: str) -> None:
-        if not self._logged and self._shard.dcp_rank == 0:
-            logger.info("DCP prefill by MHA gathers %d positions, %s", positions, how)
-        self._logged = True
+    def _log_gather(self, positions: int, how: str) -> None:
+        line = "DCP prefill by MHA gathers %d positions, %s"
+        self._log_once(line, positions, how)
+
+    def _log_once(self, line: str, *values: object) -> None:
+        if line not in self._logged and self._shard.dcp_rank == 0:
+            logger.info(line, *values)
+        self._logged.add(line)
 
     def attend(
         self,
@@ -147,7 +192,9 @@ class MlaPrefill:
         q = q[:tokens].view(tokens, -1, layer.qk_head_dim)
         # Keys of a prefix are those of requests. New tokens may be padded as queries are.
         k, v = first_rows(sum(keys.lens), k, v)
-        out, lse = self._backend.extend_ragged(q, k, v, layer, batch, keys)
+        out, lse = found = self._backend.extend_ragged(q, k, v, layer, batch, keys)
+        if self._in_place.planned and chunk is None:
+            self._in_place.merge_into(Partial(*found), q, layer.layer_id)
         if empty is not None:
             # A kernel may leave anything in these rows.
             out = out.masked_fill(empty[:, None, None], 0.0)
