@@ -96,10 +96,9 @@ class Fa3Backend(PlannedBackend):
         batch: ForwardBatch,
         keys: RaggedKeys,
     ) -> Partial:
-        more = {}
-        if keys.prefix_chunk is not None:
-            more["num_splits"] = self._ragged_splits(q, k, v, keys)
-        return as_partial(self._varlen(q, k, v, layer, keys, **more), q.dtype)
+        splits = self._ragged_splits(q, k, v, keys)
+        returned = self._varlen(q, k, v, layer, keys, num_splits=splits)
+        return as_partial(returned, q.dtype)
 
     def extend_paged_prefix(
         self, q: torch.Tensor, layer: RadixAttention, local: ForwardBatch
