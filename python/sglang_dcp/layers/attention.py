@@ -294,18 +294,20 @@ class DcpAttentionBackend(AttentionBackend):
         local: LocalBatch,
         batch: ForwardBatch,
     ) -> torch.Tensor:
-        """Attend to the new tokens, then to the prefix of all ranks, and merge the two."""
+        """Attend to the new tokens, then to the prefix of all ranks, and merge the two.
+
+        Over a gathered prefix one call does both.
+        """
         v = v.view(*k.shape[:2], layer.v_head_dim)
+        if local.has_cached_kv and self.kv_prefill.gathers:
+            return self.kv_prefill.attend(q, k, v, layer, batch)
         sizes = (q.shape[1], k.shape[1], self._dcp_size, self._dcp_rank)
         kept = kv_index_of_local_q(*sizes, k.device)
         new = self.backend.extend_new_tokens(q, k[:, kept], v[:, kept], layer, batch)
         if not local.has_cached_kv:
             return new.out
-        if self.kv_prefill.gathers:
-            prefix = self.kv_prefill.attend(q, layer, batch)
-        else:
-            more = local.forward_batch, local.rows_to_mask
-            prefix = self._prefix_in_place(q, layer, *more)
+        more = local.forward_batch, local.rows_to_mask
+        prefix = self._prefix_in_place(q, layer, *more)
         base = self.backend.is_lse_base_on_e
         out, _ = merge_two_states(*new, *prefix, is_lse_base_on_e=base)
         return out.to(q.dtype)

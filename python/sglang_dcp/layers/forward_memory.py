@@ -156,7 +156,7 @@ def gathered_parts(sizes: ForwardSizes, tokens: int) -> Parts:
 
 
 def _prefix_gathered(sizes: ForwardSizes, tokens: int) -> Iterable[Parts]:
-    """Local queries attend to K and V that come from all ranks.
+    """Local queries attend to K and V that come from all ranks, and to new ones behind them.
 
     Rows of ranks that have fewer than others are padded by one position of each request at
     most, which is left out.
@@ -164,33 +164,28 @@ def _prefix_gathered(sizes: ForwardSizes, tokens: int) -> Iterable[Parts]:
     dims = sizes.qk_dim, sizes.v_dim, sizes.itemsize
     kv = KvSizes(sizes.heads, sizes.kv_heads, sizes.dcp_size, *dims)
     own = -(-sizes.gathered // sizes.dcp_size)
-    state = local_state(sizes, tokens)
-    held = {
-        "plan of the gather": _INDEX * (sizes.gathered + own),
-        "new tokens' output": state,
-    }
+    keys = sizes.gathered + tokens
+    held = {"plan of the gather": _INDEX * (sizes.gathered + own + keys + tokens)}
     if sizes.backend == "flashinfer":
         held["FlashInfer's wrappers"] = _WRAPPER_BYTES
-    ordered = sizes.gathered * kv.row_bytes(kv.window)
+    row = kv.row_bytes(kv.window)
     # Sent, this rank's own, and received. Beside them the rows before they are packed, or
     # in order.
-    blocks = (2 * sizes.dcp_size - 1) * own * kv.row_bytes(kv.window)
+    blocks = (2 * sizes.dcp_size - 1) * own * row
     yield held | {
-        "gathered K and V": blocks + own * sizes.dcp_size * ordered // sizes.gathered
+        "gathered K and V": blocks + (own * sizes.dcp_size + tokens) * row,
     }
-    copied = 0
-    if kv.kept > kv.window:
-        copied = sizes.gathered * kv.row_bytes(kv.kept)
+    copied = keys * kv.row_bytes(kv.kept) if kv.kept > kv.window else 0
+    apart = tokens * kv.row_bytes(kv.kept) if sizes.backend == "triton" else 0
     queries = tokens * sizes.heads * sizes.qk_dim * sizes.itemsize
     scratch = 0
     if sizes.backend == "fa3" and sizes.splits:
         scratch = prefix_split_bytes(Fa3Heads(sizes.heads, kv.kept, *dims[:2]), tokens)
     yield held | {
-        "gathered K and V": ordered + copied,
-        "queries, and output over the prefix": queries + state,
+        "gathered K and V": keys * row + copied + apart,
+        "queries, and their output": queries + local_state(sizes, tokens),
         SPLITS: scratch,
     }
-    yield held | {"merged output": 2 * state}
 
 
 def expanded_parts(sizes: ForwardSizes, tokens: int) -> Parts:

@@ -12,17 +12,25 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 import torch
 
-from sglang_dcp.distributed.exchange.base import mask_empty_rows
-from sglang_dcp.layers.backends.base import Partial, RaggedKeys, cumulated
+from sglang_dcp.layers.backends.base import RaggedKeys, cumulated
 from sglang_dcp.layers.backends.registry import backend_class
 from sglang_dcp.layers.heads import is_mla, kv_head_counts
 from sglang_dcp.layers.prefix import kv_form
 from sglang_dcp.layers.prefix.cost import Requests
-from sglang_dcp.layers.prefix.gather import GatherPlan, empty_rows, plan_gather
+from sglang_dcp.layers.prefix.gather import (
+    GatherPlan,
+    behind_prefix,
+    plan_gather,
+    spread_out,
+)
 from sglang_dcp.layers.prefix.kv_form import KvForm, KvSizes, choose_kv_form
 from sglang_dcp.layers.workspace import most_query_tokens, tokens_per_request
 from sglang_dcp.ops.kv_rows import order_kv_rows, pack_kv_rows
-from sglang_dcp.ops.layout import kv_heads_by_peer, kv_index_in_window
+from sglang_dcp.ops.layout import (
+    kv_heads_by_peer,
+    kv_index_in_window,
+    kv_index_of_local_q,
+)
 from sglang_dcp.releases.api import sglang_api
 from sglang_dcp.releases.installed import in_range, sglang_version
 
@@ -39,17 +47,22 @@ logger = logging.getLogger(__name__)
 
 
 class KvPlan(NamedTuple):
-    """The plan of one forward, for all its layers."""
+    """The plan of one forward, for all its layers.
+
+    `keys` are each request's prefix and its new tokens behind it. The order of `gather` has
+    -1 where a new token belongs.
+    """
 
     gather: GatherPlan
     keys: RaggedKeys
-    empty_rows: Optional[torch.Tensor]  # [tokens] bool
+    new: torch.Tensor  # [tokens] int64, rows of the new tokens among the keys
 
 
 class LayersAhead(NamedTuple):
     """Gathered K and V of layers in a row, from layer `first` on.
 
-    `keys` and `values` are [layers, positions, K/V heads, dim].
+    `keys` and `values` are [layers, keys, K/V heads, dim]. Rows of new tokens are empty
+    until their layer runs.
     """
 
     first: int
@@ -123,12 +136,15 @@ class KvPrefill:
             self._log_once(line, batch.batch_size)
 
     def _planned(self, batch: ForwardBatch) -> KvPlan:
-        prefix = batch.extend_prefix_lens_cpu
+        prefix, new = batch.extend_prefix_lens_cpu, batch.extend_seq_lens_cpu
         lens = torch.tensor(prefix)
         where = batch.req_pool_indices, torch.zeros_like(lens), lens
-        keys = RaggedKeys(0, prefix, cumulated(batch.extend_prefix_lens))
         gather = plan_gather(self._shard, *where, own_first=True)
-        return KvPlan(gather, keys, empty_rows(keys, batch))
+        rows = behind_prefix(prefix, new, gather.order.device)
+        gather = gather._replace(order=spread_out(gather.order, rows))
+        ends = cumulated(batch.extend_prefix_lens + batch.extend_seq_lens)
+        keys = RaggedKeys(None, [p + n for p, n in zip(prefix, new)], ends, rows)
+        return KvPlan(gather, keys, rows.new)
 
     def _log_once(self, line: str, count: int) -> None:
         if line not in self._logged and self._shard.dcp_rank == 0:
@@ -136,23 +152,33 @@ class KvPrefill:
         self._logged.add(line)
 
     def attend(
-        self, q: torch.Tensor, layer: RadixAttention, batch: ForwardBatch
-    ) -> Partial:
-        """Attend with new tokens to the whole prefix, not causally.
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        batch: ForwardBatch,
+    ) -> torch.Tensor:
+        """Attend with new tokens to the whole prefix and, causally, to themselves.
 
-        `q` is [tokens, local heads, qk_dim]. The LSE is -inf for tokens without a prefix.
-        In the first of some layers it is a collective over the DCP group. Never captured.
+        `q` is [tokens, local heads, qk_dim], `k` and `v` are [tokens, K/V heads, dim] with
+        all heads of the rank. Returns [tokens, local heads, v_dim] in the query's dtype. In
+        the first of some layers it is a collective over the DCP group. Never captured.
         """
         assert self._plan is not None, "this forward keeps its prefix in place"
-        k, v = self._of_layer(self._plan.gather, q.shape[1], layer.layer_id)
-        keys = self._plan.keys
-        out, lse = self._backend.extend_ragged(q, k, v, layer, batch, keys)
-        return Partial(out, mask_empty_rows(lse, self._plan.empty_rows))
+        plan = self._plan
+        ranks = self._shard.dcp_size, self._shard.dcp_rank
+        kept = kv_index_of_local_q(q.shape[1], k.shape[1], *ranks, k.device)
+        keys, values = self._of_layer(plan.gather, q.shape[1], layer.layer_id)
+        keys.index_copy_(0, plan.new, k[:, kept])
+        values.index_copy_(0, plan.new, v[:, kept])
+        out, _ = self._backend.extend_ragged(q, keys, values, layer, batch, plan.keys)
+        return out.to(q.dtype)
 
     def _of_layer(
         self, plan: GatherPlan, own_q: int, layer_id: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return K and V for local query heads: [positions, K/V heads, dim] each."""
+        """Return K and V for local query heads: [keys, K/V heads, dim] each."""
         if self._ahead is None or not self._ahead.holds(layer_id):
             # Freed before the next layers are gathered.
             self._ahead = None

@@ -66,7 +66,8 @@ def order_kv_rows(
     ----------
     packed : [N, L, rows, window * (qk + v)], contiguous
     order : [positions] int64
-        Index into [N, rows], flat.
+        Index into [N, rows], flat. At -1, the row of the result is left to the caller, and
+        may hold anything.
     window, qk, v : int
         Heads of a row, and their dims.
 

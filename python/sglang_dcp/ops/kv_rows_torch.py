@@ -28,6 +28,7 @@ def order_kv_rows_torch(
 ) -> tuple[Tensor, Tensor]:
     """Do what ``order_kv_rows`` does."""
     layers, positions = packed.shape[1], len(order)
+    order = order.clamp(min=0)
     keys = packed.new_empty(layers, positions, window, qk)
     values = packed.new_empty(layers, positions, window, v)
     for layer in range(layers):

@@ -56,9 +56,10 @@ def _order_kernel(
     K_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     position = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = position < positions
     layer = tl.program_id(1)
-    place = tl.load(order + position, mask=inside, other=0).to(tl.int64)
+    place = tl.load(order + position, mask=position < positions, other=-1)
+    inside = place >= 0
+    place = tl.maximum(place, 0).to(tl.int64)
     rank, row = place // rows, place % rows
     source = (rank * LAYERS + layer) * rows + row
     source = packed + (source * (K_WIDTH + V_WIDTH))[:, None]

@@ -71,8 +71,9 @@ def extend_batch(prefix: int) -> Any:
 
 
 def gathered_keys(batch: Any) -> Any:
-    lens = batch.extend_prefix_lens_cpu
-    return base.RaggedKeys(0, lens, base.cumulated(torch.tensor(lens)))
+    parts = batch.extend_prefix_lens_cpu, batch.extend_seq_lens_cpu
+    lens = [prefix + new for prefix, new in zip(*parts)]
+    return base.RaggedKeys(None, lens, base.cumulated(torch.tensor(lens)))
 
 
 @pytest.mark.parametrize("gathers", [False, True], ids=["in-place", "gathered"])
@@ -210,11 +211,12 @@ def test_the_installed_flashinfer_takes_our_calls(planned: Any) -> None:
         assert seen[*kind, "forward_return_lse"]["sm_scale"] == 0.25
     assert seen[*PAGED, "plan"]["page_size"] == 1
     backend.init_forward_metadata(batch, batch)
-    backend.extend_ragged(q, kv[:4], kv[:4], layer, batch, gathered_keys(batch))
+    keys = torch.zeros(9, 2, 8)
+    backend.extend_ragged(q, keys, keys, layer, batch, gathered_keys(batch))
     plan, how = (seen[*RAGGED, name] for name in ("plan", "forward_return_lse"))
-    assert sizes.items() <= plan.items() and not plan["causal"] and not how["causal"]
+    assert sizes.items() <= plan.items() and plan["causal"] and how["causal"]
     assert plan["qo_indptr"].tolist() == [0, 3, 5]
-    assert plan["kv_indptr"].tolist() == [0, 4, 4] and how["sm_scale"] == 0.25
+    assert plan["kv_indptr"].tolist() == [0, 7, 9] and how["sm_scale"] == 0.25
     assert seen[*DECODE, "forward_return_lse"]["paged_kv_cache"] is cache
 
 

@@ -36,6 +36,7 @@ from sglang_dcp.layers.backends.triton import TritonBackend
 from sglang_dcp.layers.kv_prefill import KvPrefill, kv_sizes_of
 from sglang_dcp.layers.local_batch import Shard
 from sglang_dcp.layers.prefix import kv_form
+from sglang_dcp.layers.prefix.gather import behind_prefix
 from sglang_dcp.layers.prefix.kv_form import KvForm, KvSizes
 from sglang_dcp.releases.api import sglang_api
 
@@ -177,6 +178,10 @@ def test_each_query_head_meets_its_positions_in_order(
     for rank, layers in enumerate(spread.gathered()):
         assert len(spread.sent[rank]) == -(-len(LAYERS) // at_once)
         for layer, (k, v) in zip(LAYERS, layers):
+            prefix, new = map(list, zip(*spread.lens))
+            rows = behind_prefix(prefix, new, k.device)
+            assert len(k) == len(v) == sum(prefix) + sum(new)
+            k, v = k[rows.prefix], v[rows.prefix]
             # As a kernel reads them: equally many query heads for each K/V head.
             assert spread.own_q % k.shape[1] == 0
             by_query = k.repeat_interleave(spread.own_q // k.shape[1], 1)
@@ -230,22 +235,46 @@ def test_a_decode_step_after_a_prefill_gathers_nothing(
 
 
 @pytest.mark.usefixtures("always")
-def test_tokens_without_a_prefix_are_masked() -> None:
-    """A kernel may leave any LSE there, and the merge believes it."""
-    spread = Spread("one-each", "one-and-none", 1)
-    out, lse = torch.zeros(4, 4, V), torch.zeros(4, 4)
-    backend: Any = SimpleNamespace(extend_ragged=lambda *args: (out, lse))
-    shard = Shard(spread.served.table, torch.empty(0), 2, 0, 1)
-    sizes = KvSizes(4, 2, 2, QK, V)
-    prefill = KvPrefill(backend, shard, spread.swap(0), spread.pool(0), sizes)
+@pytest.mark.parametrize("heads", ["one-each", "two-each", "12-3"])
+def test_new_tokens_lie_behind_the_prefix_of_their_request(heads: str) -> None:
+    """Each query head meets the prefix and then the new tokens of its K/V head."""
+    spread = Spread(heads, "ragged", 1)
+    spread.gathered()
+    own_q, kv_heads, dcp = HEADS[heads]
+    tokens = sum(new for _, new in spread.lens)
+    rank = dcp - 1
+    of_queries = spread.wanted(rank)
+    heads_of = [(rank * own_q + q) // (own_q * dcp // kv_heads) for q in range(own_q)]
+    # Told apart from all that is stored.
+    new = -1.0 - torch.arange(tokens)[:, None] * 16 - torch.arange(kv_heads)
+    seen: list[Any] = []
+
+    def extend_ragged(q: Tensor, k: Tensor, v: Tensor, *more: Any) -> Any:
+        seen.append((k.clone(), v.clone(), more[-1]))
+        return torch.zeros(tokens, own_q, V), torch.zeros(tokens, own_q)
+
+    backend: Any = SimpleNamespace(extend_ragged=extend_ragged)
+    shard = Shard(spread.served.table, torch.empty(0), dcp, rank, 1)
+    sizes = KvSizes(own_q, kv_heads, dcp, QK, V, 4)
+    prefill = KvPrefill(backend, shard, spread.swap(rank), spread.pool(rank), sizes)
     batch = spread.batch()
     plan(prefill, batch)
-    layer: Any = SimpleNamespace(layer_id=LAYERS[0])
-    found = prefill.attend(torch.zeros(4, 4, QK), layer, batch).lse
-    # Two tokens, one over a prefix, and one.
-    empty = torch.tensor([True, True, False, True])
-    assert torch.equal(found.isneginf().all(1), empty)
-    assert not found[~empty].any()
+    for number in LAYERS:
+        layer: Any = SimpleNamespace(layer_id=number)
+        k = new[..., None].expand(-1, -1, QK) - number * LAYER
+        q = torch.zeros(tokens, own_q, QK)
+        prefill.attend(q, k, -k[..., :V], layer, batch)
+    for number, (k, v, keys) in zip(LAYERS, seen, strict=True):
+        assert keys.prefix_chunk is None and keys.ends.tolist()[0] == 0
+        assert keys.ends.diff().tolist() == keys.lens
+        by_query = k.repeat_interleave(own_q // k.shape[1], 1)[..., 0]
+        assert torch.equal(v, -k[..., :V])
+        of_prefix = iter(of_queries + number * LAYER)
+        of_new = iter(new[:, heads_of] - number * LAYER)
+        for (prefix, added), rows in zip(spread.lens, by_query.split(keys.lens)):
+            assert all(torch.equal(row, next(of_prefix)) for row in rows[:prefix])
+            assert all(torch.equal(row, next(of_new)) for row in rows[prefix:])
+            assert len(rows) == prefix + added
 
 
 STEPS = [

@@ -26,6 +26,24 @@ class Partial(NamedTuple):
     lse: torch.Tensor
 
 
+class NewBehindPrefix(NamedTuple):
+    """Where new tokens lie among keys, each request's behind its prefix, on the device.
+
+    Attributes
+    ----------
+    new : Tensor [new tokens] int64
+        Rows of the new tokens, in their order.
+    prefix : Tensor [prefix positions] int64
+        Rows of the prefixes, request after request.
+    prefix_ends : Tensor [requests + 1] int32
+        Lengths of the prefixes, cumulated from 0 on.
+    """
+
+    new: torch.Tensor
+    prefix: torch.Tensor
+    prefix_ends: torch.Tensor
+
+
 class RaggedKeys(NamedTuple):
     """The keys of one attention call outside the pool, request after request.
 
@@ -39,11 +57,14 @@ class RaggedKeys(NamedTuple):
         Number of keys of each request.
     ends : Tensor [requests + 1] int32
         The same numbers, cumulated from 0 on, on the device.
+    rows : NewBehindPrefix, optional
+        With new tokens behind a prefix of K/V heads, where both lie.
     """
 
     prefix_chunk: Optional[int]
     lens: Sequence[int]
     ends: torch.Tensor
+    rows: Optional[NewBehindPrefix] = None
 
 
 class InnerBackend(ABC):
@@ -139,7 +160,7 @@ class InnerBackend(ABC):
         batch: ForwardBatch,
         keys: RaggedKeys,
     ) -> Partial:
-        """Attend with new tokens to `keys`, which were gathered from all ranks.
+        """Attend with new tokens to `keys`, gathered from all ranks.
 
         `q` is [tokens, local heads, qk_dim]. `k` and `v` are [keys, K/V heads, dim], hold
         only the heads that serve the local heads, and may be views of wider rows. Those of

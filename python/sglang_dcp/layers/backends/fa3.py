@@ -97,10 +97,9 @@ class Fa3Backend(PlannedBackend):
         batch: ForwardBatch,
         keys: RaggedKeys,
     ) -> Partial:
-        more = {}
-        if keys.prefix_chunk is not None:
-            more["num_splits"] = self._splits(q, k.shape[1], v.shape[2], keys)
-        return as_partial(self._varlen(q, k, v, layer, keys, **more), q.dtype)
+        splits = self._splits(q, k.shape[1], v.shape[2], keys)
+        returned = self._varlen(q, k, v, layer, keys, num_splits=splits)
+        return as_partial(returned, q.dtype)
 
     def plan_some_prefixes(self, local: ForwardBatch) -> None:
         self._prefix = self._plan_extend(local, local)

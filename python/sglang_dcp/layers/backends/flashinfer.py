@@ -119,16 +119,16 @@ class FlashInferBackend(PlannedBackend):
         batch: ForwardBatch,
         keys: RaggedKeys,
     ) -> Partial:
-        """Attend to a prefix only, which is the same for all layers of a forward."""
-        assert keys.prefix_chunk is not None, "the plan is not causal"
+        """Attend to keys that are the same for all layers of a forward, but for numbers."""
+        causal = keys.prefix_chunk is None
         if self._gathered is None:
             self._gathered = self._make_ragged()
         if not self._prefix_planned:
             lens = batch.extend_seq_lens_cpu, keys.lens
             with self._guard.amid_forward():
-                _plan_ragged(self._gathered, q, k, v, lens, causal=False)
+                _plan_ragged(self._gathered, q, k, v, lens, causal=causal)
             self._prefix_planned = True
-        how = dict(causal=False, sm_scale=layer.scaling)
+        how = dict(causal=causal, sm_scale=layer.scaling)
         return Partial(*self._gathered.forward_return_lse(q.contiguous(), k, v, **how))
 
     def _paged(

@@ -107,9 +107,19 @@ class TritonBackend(PlannedBackend):
     def extend_paged_prefix(
         self, q: torch.Tensor, layer: RadixAttention, local: ForwardBatch
     ) -> Partial:
-        plan, cache = self._inner.forward_metadata, self._kv(layer)
-        return self._to_prefix(
-            q, layer, cache, plan.kv_indptr, plan.kv_indices, self._inner.page_size
+        plan, (keys, values) = self._inner.forward_metadata, self._kv(layer)
+        return self._extend(
+            q,
+            # The kernel reads the number of K/V heads, and so the GQA ratio, from new keys.
+            q.new_empty(0, *keys.shape[1:]),
+            q.new_empty(0, *values.shape[1:]),
+            layer,
+            (keys, values),
+            kv_indptr=plan.kv_indptr,
+            kv_indices=plan.kv_indices,
+            page_size=self._inner.page_size,
+            is_causal=False,
+            skip_extend=True,
         )
 
     def extend_ragged(
@@ -121,33 +131,18 @@ class TritonBackend(PlannedBackend):
         batch: ForwardBatch,
         keys: RaggedKeys,
     ) -> Partial:
-        """Attend to a prefix only: the kernel takes its rows for pages of one."""
-        assert keys.prefix_chunk is not None, "the kernel masks new tokens alone"
-        rows = torch.arange(len(k), device=k.device)
-        return self._to_prefix(q, layer, (k, v), keys.ends, rows, 1)
-
-    def _to_prefix(
-        self,
-        q: torch.Tensor,
-        layer: RadixAttention,
-        cache: tuple[torch.Tensor, torch.Tensor],
-        kv_indptr: torch.Tensor,
-        kv_indices: torch.Tensor,
-        page_size: int,
-    ) -> Partial:
-        # The kernel reads the number of K/V heads, and so the GQA ratio, from new keys.
-        keys, values = cache
+        """Attend to new tokens behind a prefix, whose rows the kernel takes for pages of one."""
+        assert keys.rows is not None, "the kernel masks new tokens alone"
         return self._extend(
             q,
-            q.new_empty(0, *keys.shape[1:]),
-            q.new_empty(0, *values.shape[1:]),
+            k[keys.rows.new],
+            v[keys.rows.new],
             layer,
-            cache,
-            kv_indptr=kv_indptr,
-            kv_indices=kv_indices,
-            page_size=page_size,
-            is_causal=False,
-            skip_extend=True,
+            (k, v),
+            kv_indptr=keys.rows.prefix_ends,
+            kv_indices=keys.rows.prefix,
+            page_size=1,
+            is_causal=True,
         )
 
     def _extend(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, Optional
 
 import torch
 
+from sglang_dcp.layers.backends.base import NewBehindPrefix
 from sglang_dcp.ops.layout import DUMMY_SLOT, local_lens
 
 if TYPE_CHECKING:
@@ -89,6 +90,31 @@ def plan_gather(
         _slots(shard, rows, before[own], held[own], padded),
         _order(shard, before, held, starts, lens, padded, own_first),
     )
+
+
+def behind_prefix(
+    prefix: Sequence[int], new: Sequence[int], device: torch.device
+) -> NewBehindPrefix:
+    """Lay each request's new tokens behind its prefix. It does not wait for the GPU."""
+    cached, added = torch.tensor(prefix), torch.tensor(new)
+    firsts = (cached + added).cumsum(0) - (cached + added)
+
+    def rows(start: torch.Tensor, lens: torch.Tensor) -> torch.Tensor:
+        request, place = _ragged(lens, device)
+        return start.to(device, non_blocking=True)[request] + place
+
+    ends = torch.nn.functional.pad(cached.cumsum(0, dtype=torch.int32), (1, 0))
+    return NewBehindPrefix(
+        new=rows(firsts + cached, added),
+        prefix=rows(firsts, cached),
+        prefix_ends=ends.to(device, non_blocking=True),
+    )
+
+
+def spread_out(order: torch.Tensor, rows: NewBehindPrefix) -> torch.Tensor:
+    """Return the `order` of a `GatherPlan` with -1 at the rows of new tokens: [keys] int64."""
+    spread = order.new_full((len(rows.prefix) + len(rows.new),), -1)
+    return spread.index_copy_(0, rows.prefix, order)
 
 
 def _on_each_rank(lens: torch.Tensor, dcp_size: int) -> torch.Tensor:

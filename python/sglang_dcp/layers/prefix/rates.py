@@ -66,9 +66,9 @@ class Rates(NamedTuple):
 # - in place: a turn of 100 tokens on 30,720 positions, 54 ms more than plain TP.
 # - gathered and rows: not measured, but scaled by launches. In place a layer has 4 launches
 #   more than plain TP without a prefix, and 10 more with one. The 4 take 0.1 ms by the host
-#   times of traces, so the 10 take 1.0 ms. Gathered has the 4 and 5 more: 2 of attention, one
-#   that joins its splits, one that merges, and a layer's share of the gather. Rows have 5: two
-#   of the gather of queries, three of the exchange.
+#   times of traces, so the 10 take 1.0 ms. Gathered has the 4 and 2 more: one that joins the
+#   splits of attention, and a layer's share of the gather. Rows have 5: two of the gather of
+#   queries, three of the exchange.
 HOPPER = Rates(
     absorbed_flops=640e12,
     absorbed_split_flops=200e12,
@@ -86,6 +86,6 @@ HOPPER = Rates(
     layer_host_s=0.67e-3,
     layer_token_s=0.116e-6,
     kv_in_place_host_s=1.1e-3,
-    kv_gather_host_s=0.6e-3,
+    kv_gather_host_s=0.3e-3,
     kv_rows_host_s=0.5e-3,
 )
