@@ -13,7 +13,7 @@ from real_text import Ids
 
 # Tokens of a verification if drafts are clearly accepted; without any it is 1.
 LEAST = 1.2
-# Relative difference of mean accepted lengths. In fp32 near ties of drafts are rare.
+# Relative difference of mean accepted lengths in 16 bit, where near ties of drafts part.
 CLOSE = 0.01
 
 
@@ -53,22 +53,48 @@ def table(found: Mapping[str, Sequence[Drafted]]) -> str:
 
 
 def faults(
-    found: Mapping[str, Sequence[Drafted]], layouts: Sequence[Layout], *, same_ids: bool
+    found: Mapping[str, Sequence[Drafted]],
+    layouts: Sequence[Layout],
+    wanted: Sequence[int] | None,
 ) -> list[str]:
-    """Say which servers speak otherwise, accept little, or not what plain TP accepts."""
+    """Say which servers speak otherwise, accept little, or not what they should.
+
+    `wanted` are the verifications of each reply. Without them (16 bit) replies may part, and
+    the mean accepted length is compared with plain TP's.
+    """
     served = [layout for layout in layouts if layout.name in found]
     plain = [accepted(found[one.name]) for one in served if one.dcp_size == 1]
     errors = []
     for layout in served:
         replies = found[layout.name]
-        got, equal = accepted(replies), equal_ids(replies, found[FIRST])
-        if same_ids and equal < len(replies):
-            errors.append(f"{layout.name}: {equal} of {len(replies)} replies are equal")
-        if got < LEAST:
-            errors.append(f"{layout.name}: {got:.3f} tokens of a verification")
-        errors += [
-            f"{layout.name}: {got:.4f} tokens of a verification, plain TP {want:.4f}"
-            for want in plain
-            if abs(got - want) > CLOSE * want
-        ]
+        own = [f"{accepted(replies):.3f} tokens of a verification"]
+        own *= accepted(replies) < LEAST
+        if wanted is None:
+            own += _unlike_plain(accepted(replies), plain)
+        else:
+            own += _unlike_torch(replies, found[FIRST], wanted)
+        errors += [f"{layout.name}: {line}" for line in own]
     return errors
+
+
+def _unlike_plain(got: float, plain: Sequence[float]) -> list[str]:
+    return [
+        f"{got:.4f} tokens of a verification, plain TP {want:.4f}"
+        for want in plain
+        if abs(got - want) > CLOSE * want
+    ]
+
+
+def _unlike_torch(
+    got: Sequence[Drafted], first: Sequence[Drafted], wanted: Sequence[int]
+) -> list[str]:
+    equal = equal_ids(got, first)
+    counts = [one.verifications for one in got]
+    right = sum(a == b for a, b in zip(counts, wanted, strict=True))
+    lines = [f"{equal} of {len(got)} replies are equal"] * (equal < len(got))
+    if right < len(got):
+        lines.append(
+            f"{sum(counts)} verifications, by torch {sum(wanted)}; "
+            f"equal for {right} of {len(got)} replies"
+        )
+    return lines

@@ -213,25 +213,36 @@ def test_tokens_of_a_verification() -> None:
     assert accepted([*served(32), *served(64)]) == pytest.approx(128 / 96)
 
 
+OTHER = [*IDS[:-1], 0]
+
+
 @pytest.mark.parametrize(
     "replies, told",
     [
         (served(32), ""),
-        (served(33), "1.9394 tokens of a verification, plain TP 2.0000"),
+        (served(33), "33 verifications, by torch 32; equal for 0 of 1 replies"),
         (served(64), "1.000 tokens of a verification"),
-        (served(32, [*IDS[:-1], 0]), "0 of 1 replies are equal"),
+        (served(32, OTHER), "0 of 1 replies are equal"),
     ],
 )
-def test_faults_of_a_dcp_server(replies: list[Drafted], told: str) -> None:
+def test_faults_in_fp32(replies: list[Drafted], told: str) -> None:
     found = {"tp1": served(0), "tp": served(32), "2:a2a:q": replies}
-    errors = faults(found, LAYOUTS, same_ids=True)
-    assert bool(errors) == bool(told) and told in "\n".join(errors)
+    errors = "\n".join(faults(found, LAYOUTS, [32]))
+    assert bool(errors) == bool(told) and told in errors
 
 
-def test_in_16_bit_replies_may_part() -> None:
-    other = served(32, [*IDS[:-1], 0])
-    found = {"tp1": served(0), "tp": served(32), "2:a2a:q": other}
-    assert not faults(found, LAYOUTS, same_ids=False)
+@pytest.mark.parametrize(
+    "replies, told",
+    [
+        (served(32, OTHER), ""),
+        (served(33), "1.9394 tokens of a verification, plain TP 2.0000"),
+        (served(64), "1.000 tokens of a verification"),
+    ],
+)
+def test_faults_in_16_bit(replies: list[Drafted], told: str) -> None:
+    found = {"tp1": served(0), "tp": served(32), "2:a2a:q": replies}
+    errors = "\n".join(faults(found, LAYOUTS, None))
+    assert bool(errors) == bool(told) and told in errors
 
 
 def test_a_row_for_each_server() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import distil_draft
-from accepted_report import LEAST, accepted
+from accepted_report import accepted
 from eval_draft import PROMPT_TOKENS, SPECULATION, ask
 from head_oracle import HeadOracle
 from helpers.needs_sglang import needs_sglang
@@ -31,6 +31,8 @@ pytestmark = [
 ]
 
 NEW_TOKENS = 32
+# Tokens of a verification. A random head has 1.0.
+LEAST_ACCEPTED = 1.1
 # Chunks end inside the prompts, and pages inside chunks.
 COMMON = "--max-total-tokens 4096 --chunked-prefill-size 192 --page-size 4"
 DCP = "--tp 2 --dcp-size 2 --dcp-comm-backend a2a --dcp-replicate-q-proj"
@@ -44,7 +46,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip(f"needs the wheel of a trained model (98 MB): {INSTALL}")
     folder = tmp_path_factory.mktemp("pair")
     # Of 500 updates in the script: hardly trained, but far from random.
-    small = ["--blocks", "72", "--updates", "120"]
+    small = ["--blocks", "40", "--updates", "60"]
     return distil_draft.make_pair(distil_draft.parse([str(folder), *small]))
 
 
@@ -76,7 +78,7 @@ def test_as_many_drafts_are_accepted_as_by_torch(
         assert reply.ids == oracle.says(prompt, reply.ids)
         assert reply.verifications == oracle.verifications(prompt, reply.ids)
     print(f"{accepted(replies):.3f} tokens of a verification")
-    assert accepted(replies) > LEAST
+    assert accepted(replies) > LEAST_ACCEPTED
 
 
 if __name__ == "__main__":
