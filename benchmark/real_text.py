@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 Ids = list[int]
+# Shorter ones, such as those of a frame, stand in several chapters.
+LONG_LINE = 50
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,21 @@ def chapters() -> list[str]:
     return sorted(topics.values(), key=lambda text: (-len(text), text))
 
 
+def split_chapters() -> tuple[list[str], list[str]]:
+    """Texts to train on, and every fourth chapter, which is held out; the longest first.
+
+    Some chapters stand in others too. None to train on has a longer line of one held out.
+    """
+    found = list(dict.fromkeys(chapters()))
+    held_out = found[3::4]
+    lines = set().union(*map(_long_lines, held_out))
+    return [text for text in found if not lines & _long_lines(text)], held_out
+
+
+def _long_lines(text: str) -> set[str]:
+    return {line for line in text.splitlines() if len(line) > LONG_LINE}
+
+
 def draw_sample(
     tokenizer: Any,
     *,
@@ -48,8 +65,11 @@ def draw_sample(
     prompts: int,
     prompt_tokens: Sequence[int],
     seed: int = 1,
+    of: Sequence[str] | None = None,
 ) -> Sample:
     """At most `text_tokens` ids of each of the longest chapters, and prompts cut from any.
+
+    `of` are the chapters, by default all.
 
     Prompts take the lengths of `prompt_tokens` in turn. Every fourth begins where its
     chapter does, so some begin with what was read before, and hit the radix cache.
@@ -60,7 +80,7 @@ def draw_sample(
         No chapter is longer than a prompt.
     """
     # Longer than the model's context is no fault here: they are cut.
-    found = [tokenizer(text, verbose=False)["input_ids"] for text in chapters()]
+    found = [tokenizer(text, verbose=False)["input_ids"] for text in of or chapters()]
     read = [ids[:text_tokens] for ids in found[:texts]]
     draw = random.Random(seed)
     cut = []

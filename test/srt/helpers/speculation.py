@@ -138,9 +138,10 @@ def install() -> None:
     import torch
 
     if not torch.accelerator.is_available():
-        from helpers import speculation_cpu
+        from helpers import speculation_cpu, speculation_plain
 
         speculation_cpu.install()
+        speculation_plain.install()
     if CORPUS in os.environ:
         from sglang.srt.speculative.cpp_ngram import ngram_corpus
 

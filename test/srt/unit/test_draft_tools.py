@@ -11,11 +11,13 @@ import random
 import sys
 from itertools import takewhile
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from helpers import speculation
+from helpers import speculation, speculation_plain
 from helpers.draft_oracle import DraftOracle
 from helpers.gpu_checkpoints import beside, checkpoint
 from helpers.request_set import Request, hf_reference
@@ -129,6 +131,27 @@ def test_an_embedding_comes_out_of_its_norm_as_it_is(tmp_path: Path) -> None:
     norm = weights["model.layers.3.enorm.weight"].bfloat16().float()
     scale = (embedding.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
     assert torch.equal((embedding * scale * norm).bfloat16().float(), embedding)
+
+
+@pytest.mark.parametrize("verifies", [True, False])
+def test_a_plain_verification_extends_by_its_drafts(verifies: bool) -> None:
+    lens = torch.tensor([7, 30])
+    batch = SimpleNamespace(
+        forward_mode=SimpleNamespace(is_target_verify=lambda: verifies),
+        spec_info=SimpleNamespace(draft_token_num=WIDTH),
+        seq_lens=lens,
+    )
+    seen: list[Any] = []
+    speculation_plain.forward_extend(
+        lambda *args: seen.append(args[5]), *"bqkvl", batch, True
+    )
+    assert batch.seq_lens is lens
+    if not verifies:
+        assert seen == [batch]
+        return
+    assert seen[0].extend_prefix_lens.tolist() == [7, 30]
+    assert seen[0].extend_seq_lens.tolist() == [WIDTH, WIDTH]
+    assert seen[0].seq_lens.tolist() == [7 + WIDTH, 30 + WIDTH]
 
 
 if __name__ == "__main__":
