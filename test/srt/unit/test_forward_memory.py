@@ -163,14 +163,14 @@ def ragged_calls(at_work: Served) -> list[tuple[bool, int | None]]:
 
 
 @pytest.mark.parametrize("name", GATHERED_CASES)
-def test_a_gathered_prefix_is_split_and_new_tokens_are_not(name: str) -> None:
+def test_a_gathered_prefix_and_new_tokens_are_split_in_one_call(name: str) -> None:
     with gathering(name, a=300, b=1100) as (at_work, sizes):
         split = at_work.peak(extend(a=20, b=50))
         kept = sizes.kept_kv_heads
     heads = Fa3Heads(sizes.heads, kept, sizes.qk_dim, sizes.v_dim)
-    splits = ragged_splits(heads, 70, 50, 1100)
+    splits = ragged_splits(heads, 70, 50, 1100 + 50)
     assert splits > 1
-    assert ragged_calls(at_work) == [(True, None), (False, splits)]
+    assert ragged_calls(at_work) == [(True, splits)]
     told = total(gathered_parts(sizes, 70))
     assert split <= told
     assert splits * heads.split_bytes(70) <= gathered_parts(sizes, 70)[SPLITS]
@@ -180,7 +180,7 @@ def test_deterministic_inference_splits_no_gathered_prefix() -> None:
     with gathering("gqa", a=1400) as (at_work, sizes):
         without_splits(at_work, sizes)
         at_work.peak(extend(a=20))
-    assert ragged_calls(at_work) == [(True, None), (False, 1)]
+    assert ragged_calls(at_work) == [(True, 1)]
 
 
 def test_splits_of_any_gathered_prefix_are_told() -> None:
@@ -382,7 +382,7 @@ def test_an_expanded_prefill_takes_what_is_told(
     told = total(expanded_parts(sizes, new))
     inner: Any = rank.backend.backend._inner  # type: ignore[attr-defined]
     chunks = {(False, 1)} if capacity < prefix + new else set()
-    assert set(inner.ragged_splits) == {(True, None)} | chunks
+    assert set(inner.ragged_splits) == {(True, 1)} | chunks
     assert live.peak - fed <= told
     assert told <= 1.6 * live.peak
 
