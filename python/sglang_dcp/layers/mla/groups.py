@@ -19,8 +19,8 @@ from sglang_dcp.layers.mla import cost
 from sglang_dcp.layers.mla.cost import MlaSizes, Requests
 from sglang_dcp.layers.prefix.rates import Rates
 
-# Attention backends whose servers with prefills by group were compared with tp 1 on GPUs.
-# None was yet. CPUs absorb every prefill.
+# Attention backends whose servers with prefills by group were compared with tp 1 on GPUs, and
+# timed. None was timed yet. CPUs absorb every prefill.
 SERVED: frozenset[str] = frozenset()
 # New tokens of the requests that stay. What they exchange lives beside the new tokens'
 # expanded keys, which no other form holds at once (`forward_memory`).
