@@ -212,6 +212,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--whole-repeats {options.whole_repeats}: 0 or more")
     if options.peak_memory and options.device == "cpu":
         parser.error("--peak-memory: torch counts the memory of GPUs alone")
+    upstream = [layout for layout in options.layouts or () if layout.is_upstream]
+    if options.peak_memory and upstream:
+        parser.error("--peak-memory: upstream layouts load no plugin")
     options.csv = options.csv.absolute()
     # What `server_flags` takes for the most requests at once.
     options.concurrency = options.batches

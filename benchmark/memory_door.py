@@ -30,7 +30,12 @@ def around_forward(original: Any, runner: Any, *args: Any, **kwargs: Any) -> Any
     taken = torch.cuda.max_memory_allocated() - before
     rank = torch.cuda.current_device()
     file = Path(os.environ["SGLANG_DCP_BENCH_PEAKS"]) / f"rank{rank}"
-    if not file.exists() or taken > int(file.read_text()):
+    try:
+        known = int(file.read_text())
+    except FileNotFoundError:
+        # The reader took it.
+        known = 0
+    if taken > known:
         # The reader never sees half a number.
         partial = file.with_suffix(".partial")
         partial.write_text(str(taken))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 import torch
 
-from sglang_dcp.layers.backends.base import RaggedKeys, cumulated
+from sglang_dcp.layers.backends.base import NewBehindPrefix, RaggedKeys, cumulated
 from sglang_dcp.layers.backends.registry import backend_class
 from sglang_dcp.layers.heads import is_mla, kv_head_counts
 from sglang_dcp.layers.prefix import kv_form
@@ -55,7 +55,7 @@ class KvPlan(NamedTuple):
 
     gather: GatherPlan
     keys: RaggedKeys
-    new: torch.Tensor  # [tokens] int64, rows of the new tokens among the keys
+    rows: NewBehindPrefix
 
 
 class LayersAhead(NamedTuple):
@@ -144,7 +144,7 @@ class KvPrefill:
         gather = gather._replace(order=spread_out(gather.order, rows))
         ends = cumulated(batch.extend_prefix_lens + batch.extend_seq_lens)
         keys = RaggedKeys(None, [p + n for p, n in zip(prefix, new)], ends, rows)
-        return KvPlan(gather, keys, rows.new)
+        return KvPlan(gather, keys, rows)
 
     def _log_once(self, line: str, count: int) -> None:
         if line not in self._logged and self._shard.dcp_rank == 0:
@@ -170,8 +170,8 @@ class KvPrefill:
         ranks = self._shard.dcp_size, self._shard.dcp_rank
         kept = kv_index_of_local_q(q.shape[1], k.shape[1], *ranks, k.device)
         keys, values = self._of_layer(plan.gather, q.shape[1], layer.layer_id)
-        keys.index_copy_(0, plan.new, k[:, kept])
-        values.index_copy_(0, plan.new, v[:, kept])
+        keys.index_copy_(0, plan.rows.new, k[:, kept].to(keys.dtype))
+        values.index_copy_(0, plan.rows.new, v[:, kept].to(values.dtype))
         out, _ = self._backend.extend_ragged(q, keys, values, layer, batch, plan.keys)
         return out.to(q.dtype)
 

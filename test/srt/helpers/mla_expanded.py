@@ -203,7 +203,7 @@ def deepseek(rank: Rank, prefill: Prefill, truth: Truth) -> Any:
         assert latent.is_contiguous()
         return latent @ own.T, None
 
-    module.kv_b_proj = kv_b_proj
+    module.kv_b_proj, module.use_deep_gemm_bmm = kv_b_proj, False
     module.o_proj = lambda out: (out, None)
     return module
 

@@ -306,6 +306,11 @@ def test_the_backend_asks_for_these_splits(tokens: int) -> None:
     heads = Fa3Heads(8, 1, 576, 512)
     asked = prefix_splits(heads, tokens, tokens)
     assert inner.splits[-1] == (asked or own_choice(heads, tokens, 350))
+    # The plan of some requests counts, not that of the whole batch.
+    assert fa3._splits(q, tokens, 1, 512) == asked
+    with mock.patch.object(fa3, "_splits", wraps=fa3._splits) as splits:
+        fa3.extend_paged_prefix(q, layer, None)
+    assert splits.call_args.args[1] == tokens
 
 
 SHARDS = [(2, torch.bfloat16), (4, torch.bfloat16), (2, FP8)]

@@ -33,6 +33,7 @@ class Weights:
         self.w_vc = torch.randn(HEADS, LATENT, V, generator=gen)
         self.attn_mqa = "over latents"
         self.attn_mha = SimpleNamespace(layer_id=3)
+        self.kv_b_proj, self.use_deep_gemm_bmm = None, False
 
 
 def state(q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,6 +118,15 @@ def test_absorbing_changes_no_score_and_no_output() -> None:
     out = torch.randn(4, HEADS, LATENT, generator=gen)
     told = torch.einsum("thl,hlv->thv", out, module.w_vc)
     torch.testing.assert_close(from_latents(out, module), told)
+
+
+def test_a_layer_with_quantized_weights_is_told() -> None:
+    """The first layer chose the form, for all of them."""
+    nothing: Any = None
+    module = Weights(torch.Generator())
+    module.w_kc = module.w_kc.to(torch.float8_e4m3fn)
+    with pytest.raises(RuntimeError, match="plain weights in all layers"):
+        PrefixInPlace(nothing, nothing).learn(module)
 
 
 if __name__ == "__main__":

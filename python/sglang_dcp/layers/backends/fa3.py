@@ -97,7 +97,8 @@ class Fa3Backend(PlannedBackend):
         batch: ForwardBatch,
         keys: RaggedKeys,
     ) -> Partial:
-        splits = self._splits(q, k.shape[1], v.shape[2], keys)
+        longest = self.extend_plan().max_seqlen_q
+        splits = self._splits(q, longest, k.shape[1], v.shape[2], keys)
         returned = self._varlen(q, k, v, layer, keys, num_splits=splits)
         return as_partial(returned, q.dtype)
 
@@ -109,32 +110,37 @@ class Fa3Backend(PlannedBackend):
     ) -> Partial:
         plan = self._prefix
         assert plan is not None, "init_forward_metadata has not run"
+        longest, kv_heads = plan.max_seqlen_q, layer.tp_k_head_num
         return self._paged(
             q,
             layer,
             page_table=plan.page_table,
             cache_seqlens=plan.cache_seqlens,
             cu_seqlens_q=plan.cu_seqlens_q,
-            max_seqlen_q=plan.max_seqlen_q,
+            max_seqlen_q=longest,
             causal=False,
-            num_splits=self._splits(q, layer.tp_k_head_num, layer.v_head_dim),
+            num_splits=self._splits(q, longest, kv_heads, layer.v_head_dim),
         )
 
     def _splits(
         self,
         q: torch.Tensor,
+        longest: int,
         kv_heads: int,
         v_dim: int,
         gathered: Optional[RaggedKeys] = None,
     ) -> int:
-        """Return the `num_splits` of attention to a prefix: in pages, or `gathered`."""
+        """Return the `num_splits` of a call: over pages, or over keys that were `gathered`.
+
+        `longest` is the largest number of query tokens of a request in this call.
+        """
         if self._inner.num_splits:
             return int(self._inner.num_splits)
         if gathered is not None and not self.splits_ragged_below:
             return 1
         tokens, heads, qk_dim = q.shape
         sizes = Fa3Heads(heads, kv_heads, qk_dim, v_dim)
-        queries = tokens, self.extend_plan().max_seqlen_q
+        queries = tokens, longest
         if gathered is None:
             return prefix_splits(sizes, *queries)
         return ragged_splits(sizes, *queries, max(gathered.lens))

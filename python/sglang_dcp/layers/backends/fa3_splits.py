@@ -3,8 +3,8 @@
 With more than one split FA3 allocates an output in float32 for each of them: [splits,
 heads, tokens, v_dim]. By reading its source: if it may choose, it takes up to 128 splits
 where few tiles of queries leave SMs idle. Where queries are many and not causal, it takes
-one more for each 50 MB of a K/V head, however many tokens there are. Queries over a cached
-prefix are not causal here, so there the memory would grow with the length of the prompt.
+one more for each 50 MB of a K/V head, however many tokens there are. Queries over a prefix
+in place are not causal, so there the memory would grow with the length of the prompt.
 
 A given number is an upper bound. Before each call with ragged lengths, a small kernel gives
 each request as many splits as its share of the work fills SMs.
@@ -74,7 +74,7 @@ def prefix_splits(heads: Fa3Heads, tokens: int, longest: int) -> int:
 
 
 def ragged_splits(heads: Fa3Heads, tokens: int, longest: int, keys: int) -> int:
-    """Return the `num_splits` of attention to the gathered keys of a prefix: at least 1.
+    """Return the `num_splits` of attention to a gathered prefix and new tokens: at least 1.
 
     Their memory is at most `PREFIX_SPLIT_BYTES`. The number is never left to FA3, whose
     releases differ in what they count.

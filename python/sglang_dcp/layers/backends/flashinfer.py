@@ -119,16 +119,16 @@ class FlashInferBackend(PlannedBackend):
         batch: ForwardBatch,
         keys: RaggedKeys,
     ) -> Partial:
-        """Attend to keys that are the same for all layers of a forward, but for numbers."""
-        causal = keys.prefix_chunk is None
+        """Attend to new tokens behind their prefix, as planned in the first layer."""
+        assert keys.prefix_chunk is None, "K/V heads have no prefix chunks"
         if self._gathered is None:
             self._gathered = self._make_ragged()
         if not self._prefix_planned:
             lens = batch.extend_seq_lens_cpu, keys.lens
             with self._guard.amid_forward():
-                _plan_ragged(self._gathered, q, k, v, lens, causal=causal)
+                _plan_ragged(self._gathered, q, k, v, lens, causal=True)
             self._prefix_planned = True
-        how = dict(causal=causal, sm_scale=layer.scaling)
+        how = dict(causal=True, sm_scale=layer.scaling)
         return Partial(*self._gathered.forward_return_lse(q.contiguous(), k, v, **how))
 
     def _paged(

@@ -61,7 +61,15 @@ class PrefixInPlace:
         self._some = None
 
     def learn(self, module: Any) -> None:
-        """Take the weights of a layer from SGLang's attention module of DeepSeek."""
+        """Take the weights of a layer from SGLang's attention module of DeepSeek.
+
+        Raises
+        ------
+        RuntimeError
+            The layer has weights of another kind than the first one, which chose the form.
+        """
+        if not absorbs_plainly(module):
+            raise RuntimeError("a prefill by group needs plain weights in all layers")
         self._modules[module.attn_mha.layer_id] = module
 
     def plan(self, local: ForwardBatch, stays: Sequence[bool]) -> None:

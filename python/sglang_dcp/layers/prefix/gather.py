@@ -51,7 +51,7 @@ class GatherPlan(NamedTuple):
         dummy slot to the number of rows of the rank with most.
     order : Tensor [positions] int64
         Index into the rows of all ranks. It puts request after request, each in the
-        order of its positions.
+        order of its positions. `spread_out` makes it [keys], with -1 for new tokens.
     """
 
     slots: torch.Tensor

@@ -4,8 +4,8 @@
   outputs are exchanged.
 - Gathered, each rank receives the K and V that its local query heads need, and attends to
   the whole prefix.
-- As decode rows, each new token is a row of a decode step. It costs the host least, and
-  every row reads the prefix of its request once more.
+- As decode rows, each new token is a row of a decode step, and reads the prefix of its
+  request once more. It pays where a prefix is too long to be gathered.
 
 Logical lengths are the same on all ranks, so all ranks choose the same form and issue the
 same collectives.
@@ -28,7 +28,8 @@ from sglang_dcp.layers.prefix.rates import HOPPER, Rates
 from sglang_dcp.ops.layout import kv_windows, most_kept_kv_heads
 
 # Attention backends whose servers with gathered K/V were compared with tp 1 on GPUs, and the
-# first release on which they were. CPUs gather whatever stands here.
+# first release on which they were. Then a call of its own attended to the prefix; with one
+# call for all keys, two ranks on one GPU were compared. CPUs gather whatever stands here.
 SERVED = frozenset({"fa3", "flashinfer", "triton"})
 SERVED_SINCE = "0.5.23"
 # Attention backends whose prefills as decode rows were compared with tp 1 on GPUs, and timed.
@@ -96,9 +97,12 @@ class KvSizes(NamedTuple):
         """Most cached positions of a batch that may be gathered."""
         return MOST_GATHERED_BYTES // self.row_bytes(max(self.window, self.kept))
 
-    def layers_at_once(self, positions: int) -> int:
-        """Return how many layers a batch with so many cached positions gathers at once."""
-        return max(1, self.most_positions // positions)
+    def layers_at_once(self, keys: int) -> int:
+        """Return how many layers are gathered at once, with so many keys in order each.
+
+        The keys are cached positions and new tokens.
+        """
+        return max(1, self.most_positions // keys)
 
 
 def choose_kv_form(
@@ -113,10 +117,10 @@ def choose_kv_form(
     if not prefix:
         return KvForm.IN_PLACE
     seconds: dict[KvForm, float] = {}
-    if sum(requests.new) <= sizes.most_rows:
-        seconds[KvForm.ROWS] = rows_seconds(requests, sizes, rates)
     if prefix <= sizes.most_positions:
         seconds[KvForm.GATHERED] = gathered_seconds(requests, sizes, rates)
+    if sum(requests.new) <= sizes.most_rows:
+        seconds[KvForm.ROWS] = rows_seconds(requests, sizes, rates)
     seconds[KvForm.IN_PLACE] = in_place_seconds(requests, sizes, rates)
     return min(seconds, key=seconds.__getitem__)
 
