@@ -1,7 +1,8 @@
 """A door in what keeps short prefills on GPUs from becoming decode rows.
 
 DCP makes none there until GPU servers have shown it right. The plugin of such a server
-opens that door in its processes only. The rule by lengths stays.
+opens that door in its processes only. No prefix is gathered there, because that would take
+the host less. The rule by lengths stays.
 """
 
 from __future__ import annotations
@@ -14,3 +15,4 @@ def open_door() -> None:
     from sglang_dcp.layers.prefix import kv_form
 
     kv_form.ROWS_SERVED = OPENED  # type: ignore[misc]
+    kv_form.MOST_GATHERED_BYTES = 0  # type: ignore[misc]

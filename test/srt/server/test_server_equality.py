@@ -75,6 +75,8 @@ def load():
     from sglang_dcp.layers.prefix import kv_form
 
     kv_form.ROWS_SERVED = frozenset({"torch_native"})
+    # Where a prefix may be gathered, that takes the host less.
+    kv_form.MOST_GATHERED_BYTES = 0
 """,
 }
 
