@@ -142,7 +142,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     options.layouts = options.layouts or [Layout.parse("tp"), Layout.parse("2:a2a:q")]
     if not on_cpu and all(layout.dcp_size > 1 for layout in options.layouts):
-        parser.error("--layouts: on GPUs plain TP (tp) is what others are compared with")
+        parser.error(
+            "--layouts: on GPUs plain TP (tp) is what others are compared with"
+        )
     options.attention_backend = options.attention_backend or (
         "torch_native" if on_cpu else "fa3"
     )
