@@ -27,6 +27,7 @@ from helpers.gpu_cases import (
     exchange_case,
     fleet_fixture,
     params,
+    rotated,
 )
 from helpers.gpu_servers import Fleet
 from helpers.nccl_ranks import needs_gpus
@@ -52,16 +53,8 @@ SHAPES = (
     ("page64", "--page-size 64"),
     ("page16-mixed", f"--page-size 16 --chunked-prefill-size 1024 {MIXED}"),
 )
+LAYOUTS = (TP2_DCP2, TP4_ATTN2, TP4_DCP4)
 LINE = "DCP prefill gathers K and V of"
-
-
-def matrix(kind: str) -> Iterator[Case]:
-    """The shapes rotate, so that each backend and each exchange sees several."""
-    for b, backend in enumerate(BACKENDS):
-        for e, exchange in enumerate(EXCHANGES):
-            for number, layout in enumerate((TP2_DCP2, TP4_ATTN2, TP4_DCP4)):
-                shape = SHAPES[(b + e + 2 * number) % len(SHAPES)]
-                yield exchange_case(kind, layout, backend, exchange, shape)
 
 
 def eager_cases() -> Iterator[Case]:
@@ -79,7 +72,7 @@ def on_one_gpu() -> Iterator[Case]:
 
 def cases() -> Iterator[Case]:
     for kind in chosen_kinds(KINDS):
-        yield from matrix(kind)
+        yield from rotated(kind, BACKENDS, EXCHANGES, SHAPES, LAYOUTS, step=2)
     if HAS_PREFILL_GRAPHS:
         yield from eager_cases()
         yield from on_one_gpu()

@@ -21,10 +21,10 @@ from helpers.gpu_cases import (
     assert_within_spread,
     behind_door,
     chosen_kinds,
-    exchange_case,
     exchange_flags,
     fleet_fixture,
     params,
+    rotated,
 )
 from helpers.gpu_servers import Fleet, Run
 from helpers.nccl_ranks import needs_gpus
@@ -53,18 +53,10 @@ SHAPES = (
 )
 
 
-def matrix(kind: str) -> Iterator[Case]:
-    """The shapes rotate, so that each backend and each exchange sees several."""
-    for b, backend in enumerate(BACKENDS):
-        for e, exchange in enumerate(EXCHANGES):
-            for number, layout in enumerate((TP2_DCP2, TP4_ATTN2)):
-                shape = SHAPES[(b + e + 2 * number) % len(SHAPES)]
-                yield exchange_case(kind, layout, backend, exchange, shape)
-
-
 def cases() -> Iterator[Case]:
     for kind in chosen_kinds(KINDS):
-        yield from matrix(kind)
+        layouts = TP2_DCP2, TP4_ATTN2
+        yield from rotated(kind, BACKENDS, EXCHANGES, SHAPES, layouts, step=2)
         if kind.startswith("qwen3-moe"):
             # Groups of experts whose communicator has captured and eager calls. DCP turns
             # these graphs off until this case has passed.

@@ -28,6 +28,7 @@ from helpers.gpu_cases import (
     exchange_case,
     fleet_fixture,
     params,
+    rotated,
 )
 from helpers.gpu_servers import Fleet
 from helpers.nccl_ranks import needs_gpus
@@ -49,6 +50,7 @@ CAPACITY = ("SGLANG_MAX_KV_CHUNK_CAPACITY", "700")
 # Tokens of the prefixes, and new tokens of the turns on them. The last turn is a chunk.
 PREFIXES = (130, 1023, 4096, 16384)
 TURNS = (1, 5, 17, 64, 3000)
+LAYOUTS = (TP2_DCP2, TP4_ATTN2, TP4_DCP4)
 LINE = "DCP prefill by group keeps"
 
 
@@ -78,15 +80,10 @@ def build_waves(seed: int = 0) -> list[Wave]:
 
 
 def cases() -> Iterator[Case]:
-    """The shapes rotate, so that each backend and each exchange sees several."""
-    for kind, (b, backend) in itertools.product(
-        chosen_kinds(KINDS), enumerate(BACKENDS)
-    ):
-        for e, exchange in enumerate(EXCHANGES):
-            for number, layout in enumerate((TP2_DCP2, TP4_ATTN2, TP4_DCP4)):
-                shape = SHAPES[(b + e + number) % len(SHAPES)]
-                case = exchange_case(kind, layout, backend, exchange, shape)
-                yield behind_door(case, "prefill_groups_door")
+    for kind in chosen_kinds(KINDS):
+        for case in rotated(kind, BACKENDS, EXCHANGES, SHAPES, LAYOUTS):
+            yield behind_door(case, "prefill_groups_door")
+    for kind, backend in itertools.product(chosen_kinds(KINDS), BACKENDS):
         case = exchange_case(kind, TP2_DCP2, backend, ("a2a", True), ("chunks", ""))
         yield behind_door(replace(case, env=(CAPACITY,)), "prefill_groups_door")
         yield from on_one_gpu(kind, backend)

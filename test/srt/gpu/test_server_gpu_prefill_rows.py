@@ -24,9 +24,9 @@ from helpers.gpu_cases import (
     assert_within_spread,
     behind_door,
     chosen_kinds,
-    exchange_case,
     fleet_fixture,
     params,
+    rotated,
 )
 from helpers.gpu_servers import Fleet
 from helpers.nccl_ranks import needs_gpus
@@ -54,6 +54,7 @@ SHAPES = (
 # Tokens of the prefixes, and new tokens of the turns on them.
 PREFIXES = (1, 2, 130, 1023, 4096, 16384)
 TURNS = (1, 2, 5, 17, 64)
+LAYOUTS = (TP2_DCP2, TP4_ATTN2, TP4_DCP4)
 LINE = "runs as decode rows"
 
 
@@ -80,15 +81,9 @@ def build_waves(seed: int = 0) -> list[Wave]:
 
 
 def cases() -> Iterator[Case]:
-    """The shapes rotate, so that each backend and each exchange sees several."""
-    for kind, (b, backend) in itertools.product(
-        chosen_kinds(KINDS), enumerate(BACKENDS)
-    ):
-        for e, exchange in enumerate(EXCHANGES):
-            for number, layout in enumerate((TP2_DCP2, TP4_ATTN2, TP4_DCP4)):
-                shape = SHAPES[(b + e + number) % len(SHAPES)]
-                case = exchange_case(kind, layout, backend, exchange, shape)
-                yield behind_door(case, "prefill_rows_door")
+    for kind in chosen_kinds(KINDS):
+        for case in rotated(kind, BACKENDS, EXCHANGES, SHAPES, LAYOUTS):
+            yield behind_door(case, "prefill_rows_door")
 
 
 fleet = fleet_fixture(build_waves)

@@ -163,6 +163,25 @@ def exchange_case(
     )
 
 
+def rotated(
+    kind: str,
+    backends: Sequence[str],
+    exchanges: Sequence[tuple[str, bool]],
+    shapes: Sequence[tuple[str, str]],
+    layouts: Sequence[Layout],
+    step: int = 1,
+) -> Iterator[Case]:
+    """Each backend with each exchange and layout, in one shape, `step` on for each layout.
+
+    So each backend and each exchange sees several shapes.
+    """
+    for b, backend in enumerate(backends):
+        for e, exchange in enumerate(exchanges):
+            for number, layout in enumerate(layouts):
+                shape = shapes[(b + e + step * number) % len(shapes)]
+                yield exchange_case(kind, layout, backend, exchange, shape)
+
+
 def chosen_kinds(known: Iterable[str]) -> list[str]:
     """`known`, or those of them in `SGLANG_DCP_TEST_KIND` (comma-separated)."""
     known = list(known)
