@@ -21,9 +21,11 @@ from sglang_dcp.demo.tiny_model import make_model
 _WEIGHTS = "model.safetensors"
 _MARK = "quantized.json"
 # Raise it when the same kind, format and seed start to give other files.
-_VERSION = 1
-# SGLang derives the K weights of MLA from `kv_b_proj`, and cannot from these formats.
+_VERSION = 2
+# SGLang derives the K weights of MLA from `kv_b_proj`, and cannot from these formats. It fuses
+# the two projections down to latents, and cannot along the packed dimension of GPTQ.
 NOT_FOR_LATENTS = ("gptq", "w4a16")
+LATENT_PROJECTIONS = ("kv_b_proj", "kv_a_proj", "q_a_proj")
 # The server quantizes these itself. SGLang refuses to do so with weights in float32.
 _FORMS: Mapping[str, Format] = {**FORMATS, "bf16": ONLINE_FP8}
 
@@ -69,8 +71,8 @@ def make_quantized(path: Path, kind: str, name: str, seed: int = 0) -> Path:
 def _left(kind: str, name: str) -> tuple[str, ...]:
     """Return parts of names of modules that stay in 16 bit."""
     latents = "kv_lora_rank" in QUANTIZED_KINDS[kind].sizes
-    attention = latents and name in NOT_FOR_LATENTS
-    return ("lm_head", *(["self_attn"] if attention else []))
+    left = LATENT_PROJECTIONS if latents and name in NOT_FOR_LATENTS else ()
+    return ("lm_head", *left)
 
 
 def _quantize(folder: Path, form: Format, left: tuple[str, ...]) -> None:
