@@ -85,9 +85,8 @@ bench-prefill: $(STAMP)
 bench-serving: $(STAMP)
 	$(BIN)/python benchmark/bench_serving.py $(OUT)/serving.jsonl $(ARGS)
 
-# By the plugin of the tests, since DCP refuses most drafts until they have passed on GPUs.
 bench-speculation: $(STAMP)
-	$(BIN)/python benchmark/bench_speculation.py $(OUT)/speculation.csv --tests-plugin $(ARGS)
+	$(BIN)/python benchmark/bench_speculation.py $(OUT)/speculation.csv $(ARGS)
 
 eval-accuracy: $(TRAINED)
 	$(BIN)/python benchmark/eval_accuracy.py $(OUT)/accuracy.json $(ARGS)

@@ -28,8 +28,7 @@ says, and each is measured while the others idle.
 Greedy replies of fixed length. Not measured: real weights, how many drafts are right,
 batches whose requests accept different numbers.
 
-DCP refuses drafts on CPUs, and with `flashinfer` and K/V heads. `--tests-plugin` allows them
-to the servers of this run.
+DCP refuses drafts on CPUs. `--tests-plugin` allows them to the servers of this run.
 """
 
 from __future__ import annotations
@@ -219,7 +218,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--tests-plugin",
         action="store_true",
-        help="let servers with DCP speculate, by the plugin of the live tests",
+        help="let CPU servers with DCP speculate, by the plugin of the live tests",
     )
     options = parser.parse_args(argv)
     for name in ("repeats", "at_once"):

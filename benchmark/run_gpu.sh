@@ -214,7 +214,7 @@ fi
   wanted prefill && run_bench prefill benchmark/bench_prefill.py "$logs/prefill.csv" ${PREFILL_ARGS:-}
   wanted serving && run_bench serving benchmark/bench_serving.py "$logs/serving.jsonl" $SERVING_ARGS
   wanted bench-speculation && run_bench bench-speculation benchmark/bench_speculation.py \
-    "$logs/speculation.csv" --tests-plugin ${SPECULATION_ARGS:-}
+    "$logs/speculation.csv" ${SPECULATION_ARGS:-}
 }
 if wanted caches; then
   # Without TorchInductor's, a first group of DeepSeek-V2 servers captured for 44 to 75 s.

@@ -1,8 +1,8 @@
 """Opens the door of speculation to servers with DCP, as the live tests do.
 
-DCP refuses what its tests have not shown on GPUs, and all algorithms on CPUs. The plugin of
-these tests, in `test/srt/helpers/speculation.py`, allows all in the processes of one run. On
-a CPU it also brings the kernels that SGLang lacks there.
+DCP refuses all algorithms on CPUs. The plugin of these tests, in
+`test/srt/helpers/speculation.py`, allows them in the processes of one run, and brings the
+kernels that SGLang lacks there. On GPUs it can replace the corpus of NGRAM.
 """
 
 from __future__ import annotations

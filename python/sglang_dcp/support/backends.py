@@ -9,8 +9,7 @@ import torch
 
 from sglang_dcp.layers.backends.capabilities import FP8, Mismatch, Requirement
 from sglang_dcp.layers.backends.registry import backend_names, find_mismatch
-from sglang_dcp.support.rules import DROP, raise_unsupported
-from sglang_dcp.support.speculation import algorithm_of
+from sglang_dcp.support.rules import raise_unsupported
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +25,6 @@ def requirement_of(args: Any, model: Any, mla: bool) -> Requirement:
         (model.kv_lora_rank, model.qk_rope_head_dim) if mla else model.head_dim,
         kv_dtypes.get(args.kv_cache_dtype),
         model.hf_text_config.num_attention_heads // args.dcp.tp_size,
-        algorithm_of(args),
     )
 
 
@@ -71,7 +69,7 @@ def check_backend(
 
 def _mismatch_of_all(name: str, requirement: Requirement) -> Optional[Mismatch]:
     """Find the one requirement without which some backend could serve."""
-    for part in ("speculative_algorithm", "kv_dtype", "head_dim", "dtype"):
+    for part in ("kv_dtype", "head_dim", "dtype"):
         unknown: dict[str, Any] = {part: None}
         if could := backend_names(requirement._replace(**unknown)):
             return find_mismatch(name if name in could else could[0], requirement)
@@ -83,5 +81,4 @@ _NO_OTHER_BACKEND = {
     "--dtype": "use --dtype bfloat16",
     "--kv-cache-dtype": "use --kv-cache-dtype auto",
     "--model-path": "serve this model without DCP",
-    "--speculative-algorithm": DROP,
 }

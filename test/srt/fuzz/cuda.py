@@ -26,7 +26,6 @@ from sglang_dcp.demo.server import ServerProcess
 
 MARGIN = 1.5
 TAIL_MARGIN = 3.0
-NO_PLUGIN = "def load(): ..."
 
 SETTINGS: Mapping[str, Setting] = {
     "llama-fa3-symm_a2a-page16-mixed": Setting(
@@ -140,7 +139,7 @@ def specs(
     backend = re.findall(r"--attention-backend \S+", setting.layout)
     plain = f"--dtype bfloat16 --disable-prefill-cuda-graph {' '.join(backend)} {flags}"
     own = f"--max-total-tokens {setting.per_rank} --mem-fraction-static 0.7"
-    alone = teacher_forcing.PLUGIN if forced else NO_PLUGIN
+    alone = teacher_forcing.PLUGIN if forced else teacher_forcing.NO_PLUGIN
     plugin, shared = alone, ""
     if setting.one_gpu:
         plugin, shared = one_gpu.sharing(alone), one_gpu.FLAGS

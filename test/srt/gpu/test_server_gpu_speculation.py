@@ -11,8 +11,6 @@ scheduler and the exchanges over NCCL and NVLink. Only here are the steps of a d
   computes. These are most of them: SGLang hides the first token of a prompt from a draft.
   Without its own exchange there would be hardly any, as of a stranger.
 
-DCP refuses `flashinfer` with K/V heads. The plugin opens these servers.
-
 Words for pytest -k, beside those of test/srt/README.md:
 
     ngram | head | accepted            one of the three tests
@@ -116,7 +114,7 @@ def verified(
     right, width = DRAFTS[turn % len(DRAFTS)]
     shape = SHAPES[turn % len(SHAPES)]
     case = exchange_case(kind, layout, backend, exchange, shape)
-    env = {speculation.SERVED: "NGRAM", **speculation.knowing(right)}
+    env = speculation.knowing(right)
     label = f"{case.label}-{right}-of-{width}"
     return replace(
         case, label=label, numbers=drafts(right, width), env=tuple(env.items())
@@ -189,10 +187,6 @@ class Drafter(NamedTuple):
             f"--speculative-draft-model-path {self.path}"
         )
 
-    @property
-    def env(self) -> tuple[tuple[str, str], ...]:
-        return ((speculation.SERVED, self.algorithm),)
-
 
 # An MTP layer is a part of the target's checkpoint. SGLang makes one of any DeepSeek-V3 that
 # drafts, so STANDALONE has DeepSeek-V2.
@@ -243,7 +237,6 @@ def head_cases() -> Iterator[Case]:
                 label=f"{case.label}-{name}-k{steps}",
                 flags=f"{case.flags} {head.flags(steps)}",
                 numbers=numbers,
-                env=head.env,
             )
 
 
@@ -278,8 +271,7 @@ def drafting(name: str, case: Case, head: Drafter, steps: int) -> Drafting:
             spec,
             name=f"{spec.name}-{name}",
             flags=f"{spec.flags} {head.flags(steps)}",
-            plugin=speculation.DOOR,
-            env=head.env,
+            plugin=teacher_forcing.NO_PLUGIN,
         )
 
     ours, theirs = (speculating(s) for s in (case.spec, BF16.plain(case.kind, 2)))

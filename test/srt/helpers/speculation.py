@@ -1,8 +1,8 @@
 """Plugins of servers that speculate, with drafts that a test knows.
 
-DCP refuses an algorithm until GPU servers have shown it right, and all on CPUs. The plugin
-allows it in the processes of one test. It can also take the place of NGRAM's corpus, so
-that a test knows which drafts are right: all, none, or some of them.
+DCP refuses all algorithms on CPUs. The plugin allows those that it is told to, in the
+processes of one test. It can also take the place of NGRAM's corpus, so that a test knows
+which drafts are right: all, none, or some of them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import json
 import os
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import numpy as np
 from helpers.servers import plugin_folder
 from helpers.teacher_forcing import PLUGIN, forced_token
 
-# Environment of a server: its algorithms, and what its corpus knows, as JSON.
+# Environment of a server: its algorithms on a CPU, and what its corpus knows, as JSON.
 SERVED = "SGLANG_DCP_TEST_SPECULATES"
 CORPUS = "SGLANG_DCP_TEST_CORPUS"
 
@@ -119,18 +118,14 @@ def known_verifications(
 
 
 def open_door() -> None:
-    """Let servers of this process start with the algorithms that it names.
+    """Let CPU servers of this process start with the algorithms that it names.
 
-    A server without DCP names none. They may have any attention backend.
+    A server without DCP names none.
     """
-    from sglang_dcp.layers.backends.flashinfer import FlashInferBackend
     from sglang_dcp.support import speculation
 
-    known = FlashInferBackend.capabilities
-    FlashInferBackend.capabilities = replace(known, speculates=True)
-
     served = tuple(os.environ.get(SERVED, "").split(","))
-    speculation.SERVED = speculation.SERVED_ON_CPU = served  # type: ignore[misc]
+    speculation.SERVED_ON_CPU = served  # type: ignore[misc]
 
 
 def install() -> None:
@@ -195,7 +190,6 @@ def load():
     from helpers import speculation
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    speculation.open_door()
     speculation.install()
     HookRegistry.register(
         "sglang.srt.speculative.eagle_utils.eagle_sample",

@@ -30,6 +30,8 @@ def forced_token(position: Any) -> Any:
     return 32 + (31 * position + 7) % 95
 
 
+# For servers that reply with their own tokens.
+NO_PLUGIN = "def load(): ..."
 PLUGIN = f"""
 from __future__ import annotations
 

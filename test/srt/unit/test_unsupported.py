@@ -833,13 +833,6 @@ GPU_BACKENDS = {
         on_mla(head_dim=(64, 16)),
         "--model-path kv_lora_rank 64, qk_rope_head_dim 16 .*use --att.* torch_native",
     ),
-    "triton-ngram": ("triton", on_gpu(speculative_algorithm="NGRAM"), None),
-    "flashinfer-mla-eagle": ("flashinfer", on_mla(speculative_algorithm="EAGLE"), None),
-    "flashinfer-ngram": (
-        "flashinfer",
-        on_gpu(head_dim=128, speculative_algorithm="NGRAM"),
-        "--speculative-algorithm NGRAM .*flashinfer.*; use --attention-backend fa3",
-    ),
     "flashinfer-80": (
         "flashinfer",
         on_gpu(head_dim=80),

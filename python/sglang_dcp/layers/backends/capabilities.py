@@ -32,8 +32,6 @@ class BackendCapabilities:
         Why it reads no other float8_e4m3fn cache.
     local_heads_divide : int
         A rank's local query heads must divide this number; 0 allows any.
-    speculates : bool
-        Whether verifications of speculative decoding were compared with tp 1.
     """
 
     cpu: bool = False
@@ -42,7 +40,6 @@ class BackendCapabilities:
     fp8_with: tuple[torch.dtype, ...] = HALF
     no_fp8: str = "was not made or checked for it"
     local_heads_divide: int = 0
-    speculates: bool = True
 
 
 class Requirement(NamedTuple):
@@ -54,7 +51,6 @@ class Requirement(NamedTuple):
     head_dim: Optional[HeadDim] = None
     kv_dtype: Optional[torch.dtype] = None
     local_heads: Optional[int] = None
-    speculative_algorithm: Optional[str] = None
 
 
 class Mismatch(NamedTuple):
@@ -72,7 +68,7 @@ def compare(
 
     The device is not compared. The registry knows which backends exist on it.
     """
-    checks = (_local_heads, _dtype, _head_dim, _kv_dtype, _speculation)
+    checks = (_local_heads, _dtype, _head_dim, _kv_dtype)
     found = (check(name, capabilities, requirement) for check in checks)
     return next((mismatch for mismatch in found if mismatch is not None), None)
 
@@ -116,18 +112,6 @@ def _kv_dtype(
     why = can.no_fp8 if need.kv_dtype == FP8 else BackendCapabilities.no_fp8
     reason = f"attention backend {name} {why}"
     return Mismatch("--kv-cache-dtype", _shown(need.kv_dtype), reason)
-
-
-def _speculation(
-    name: str, can: BackendCapabilities, need: Requirement
-) -> Optional[Mismatch]:
-    if need.speculative_algorithm is None or can.speculates:
-        return None
-    reason = (
-        f"with attention backend {name}, captured verifications over K/V heads were not "
-        "compared with tp 1"
-    )
-    return Mismatch("--speculative-algorithm", need.speculative_algorithm, reason)
 
 
 def _reads_fp8(can: BackendCapabilities, need: Requirement) -> bool:

@@ -39,7 +39,7 @@ class FlashInferBackend(PlannedBackend):
     """
 
     is_lse_base_on_e = False
-    capabilities = BackendCapabilities(head_dims=(64, 128, 256), speculates=False)
+    capabilities = BackendCapabilities(head_dims=(64, 128, 256))
     creator = "create_flashinfer_backend"
 
     def __init__(self, inner: Any, make_ragged: Callable[[], Any]) -> None:
