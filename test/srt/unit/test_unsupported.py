@@ -1053,16 +1053,16 @@ QUANTIZED: tuple[tuple[str, dict[str, Any] | None, str], ...] = (
 # What `test/srt/gpu/test_server_gpu_quant.py` showed on GPUs.
 RAN_WITH_LATENTS = {
     "compressed-tensors-float-quantized-8bit-channel",
+    "compressed-tensors-pack-quantized-4bit-group",
     "fp8-block",
+    "fp8-online",
     "fp8-tensor-dynamic",
+    "gptq_marlin-4bit",
     "modelopt_fp8",
 }
 RAN = RAN_WITH_LATENTS | {
     "awq_marlin-4bit",
     "compressed-tensors-int-quantized-8bit-channel",
-    "compressed-tensors-pack-quantized-4bit-group",
-    "fp8-online",
-    "gptq_marlin-4bit",
 }
 
 
