@@ -28,8 +28,7 @@ from sglang_dcp.layers.prefix.rates import HOPPER, Rates
 from sglang_dcp.ops.layout import kv_windows, most_kept_kv_heads
 
 # Attention backends whose servers with gathered K/V were compared with tp 1 on GPUs, and the
-# first release on which they were. Then a call of its own attended to the prefix; with one
-# call for all keys, two ranks on one GPU were compared. CPUs gather whatever stands here.
+# first release on which they were. CPUs gather whatever stands here.
 SERVED = frozenset({"fa3", "flashinfer", "triton"})
 SERVED_SINCE = "0.5.23"
 # Attention backends whose prefills as decode rows were compared with tp 1 on GPUs, and timed.
