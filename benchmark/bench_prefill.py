@@ -34,6 +34,7 @@ from decode_models import vocab_size, write_model
 from decode_options import add_engine_options, fill_engine_defaults
 from decode_quantization import config_entries
 from decode_report import markdown
+from doors import known_doors, plugin_env, source_of
 from live_client import Answers, Client, Ids, cache_misses
 from live_servers import (
     add_server_options,
@@ -136,7 +137,12 @@ def make_server(
 ) -> ServerProcess:
     flags = ["--skip-tokenizer-init", "--chunked-prefill-size", str(options.chunk)]
     log = log_beside(options.csv, layout.name)
-    env = open_door(peaks_of(options, layout)) if options.peak_memory else {}
+    env: dict[str, str] = {}
+    if options.peak_memory:
+        env = open_door(peaks_of(options, layout))
+    elif options.doors and layout.dcp_size > 1 and not layout.is_upstream:
+        folder = options.folder / f"doors-{layout.name}".replace(":", "-")
+        env = plugin_env(folder, "open_doors", source_of(options.doors))
     return new_server(options, layout, model, log, flags, env)
 
 
@@ -203,7 +209,16 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="note what the largest forward takes on each GPU; not with upstream layouts",
     )
+    add(
+        "--doors",
+        nargs="*",
+        default=[],
+        choices=known_doors(),
+        help="what servers with DCP do though it is off: doors of the live tests",
+    )
     options = parser.parse_args(argv)
+    if options.doors and options.peak_memory:
+        parser.error("--doors: not with --peak-memory")
     if options.repeats < 1:
         parser.error(f"--repeats {options.repeats}: 1 or more")
     if options.whole_repeats is None:
@@ -241,6 +256,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"\n{options.model}, {options.weights} weights, tp {options.tp}, "
         "seconds to the first token\n"
     )
+    if options.doors:
+        print(f"with DCP, doors open: {', '.join(options.doors)}\n")
     print(markdown(ratio_table(rows)))
     if options.peak_memory:
         print("\n" + markdown(memory_table(rows)))

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import inspect
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
-TESTS = Path(__file__).resolve().parents[1] / "test" / "srt"
+from doors import plugin_env
+
 FOLDER = "SGLANG_DCP_BENCH_PEAKS"
 
 
@@ -65,15 +65,7 @@ def load():
 
 def open_door(folder: Path) -> dict[str, str]:
     """Return the environment of a server whose ranks note their peaks in `folder`."""
-    if str(TESTS) not in sys.path:
-        sys.path.append(str(TESTS))
-    from helpers.servers import plugin_folder
-
-    folder.mkdir()
-    path = plugin_folder(folder, "memory_door", PLUGIN)["PYTHONPATH"]
-    inherited = os.environ.get("PYTHONPATH")
-    joined = os.pathsep.join(filter(None, (path, inherited)))
-    return {"PYTHONPATH": joined, FOLDER: str(folder)}
+    return {**plugin_env(folder, "memory_door", PLUGIN), FOLDER: str(folder)}
 
 
 def take_peaks(folder: Path) -> list[int]:

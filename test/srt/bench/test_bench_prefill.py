@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import csv
+import os
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -124,6 +126,25 @@ def test_peaks_are_of_gpus_alone(
     with pytest.raises(SystemExit):
         options_of(tmp_path, "--peak-memory")
     assert "--peak-memory" in capsys.readouterr().err
+
+
+def test_doors_are_opened_in_servers_with_dcp_alone(tmp_path: Path) -> None:
+    options = options_of(tmp_path, "--doors short_prefill_door prefill_graph_door")
+    options.folder = tmp_path
+    seen: dict[str, dict[str, str]] = {}
+
+    def started(options: Any, layout: Layout, *rest: Any) -> None:
+        seen[layout.name] = rest[-1]
+
+    with mock.patch("bench_prefill.new_server", started):
+        for layout in (options.plain, *options.layouts):
+            bench_prefill.make_server(options, layout, tmp_path)
+    assert not seen.pop("tp")
+    [env] = seen.values()
+    folder = Path(env["PYTHONPATH"].split(os.pathsep)[0])
+    source = (folder / "open_doors.py").read_text()
+    for door in options.doors:
+        assert f"from helpers.{door} import open_door" in source
 
 
 def test_percentile_is_a_value_that_was_seen() -> None:

@@ -1,0 +1,49 @@
+"""Plugins of servers that a benchmark starts: one that it brings, or doors of the live tests.
+
+A door lets a server do what DCP keeps closed until it was compared and timed on GPUs
+(`test/srt/helpers/*_door.py`).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parent.parent / "test" / "srt"
+
+
+def plugin_env(folder: Path, name: str, source: str) -> dict[str, str]:
+    """Return the environment of a server that loads `source` as plugin `name`.
+
+    `folder` is made.
+    """
+    _add_tests()
+    from helpers.servers import plugin_folder
+
+    folder.mkdir(parents=True)
+    path = plugin_folder(folder, name, source)["PYTHONPATH"]
+    inherited = os.environ.get("PYTHONPATH")
+    return {"PYTHONPATH": os.pathsep.join(filter(None, (path, inherited)))}
+
+
+def source_of(doors: Sequence[str]) -> str:
+    """Return the source of a plugin that opens `doors`, modules of `helpers`."""
+    _add_tests()
+    from helpers.doors import with_door
+
+    source = "def load(): ...\n"
+    for door in doors:
+        source = with_door(source, door)
+    return source
+
+
+def known_doors() -> list[str]:
+    """List the doors of the live tests, by name."""
+    return sorted(path.stem for path in (TESTS / "helpers").glob("*_door.py"))
+
+
+def _add_tests() -> None:
+    if str(TESTS) not in sys.path:
+        sys.path.append(str(TESTS))
