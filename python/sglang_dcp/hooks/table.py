@@ -288,6 +288,16 @@ HOOKS: tuple[Hook, ...] = (
             "a replicated Q projection would return the heads of all ranks in prefill too",
         ),
     )
+    + (
+        Hook(
+            "short-prefill",
+            f"{_SRT}.model_executor.model_runner.ModelRunner._forward_raw",
+            Kind.AROUND,
+            "sglang_dcp.layers.short_prefill:forward_raw",
+            "a few new tokens would take as long as the launches of a whole prefill",
+            since="0.5.23",
+        ),
+    )
     + tuple(
         Hook(
             f"speculation-{name}",

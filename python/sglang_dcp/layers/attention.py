@@ -25,13 +25,13 @@ from sglang_dcp.layers.backends.attention_calls import (
 )
 from sglang_dcp.layers.backends.base import InnerBackend, Partial
 from sglang_dcp.layers.decode import DecodeAttention
-from sglang_dcp.layers.decode_rows import as_prefill_rows
 from sglang_dcp.layers.kv_pool import write_kv
 from sglang_dcp.layers.kv_prefill import KvPrefill, kv_sizes_of
 from sglang_dcp.layers.local_batch import LocalBatch, LocalBatchBuilder
 from sglang_dcp.layers.mla.prefill import MlaPrefill
-from sglang_dcp.layers.prefix.kv_form import KvForm, KvSizes
+from sglang_dcp.layers.prefix.kv_form import KvSizes
 from sglang_dcp.layers.runner_view import RunnerView
+from sglang_dcp.layers.short_prefill import ShortPrefill, short_prefill_of
 from sglang_dcp.layers.workspace import (
     most_requests,
     tokens_per_request,
@@ -77,6 +77,8 @@ class DcpAttentionBackend(AttentionBackend):
     Attributes
     ----------
     exchange : Exchange
+    short_prefill : ShortPrefill, optional
+        Tells which prefills SGLang's runner runs as decode steps. None if none is.
     """
 
     # Of the dummy prefills with which SGLang tunes kernels: as many requests at most as
@@ -110,6 +112,7 @@ class DcpAttentionBackend(AttentionBackend):
         self.decode = DecodeAttention(*parts, width)
         self.prefill = MlaPrefill(*parts, self._prefix_in_place)
         self.kv_prefill = KvPrefill(*parts, kv_sizes)
+        self.short_prefill: Optional[ShortPrefill] = None
         self._local: Optional[LocalBatch] = None
 
     @classmethod
@@ -143,7 +146,7 @@ class DcpAttentionBackend(AttentionBackend):
             *(runner, batches.local_table, config, requests, width),
             head_tile=backend.head_tile,
         )
-        return cls(
+        built = cls(
             backend.from_runner(view),
             batches,
             exchange,
@@ -155,6 +158,9 @@ class DcpAttentionBackend(AttentionBackend):
             kv_sizes_of(runner, config) if beside is None else None,
             width,
         )
+        if beside is None:
+            built.short_prefill = short_prefill_of(runner, config)
+        return built
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Build the local batch and plan, once for all layers."""
@@ -164,12 +170,9 @@ class DcpAttentionBackend(AttentionBackend):
         batch, width = self.decode.step_of(forward_batch)
         # SGLang's projections of a prefill give a rank its own heads.
         replicated = batch.forward_mode.is_decode()
-        form = self.kv_prefill.form_of(batch)
-        if form is KvForm.ROWS:
-            batch = as_prefill_rows(batch)
         self._local = self._batches.build(batch, width)
         self.prefill.init_forward_metadata(self._local.forward_batch)
-        self.kv_prefill.init_forward_metadata(batch, form)
+        self.kv_prefill.init_forward_metadata(batch)
         self.backend.init_forward_metadata(batch, self._local.forward_batch)
         self._select_q_width(replicated=replicated)
 
@@ -263,8 +266,8 @@ class DcpAttentionBackend(AttentionBackend):
 
         Shapes and errors are those of `forward_decode`, with local heads in `q`. Tokens
         with which SGLang pads the batch come last, and their rows are 0. In an expanded MLA
-        prefill it returns what `MlaPrefill.attend` returns. Never captured. A forward that
-        was planned as a decode step is one, and may be captured.
+        prefill it returns what `MlaPrefill.attend` returns. Never captured. A draft's
+        extension was planned as a decode step, is one, and may be captured.
         """
         local = self._current_batch()
         rows, tokens = q.shape[0], len(local.empty_rows)

@@ -3,7 +3,8 @@
 `TARGET_VERIFY` and `DRAFT_EXTEND_V2` of speculative decoding bring the same number of query
 tokens for each request: a chain. As a decode step over the committed tokens, a request is
 one row, whose query tokens are folded into heads. A prefill brings any number of new
-tokens. As a decode step, each of them is a row with a length of its own.
+tokens. As a decode step, each of them is a row with a length of its own
+(`short_prefill.py`).
 
 These functions return shallow copies. SGLang's batch stays as it is.
 """
@@ -52,10 +53,7 @@ def as_chains(batch: ForwardBatch) -> tuple[ForwardBatch, int]:
 
 
 def as_prefill_rows(batch: ForwardBatch) -> ForwardBatch:
-    """Return a decode batch with a row for each new token of a prefill.
-
-    Tokens with which SGLang pads the prefill have none.
-    """
+    """Return a decode batch with a row for each new token of a prefill."""
     new = torch.tensor(batch.extend_seq_lens_cpu)
     prefix = torch.tensor(batch.extend_prefix_lens_cpu)
     tokens = int(new.sum())
@@ -69,7 +67,10 @@ def as_prefill_rows(batch: ForwardBatch) -> ForwardBatch:
     rows = _decode_step(batch, lens, lens_cpu)
     rows.batch_size = tokens
     rows.req_pool_indices = batch.req_pool_indices[request]
-    rows.out_cache_loc = batch.out_cache_loc[:tokens]
+    # SGLang has a copy of them on the host for prefills alone.
+    rows.req_pool_indices_cpu = None
+    rows.orig_seq_lens = lens.to(torch.int32)
+    rows.is_extend_in_batch = False
     return rows
 
 

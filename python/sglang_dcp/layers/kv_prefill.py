@@ -24,7 +24,6 @@ from sglang_dcp.layers.prefix.gather import (
     spread_out,
 )
 from sglang_dcp.layers.prefix.kv_form import KvForm, KvSizes, choose_kv_form
-from sglang_dcp.layers.workspace import most_query_tokens, tokens_per_request
 from sglang_dcp.ops.kv_rows import order_kv_rows, pack_kv_rows
 from sglang_dcp.ops.layout import (
     kv_heads_by_peer,
@@ -114,26 +113,20 @@ class KvPrefill:
         """Whether this forward gathers its prefix."""
         return self._plan is not None
 
-    def form_of(self, batch: ForwardBatch) -> KvForm:
+    def init_forward_metadata(self, batch: ForwardBatch) -> None:
+        """Choose and plan the form of a forward, once for all layers."""
+        self._plan = self._ahead = None
+        if self._form_of(batch) is KvForm.GATHERED:
+            self._plan = self._planned(batch)
+            line = "DCP prefill gathers K and V of %d positions"
+            self._log_once(line, sum(batch.extend_prefix_lens_cpu))
+
+    def _form_of(self, batch: ForwardBatch) -> KvForm:
         """Choose the form of a forward. One that is no prefill stays in place."""
         if self._sizes is None or not batch.forward_mode.is_extend():
             return KvForm.IN_PLACE
         requests = Requests(batch.extend_seq_lens_cpu, batch.extend_prefix_lens_cpu)
         return choose_kv_form(requests, self._sizes)
-
-    def init_forward_metadata(self, batch: ForwardBatch, form: KvForm) -> None:
-        """Plan the form that `form_of` chose, once for all layers.
-
-        In the form of decode rows, `batch` has these rows.
-        """
-        self._plan = self._ahead = None
-        if form is KvForm.GATHERED:
-            self._plan = self._planned(batch)
-            line = "DCP prefill gathers K and V of %d positions"
-            self._log_once(line, sum(batch.extend_prefix_lens_cpu))
-        elif form is KvForm.ROWS:
-            line = "DCP prefill of %d tokens runs as decode rows"
-            self._log_once(line, batch.batch_size)
 
     def _planned(self, batch: ForwardBatch) -> KvPlan:
         prefix, new = batch.extend_prefix_lens_cpu, batch.extend_seq_lens_cpu
@@ -249,9 +242,6 @@ def kv_sizes_of(runner: Any, config: DcpConfig) -> Optional[KvSizes]:
     args = sglang_api().resolved(runner.server_args)
     if runner.device != "cpu" and not _is_compared(args.attention_backend):
         return None
-    # With speculation, a decode step is planned for several query tokens of a request.
-    has_rows = args.attention_backend in kv_form.ROWS_SERVED
-    has_rows = has_rows and tokens_per_request(runner.server_args) == 1
     splits = not args.enable_deterministic_inference
     backend = backend_class(args.attention_backend, mla=False)
     return KvSizes(
@@ -261,7 +251,6 @@ def kv_sizes_of(runner: Any, config: DcpConfig) -> Optional[KvSizes]:
         qk=model.head_dim,
         v=model.v_head_dim,
         itemsize=stored.itemsize,
-        most_rows=most_query_tokens(runner, config) if has_rows else 0,
         split_below=backend.splits_ragged_below if splits else 0,
     )
 

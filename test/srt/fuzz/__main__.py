@@ -89,7 +89,8 @@ def _live(setting: Setting, args: argparse.Namespace) -> Iterator[list[ServerPro
     count = 1 if args.soak else None
     if args.device == "cpu":
         commands = (f"{setting.flags} {args.flags}", servers.REFERENCE)
-        with servers.live(setting.kind, commands[:count], args.folder) as running:
+        made = setting.kind, commands[:count], args.folder, setting.door
+        with servers.live(*made) as running:
             yield running
         return
     args.folder.mkdir(parents=True, exist_ok=True)

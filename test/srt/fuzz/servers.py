@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from fuzz.mixes import Limits
-from helpers.servers import READY_SECONDS, launched
+from helpers.doors import with_door
+from helpers.servers import READY_SECONDS, launched, plugin_folder
 from sglang_dcp.demo.server import ServerProcess
 from sglang_dcp.demo.tiny_model import make_tiny_model
 
@@ -40,6 +42,8 @@ class Setting:
         Tokens of a rank's page.
     one_gpu : bool
         Whether all ranks share one GPU (`helpers.one_gpu`).
+    door : str
+        A module of `helpers` that opens a door of DCP in the server's processes.
     """
 
     kind: str
@@ -50,6 +54,7 @@ class Setting:
     dcp_size: int = 2
     ranks: int = 2
     one_gpu: bool = False
+    door: str = ""
 
     @property
     def longest_prompt(self) -> int:
@@ -113,6 +118,19 @@ SETTINGS: Mapping[str, Setting] = {
         "--tp-size 2 --dcp-size 2 --dcp-comm-backend ag_rs",
         "--disable-radix-cache --disable-overlap-schedule --chunked-prefill-size 16",
     ),
+    "llama-a2a-page4-mixed-steps": Setting(
+        "llama-8kv",
+        "--tp-size 2 --dcp-size 2 --dcp-comm-backend a2a --dcp-replicate-q-proj",
+        "--chunked-prefill-size 32 --enable-mixed-chunk",
+        page_size=4,
+        door="short_prefill_door",
+    ),
+    "mla-ag_rs-page1-steps": Setting(
+        "mla-moe",
+        "--tp-size 2 --dcp-size 2 --dcp-comm-backend ag_rs",
+        "--chunked-prefill-size 16",
+        door="short_prefill_door",
+    ),
     # Not ours: what a mix does here, SGLang does by itself.
     "plain-tp2": Setting(
         "llama-2kv",
@@ -126,15 +144,30 @@ SETTINGS: Mapping[str, Setting] = {
 
 @contextmanager
 def live(
-    kind: str, commands: Sequence[str], folder: Path
+    kind: str, commands: Sequence[str], folder: Path, door: str = ""
 ) -> Iterator[list[ServerProcess]]:
-    """Servers of one model with these flags, ready. They start side by side."""
+    """Servers of one model with these flags, ready. They start side by side.
+
+    The first one, which is under test, opens `door`.
+    """
     model = make_tiny_model(folder / "models" / kind, kind)
     with ExitStack() as stack:
-        running = [stack.enter_context(launched(model, c, CHECKS)) for c in commands]
+        env = {**CHECKS, **(stack.enter_context(_opened(door)) if door else {})}
+        envs = [env, *[CHECKS] * (len(commands) - 1)]
+        running = [
+            stack.enter_context(launched(model, flags, env))
+            for flags, env in zip(commands, envs)
+        ]
         for server in running:
             server.wait_ready(READY_SECONDS)
         yield running
+
+
+@contextmanager
+def _opened(door: str) -> Iterator[dict[str, str]]:
+    with tempfile.TemporaryDirectory() as plugins:
+        source = with_door("def load(): ...\n", door)
+        yield plugin_folder(Path(plugins), "fuzz_door", source)
 
 
 def process_id(server: ServerProcess) -> int:

@@ -54,6 +54,7 @@ from helpers.prefill_graph import (
 )
 from sglang_dcp.config import DcpConfig
 from sglang_dcp.distributed.topology import Layout
+from sglang_dcp.layers.decode_rows import as_prefill_rows
 from sglang_dcp.layers.prefix.kv_form import KvForm
 
 COMMS = ("ag_rs", "a2a")
@@ -176,8 +177,8 @@ class Case(NamedTuple):
     """`garbage` is the LSE that a kernel returns, with NaN outputs, for no keys.
 
     With `in_graph`, prefills run as SGLang replays them from a breakable graph. `form` is
-    an entry of `GATHERS`, which takes the place of the rule. With `rows`, prefills over a
-    prefix are decode steps.
+    an entry of `GATHERS`, which takes the place of the rule. With `rows`, prefills are
+    decode steps.
     """
 
     shape: Shape
@@ -213,7 +214,7 @@ def cases_of(tp_size: int, attn_tp_size: int) -> dict[str, Case]:
             latent = Case(shapes["mla-in-parts"], steps, comm)
             named[f"{name}-mla-in-parts-{comm}"] = latent
         named |= cases_that_gather(shapes, comm)
-        named |= cases_of_rows(shapes, comm)
+        named |= cases_of_form("rows", shapes, comm)
         if HAS_PREFILL_GRAPHS:
             named |= cases_in_graphs(shapes, comm)
     return {f"tp{tp_size}-attn{attn_tp_size}-{k}": v for k, v in named.items()}
@@ -236,25 +237,15 @@ def cases_that_gather(shapes: dict[str, Shape], comm: str) -> dict[str, Case]:
     return named | cases_of_form("gathered", shapes, comm)
 
 
-def cases_of_rows(shapes: dict[str, Shape], comm: str) -> dict[str, Case]:
-    """Every prefill over a prefix is a decode step. K/V heads only."""
-    named = cases_of_form("rows", shapes, comm)
-    if HAS_PREFILL_GRAPHS:
-        plain = shapes["own-heads-span-kv-heads"]
-        of_rows = Case(plain, LIFE, comm, replicated_q=True, garbage=NAN, form="rows")
-        named[f"rows-in-graph-{comm}"] = of_rows._replace(in_graph=True)
-    return named
-
-
 def cases_of_form(form: str, shapes: dict[str, Shape], comm: str) -> dict[str, Case]:
-    """What a form of a prefill over K/V heads must get right by itself."""
+    """What a form of a prefill must get right by itself. Latents are not gathered here."""
     plain = shapes["own-heads-span-kv-heads"]
     named = {
         f"{name}-page{page}": Case(plain, steps, comm, page)
         for (name, steps), page in itertools.product(SCRIPTS.items(), (1, 4))
     }
     for name, shape in shapes.items():
-        if not shape.latent:
+        if not shape.latent or form == "rows":
             named[f"{name}-replicated-q"] = Case(shape, LIFE, comm, replicated_q=True)
     for lse in (NAN, 0.0, float("inf")):
         named[f"garbage-lse-{lse}"] = Case(plain, LIFE, comm, garbage=lse)
@@ -390,10 +381,16 @@ class Rank:
         else:
             width = getattr(batch.spec_info, "num_tokens_per_req", 1)
             backend = self.backends[width]
+            decodes = self._decodes(step.mode)
+            if decodes and step.mode not in DECODES:
+                batch = as_prefill_rows(batch)
             backend.init_forward_metadata(batch)
-            decodes = step.mode in DECODES
             yield from self._layers_over(backend, new, batch, decodes=decodes)
         yield "calls", self.spy.calls.copy(), self._calls(step.mode, new)
+
+    def _decodes(self, mode: str) -> bool:
+        """Whether a forward is a decode step, for which Q may be replicated."""
+        return mode in DECODES or self.case.form == "rows"
 
     def _layers_over(
         self, backend: Any, new: dict[str, range], batch: Any, *, decodes: bool
@@ -449,7 +446,7 @@ class Rank:
         if mode == "DRAFT":
             # All steps are planned before the first one runs.
             return DRAFTS * (["replicated"] * replicated) + DRAFTS * each * LAYERS
-        if mode in DECODES:
+        if self._decodes(mode):
             return ["replicated"] * replicated + each * LAYERS
         prefix = [where.start for where in new.values()]
         of_layer = ["break"] * self.case.in_graph
@@ -473,10 +470,7 @@ class Rank:
 
 
 def form_of(case: Case, prefix: Sequence[int]) -> KvForm:
-    if GATHERS[case.form](prefix):
-        return KvForm.GATHERED
-    rows = case.form == "rows" and any(prefix)
-    return KvForm.ROWS if rows else KvForm.IN_PLACE
+    return KvForm.GATHERED if GATHERS[case.form](prefix) else KvForm.IN_PLACE
 
 
 def check_case(case: Case, layout: Layout, tp_rank: int, group: Any) -> None:

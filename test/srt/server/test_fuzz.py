@@ -31,7 +31,8 @@ RUNS = {
 @pytest.mark.parametrize("name", RUNS)
 def test_mixes(name: str, tmp_path: Path) -> None:
     setting = SETTINGS[name]
-    with live(setting.kind, (setting.flags, REFERENCE), tmp_path) as servers:
+    commands = setting.flags, REFERENCE
+    with live(setting.kind, commands, tmp_path, setting.door) as servers:
         urls = [server.base_url for server in servers]
         result = asyncio.run(_drive(setting, urls[0], urls[1], RUNS[name]))
         trouble = rest.log_trouble(servers[0].log_path)

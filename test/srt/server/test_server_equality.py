@@ -18,6 +18,7 @@ from urllib.error import HTTPError
 import pytest
 
 from helpers import request_set
+from helpers.doors import with_door
 from helpers.servers import plugin_folder, server
 from sglang_dcp.demo.client import Reply, http_json, open_local
 from sglang_dcp.demo.server import ServerProcess
@@ -35,7 +36,7 @@ class Case:
 
     With `fills_pool`, prompts about as long as the pool are sent, too. A `fresh` server
     is started as a user starts it. `form` is that of prefills over K/V heads: by the rule
-    all gather at these lengths, and an entry of `FORMS` has another one.
+    all gather at these lengths, and with an entry of `FORMS` they take another one.
     """
 
     kind: str
@@ -49,9 +50,12 @@ class Case:
 
     @property
     def gathers(self) -> bool:
-        """Whether some prefill gathers K and V: by their lengths, those over a prefix do."""
+        """Whether some prefill gathers K and V: by their lengths, those over a prefix do.
+
+        With decode steps, those that return log-probabilities of the prompt still do.
+        """
         has_prefix = "--disable-radix-cache" not in self.flags
-        by_rule = self.form == "gathered" and not self.kind.startswith("mla")
+        by_rule = self.form != "in-place" and not self.kind.startswith("mla")
         return has_prefix and by_rule
 
     @property
@@ -70,14 +74,7 @@ def load():
 
     kv_prefill.choose_kv_form = lambda requests, sizes: KvForm.IN_PLACE
 """,
-    "rows": """
-def load():
-    from sglang_dcp.layers.prefix import kv_form
-
-    kv_form.ROWS_SERVED = frozenset({"torch_native"})
-    # Where a prefix may be gathered, that takes the host less.
-    kv_form.MOST_GATHERED_BYTES = 0
-""",
+    "step": with_door("def load(): ...\n", "short_prefill_door"),
 }
 
 CASES = {
@@ -135,13 +132,14 @@ CASES = {
         "mla-glm",
         "--tp 2 --dcp-size 2 --dcp-comm-backend a2a --dcp-replicate-q-proj "
         "--chunked-prefill-size 64",
+        form="step",
     ),
     "llama-2kv-tp4-attn-tp2-a2a-replicated": Case(
         "llama-2kv",
         "--tp 4 --attn-tp-size 2 --dcp-comm-backend a2a --dcp-replicate-q-proj",
     ),
     "llama-8kv-tp4-attn-tp2-ag_rs-chunk64": Case(
-        "llama-8kv", "--tp 4 --attn-tp-size 2 --chunked-prefill-size 64", form="rows"
+        "llama-8kv", "--tp 4 --attn-tp-size 2 --chunked-prefill-size 64", form="step"
     ),
 }
 
@@ -224,7 +222,7 @@ def test_equal_to_tp1(
     assert f"KV tokens: {case.per_rank} per rank, {logical} in all" in log
     assert "leak" not in log.lower()
     assert ("DCP prefill gathers K and V" in log) == case.gathers
-    assert ("runs as decode rows" in log) == (case.form == "rows")
+    assert ("is one decode step" in log) == (case.form == "step")
     print(f"max |d logprob| {request_set.max_difference(replies, want.replies):.2e}")
 
 

@@ -175,6 +175,7 @@ def make_runner(setting: Setting, config: DcpConfig, table: Tensor, pool: Any) -
         page_size=setting.dcp,
         req_to_token_pool=SimpleNamespace(req_to_token=table, size=REQUESTS),
         server_args=SimpleNamespace(
+            attention_backend="torch_native",
             speculative_algorithm="EAGLE" if setting.width > 1 else None,
             speculative_num_draft_tokens=setting.width,
         ),

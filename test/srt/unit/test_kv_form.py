@@ -25,7 +25,6 @@ from sglang_dcp.layers.prefix.kv_form import (
     choose_kv_form,
     gathered_seconds,
     in_place_seconds,
-    rows_seconds,
 )
 from sglang_dcp.layers.prefix.rates import HOPPER
 
@@ -156,7 +155,6 @@ def test_backends_say_whether_they_split_gathered_keys() -> None:
 
 @pytest.mark.parametrize("sizes", SIZES + ODD, ids=str)
 def test_without_a_prefix_nothing_is_gathered(sizes: KvSizes) -> None:
-    sizes = sizes._replace(most_rows=1 << 20)
     assert choose_kv_form(Requests([CHUNK, 1], [0, 0]), sizes) is KvForm.IN_PLACE
 
 
@@ -205,40 +203,6 @@ def test_times_grow_with_every_length(sizes: KvSizes) -> None:
         for new in news:
             told = [seconds(Requests([new], [p]), sizes, HOPPER) for p in prefixes]
             assert told == sorted(told)
-
-
-def rows(new: int, prefix: int, sizes: KvSizes = QUARTER) -> bool:
-    sizes = sizes._replace(most_rows=256)
-    return choose_kv_form(Requests([new], [prefix]), sizes) is KvForm.ROWS
-
-
-@pytest.mark.parametrize("sizes", SIZES + ODD, ids=str)
-def test_few_new_tokens_become_decode_rows(sizes: KvSizes) -> None:
-    """Where a prefix is too long to be gathered, and they read less than the host hides."""
-    assert rows(1, sizes.most_positions + 1, sizes)
-    assert not rows(1, 8192, sizes) and not rows(256, 1 << 20, sizes)
-    for prefix in (sizes.most_positions + 1, 1 << 20, 1 << 22):
-        taken = [rows(new, prefix, sizes) for new in range(1, 257, 5)]
-        assert taken == sorted(taken, reverse=True), prefix
-
-
-def test_decode_rows_need_a_prefix_and_room() -> None:
-    sizes, long = QUARTER._replace(most_rows=8), QUARTER.most_positions + 1
-    for new, prefix, room, form in (
-        ([7, 1], [0, long], sizes, KvForm.ROWS),
-        ([7, 2], [0, long], sizes, KvForm.IN_PLACE),
-        ([7, 1], [0, 0], sizes, KvForm.IN_PLACE),
-        ([7, 1], [0, long], QUARTER, KvForm.IN_PLACE),
-        ([7, 1], [0, 1000], sizes, KvForm.GATHERED),
-    ):
-        assert choose_kv_form(Requests(new, prefix), room) is form
-
-
-def test_each_row_reads_its_prefix() -> None:
-    two, eight = (
-        rows_seconds(Requests([new], [1 << 24]), QUARTER, HOPPER) for new in (2, 8)
-    )
-    assert eight == pytest.approx(4 * two, rel=0.01)
 
 
 def test_other_orders_of_requests_choose_the_same() -> None:

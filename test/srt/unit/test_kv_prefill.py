@@ -35,7 +35,6 @@ from sglang_dcp.layers.backends.torch_native import TorchNativeBackend
 from sglang_dcp.layers.backends.triton import TritonBackend
 from sglang_dcp.layers.kv_prefill import KvPrefill, kv_sizes_of
 from sglang_dcp.layers.local_batch import Shard
-from sglang_dcp.layers.prefix import kv_form
 from sglang_dcp.layers.prefix.gather import behind_prefix
 from sglang_dcp.layers.prefix.kv_form import KvForm, KvSizes
 from sglang_dcp.releases.api import sglang_api
@@ -61,10 +60,6 @@ QK, V = 3, 2
 LAYERS = (2, 3, 4)
 # Added to each number of a layer's pool.
 LAYER = 100_000
-
-
-def plan(prefill: KvPrefill, batch: Any) -> None:
-    prefill.init_forward_metadata(batch, prefill.form_of(batch))
 
 
 class Spread:
@@ -135,7 +130,7 @@ class Spread:
             more = self.swap(rank), self.pool(rank), sizes
             prefills.append(KvPrefill(backend, shard, *more))
         for prefill in prefills:
-            plan(prefill, self.batch())
+            prefill.init_forward_metadata(self.batch())
             assert prefill.gathers
         for self.delivers in (False, True):
             found = [
@@ -223,14 +218,14 @@ def test_a_decode_step_after_a_prefill_gathers_nothing(
     parts = backend, shard, spread.swap(0), spread.pool(0)
     prefill = KvPrefill(*parts, KvSizes(4, 2, 2, QK, V))
     for _ in range(2):
-        plan(prefill, spread.batch())
+        prefill.init_forward_metadata(spread.batch())
     assert prefill.gathers
     assert caplog.messages == ["DCP prefill gathers K and V of 22 positions"]
     step = SimpleNamespace(forward_mode=SimpleNamespace(is_extend=lambda: False))
-    plan(prefill, step)
+    prefill.init_forward_metadata(step)
     assert not prefill.gathers
     in_place = KvPrefill(*parts, None)
-    plan(in_place, spread.batch())
+    in_place.init_forward_metadata(spread.batch())
     assert not in_place.gathers
 
 
@@ -258,7 +253,7 @@ def test_new_tokens_lie_behind_the_prefix_of_their_request(heads: str) -> None:
     sizes = KvSizes(own_q, kv_heads, dcp, QK, V, 4)
     prefill = KvPrefill(backend, shard, spread.swap(rank), spread.pool(rank), sizes)
     batch = spread.batch()
-    plan(prefill, batch)
+    prefill.init_forward_metadata(batch)
     for number in LAYERS:
         layer: Any = SimpleNamespace(layer_id=number)
         k = new[..., None].expand(-1, -1, QK) - number * LAYER
@@ -453,25 +448,6 @@ def test_only_fa3_splits_gathered_keys(backend: str) -> None:
     assert sizes is not None and (sizes.split_below > 0) == (backend == "fa3")
     fixed = kv_sizes_of(Runner("cpu", backend, deterministic=True), CONFIG)
     assert fixed == sizes._replace(split_below=0)
-
-
-@pytest.mark.usefixtures("as_given")
-def test_no_prefill_becomes_decode_rows_before_it_was_compared(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(kv_prefill, "sglang_version", lambda: "0.5.23")
-    monkeypatch.setattr(kv_prefill, "most_query_tokens", lambda runner, config: 72)
-    for device, backend in (("cuda", "fa3"), ("cpu", "torch_native")):
-        sizes = kv_sizes_of(Runner(device, backend), CONFIG)
-        assert sizes is not None and sizes.most_rows == 0
-    monkeypatch.setattr(kv_form, "ROWS_SERVED", frozenset({"fa3"}))
-    sizes = kv_sizes_of(Runner("cuda", "fa3"), CONFIG)
-    assert sizes is not None and sizes.most_rows == 72
-    speculating = Runner("cuda", "fa3")
-    speculating.server_args.speculative_algorithm = "NGRAM"
-    speculating.server_args.speculative_num_draft_tokens = 4
-    sizes = kv_sizes_of(speculating, CONFIG)
-    assert sizes is not None and sizes.most_rows == 0
 
 
 if __name__ == "__main__":

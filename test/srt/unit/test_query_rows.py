@@ -152,7 +152,7 @@ def test_draft_step_sees_its_own_position_and_none_behind_it(dcp_size: int) -> N
 NEW = (3, 1, 5, 2, 1, 4, 7)
 
 
-def make_prefill(table: torch.Tensor, *, padding: int = 0) -> Any:
+def make_prefill(table: torch.Tensor) -> Any:
     rows = torch.arange(len(COMMITTED)).flip(0)
     prefix, new = torch.tensor(COMMITTED), torch.tensor(NEW)
     slots = [
@@ -170,20 +170,16 @@ def make_prefill(table: torch.Tensor, *, padding: int = 0) -> Any:
         extend_seq_lens_cpu=list(NEW),
         extend_prefix_lens=prefix.int(),
         extend_prefix_lens_cpu=list(COMMITTED),
-        # A prefill in a graph is padded with the dummy slot.
-        out_cache_loc=torch.cat([*slots, torch.zeros(padding)]).long(),
+        out_cache_loc=torch.cat(slots).long(),
         spec_info=None,
     )
 
 
-@pytest.mark.parametrize("padding", [0, 9])
 @pytest.mark.parametrize("dcp_size", SIZES, ids=lambda n: f"dcp{n}")
-def test_row_of_a_prefill_sees_the_keys_up_to_its_own(
-    dcp_size: int, padding: int
-) -> None:
+def test_row_of_a_prefill_sees_the_keys_up_to_its_own(dcp_size: int) -> None:
     for page in PAGES:
         table = slot_table(len(COMMITTED), 20, page * dcp_size)
-        batch = make_prefill(table, padding=padding)
+        batch = make_prefill(table)
         found: list[list[int]] = [[] for _ in range(sum(NEW))]
         for rank in range(dcp_size):
             builder = LocalBatchBuilder(table, dcp_size, rank, page)

@@ -4,8 +4,6 @@
   outputs are exchanged.
 - Gathered, each rank receives the K and V that its local query heads need, and attends to
   the whole prefix.
-- As decode rows, each new token is a row of a decode step, and reads the prefix of its
-  request once more. It pays where a prefix is too long to be gathered.
 
 Logical lengths are the same on all ranks, so all ranks choose the same form and issue the
 same collectives.
@@ -31,9 +29,6 @@ from sglang_dcp.ops.layout import kv_windows, most_kept_kv_heads
 # first release on which they were. CPUs gather whatever stands here.
 SERVED = frozenset({"fa3", "flashinfer", "triton"})
 SERVED_SINCE = "0.5.23"
-# Attention backends whose prefills as decode rows were compared with tp 1 on GPUs, and timed.
-# None was timed yet. A CPU gains nothing by this form.
-ROWS_SERVED: frozenset[str] = frozenset()
 
 # Of the K and V that the layers of one gather attend to. With those sent and received they
 # hold up to three times this: not more than FA3's splits and the exchange take in place.
@@ -50,7 +45,6 @@ class KvForm(enum.Enum):
 
     IN_PLACE = "in place"
     GATHERED = "gathered"
-    ROWS = "decode rows"
 
 
 class KvSizes(NamedTuple):
@@ -63,7 +57,6 @@ class KvSizes(NamedTuple):
     dcp_size : ranks that hold the same K/V heads
     qk, v : dims of a head
     itemsize : bytes of a number of queries and outputs, and of the pool
-    most_rows : rows that a decode step has room for; 0 if no prefill may become one
     split_below : tiles of query rows of a request below which the kernel splits gathered
         keys; 0 if it never does
     """
@@ -74,7 +67,6 @@ class KvSizes(NamedTuple):
     qk: int
     v: int
     itemsize: int = 2
-    most_rows: int = 0
     split_below: float = 0
 
     @property
@@ -118,18 +110,8 @@ def choose_kv_form(
     seconds: dict[KvForm, float] = {}
     if prefix <= sizes.most_positions:
         seconds[KvForm.GATHERED] = gathered_seconds(requests, sizes, rates)
-    if sum(requests.new) <= sizes.most_rows:
-        seconds[KvForm.ROWS] = rows_seconds(requests, sizes, rates)
     seconds[KvForm.IN_PLACE] = in_place_seconds(requests, sizes, rates)
     return min(seconds, key=seconds.__getitem__)
-
-
-def rows_seconds(requests: Requests, sizes: KvSizes, rates: Rates) -> float:
-    """Time a layer whose new tokens are decode rows. Kernels split the keys."""
-    read = sum(new * prefix for new, prefix in zip(requests.new, requests.prefix))
-    stored = read * sizes.row_bytes(sizes.kv_heads) / sizes.dcp_size
-    work = stored / rates.memory_bytes + _exchange_seconds(requests, sizes, rates)
-    return _layer_seconds(requests, sizes, work, rates.kv_rows_host_s, rates)
 
 
 def in_place_seconds(requests: Requests, sizes: KvSizes, rates: Rates) -> float:

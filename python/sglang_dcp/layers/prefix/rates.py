@@ -28,8 +28,8 @@ class Rates(NamedTuple):
     chunk_host_s : seconds of launches that each further prefix chunk adds
     layer_host_s : seconds of launches of a layer in plain TP
     layer_token_s : seconds of the GPU that a layer takes for a new token beside attention
-    kv_in_place_host_s, kv_gather_host_s, kv_rows_host_s : seconds of launches that a layer
-        adds for a prefix of K/V heads, in place, gathered and as decode rows
+    kv_in_place_host_s, kv_gather_host_s : seconds of launches that a layer adds for a prefix
+        of K/V heads, in place and gathered
     """
 
     absorbed_flops: float
@@ -49,7 +49,6 @@ class Rates(NamedTuple):
     layer_token_s: float
     kv_in_place_host_s: float
     kv_gather_host_s: float
-    kv_rows_host_s: float
 
 
 # Derived from the first-token times of DeepSeek-V2-Lite's dimensions on 2 H200, fa3,
@@ -64,11 +63,10 @@ class Rates(NamedTuple):
 # - layer: a traced chunk of 8192 tokens in plain TP. The host took 32 ms, and the GPU 45.6 ms
 #   beside attention.
 # - in place: a turn of 100 tokens on 30,720 positions, 54 ms more than plain TP.
-# - gathered and rows: not measured, but scaled by launches. In place a layer has 4 launches
+# - gathered: not measured, but scaled by launches. In place a layer has 4 launches
 #   more than plain TP without a prefix, and 10 more with one. The 4 take 0.1 ms by the host
 #   times of traces, so the 10 take 1.0 ms. Gathered has the 4 and 2 more: one that joins the
-#   splits of attention, and a layer's share of the gather. Rows have 5: two of the gather of
-#   queries, three of the exchange.
+#   splits of attention, and a layer's share of the gather.
 HOPPER = Rates(
     absorbed_flops=640e12,
     absorbed_split_flops=200e12,
@@ -87,5 +85,4 @@ HOPPER = Rates(
     layer_token_s=0.116e-6,
     kv_in_place_host_s=1.1e-3,
     kv_gather_host_s=0.3e-3,
-    kv_rows_host_s=0.5e-3,
 )

@@ -1,9 +1,9 @@
-"""Live servers whose short prefills over a cached prefix are rows of a decode step.
+"""Live servers whose short prefills replay the graph of a decode step.
 
-DCP makes no such prefill on GPUs until the form was timed there, too (`ROWS_SERVED` in
-`layers/prefix/kv_form.py`). The plugin of its servers opens that door. Only here do
-decode kernels with ragged rows of several requests, prefill graphs and the Q projection of
-a prefill meet in one server.
+DCP makes no such prefill on GPUs until it was compared and timed there (`SERVED` in
+`layers/short_prefill.py`). The plugin of its servers opens that door. Only here are the rows
+of a captured step new tokens of a few requests, padded to the size of a graph, and between
+steps of decode.
 """
 
 from __future__ import annotations
@@ -32,18 +32,15 @@ from helpers.gpu_servers import Fleet
 from helpers.nccl_ranks import needs_gpus
 from helpers.needs_sglang import needs_sglang
 from helpers.teacher_forcing import Prompt, Wave
-from sglang_dcp.layers.prefix import kv_form
 
 pytestmark = [
     pytest.mark.server,
     needs_gpus(2),
-    needs_sglang(
-        kv_form.SERVED_SINCE,
-        "DCP chooses the form of a prefill on GPUs with SGLang 0.5.23 on",
-    ),
+    needs_sglang("0.5.23", "older releases have no hook for it"),
 ]
 
-KINDS = ("llama-2kv-d128", "qwen3-moe-d128")
+KINDS = ("llama-2kv-d128", "qwen3-moe-d128", "mla-moe-d512", "mla-v3-d512")
+MLA_BACKENDS = ("fa3", "flashinfer")
 EXCHANGES = tuple(itertools.product(("symm_a2a", "a2a", "ag_rs"), (True, False)))
 SHAPES = (
     ("page1", "--page-size 1"),
@@ -55,7 +52,7 @@ SHAPES = (
 PREFIXES = (1, 2, 130, 1023, 4096, 16384)
 TURNS = (1, 2, 5, 17, 64)
 LAYOUTS = (TP2_DCP2, TP4_ATTN2, TP4_DCP4)
-LINE = "runs as decode rows"
+LINE = "is one decode step"
 
 
 def build_waves(seed: int = 0) -> list[Wave]:
@@ -82,8 +79,9 @@ def build_waves(seed: int = 0) -> list[Wave]:
 
 def cases() -> Iterator[Case]:
     for kind in chosen_kinds(KINDS):
-        for case in rotated(kind, BACKENDS, EXCHANGES, SHAPES, LAYOUTS):
-            yield behind_door(case, "prefill_rows_door")
+        backends = MLA_BACKENDS if kind.startswith("mla") else BACKENDS
+        for case in rotated(kind, backends, EXCHANGES, SHAPES, LAYOUTS):
+            yield behind_door(case, "short_prefill_door")
 
 
 fleet = fleet_fixture(build_waves)

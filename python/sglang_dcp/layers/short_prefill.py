@@ -1,0 +1,209 @@
+"""Short prefills as one decode step, whose CUDA graph is replayed.
+
+The launches of its layers are what a prefill of a few new tokens takes time for. A captured
+decode step has one launch. So each new token becomes a row of such a step: K and V of all
+rows are written before any of them is read, and a row sees the keys up to its own. Of the
+logits, only those of each request's last row are kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import TYPE_CHECKING, Any, Callable, Optional
+
+from sglang_dcp.context import find_context
+from sglang_dcp.layers.decode_rows import as_prefill_rows
+from sglang_dcp.layers.heads import is_mla, kv_head_counts
+from sglang_dcp.layers.prefix.cost import Requests
+from sglang_dcp.layers.prefix.decode_step import StepSizes, pays_as_step
+from sglang_dcp.releases.api import sglang_api
+
+if TYPE_CHECKING:
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+    from sglang_dcp.config import DcpConfig
+
+logger = logging.getLogger(__name__)
+
+# Attention backends whose short prefills as decode steps were compared with tp 1 on GPUs,
+# and timed. None was yet.
+SERVED: frozenset[str] = frozenset()
+# Most rows of a step without a graph, which takes as many launches as a prefill. Tests raise
+# it where there is no graph.
+MOST_EAGER_ROWS = 0
+
+# Fields of SGLang's batch that every prefill sets. A decode step sets them too, or does not
+# read them, or `is_plain` looks at them itself.
+_OF_EVERY_PREFILL = frozenset(
+    {
+        "batch_size",
+        "capture_hidden_mode",
+        "contains_last_prefill_chunk",
+        "extend_logprob_start_lens_cpu",
+        "extend_num_tokens",
+        "extend_prefix_lens",
+        "extend_prefix_lens_cpu",
+        "extend_seq_lens",
+        "extend_seq_lens_cpu",
+        "extend_start_loc",
+        "forward_mode",
+        "global_num_token_non_padded",
+        "global_num_token_non_padded_cpu",
+        "input_ids",
+        "is_extend_in_batch",
+        "kv_loc_plan",
+        "num_token_non_padded",
+        "orig_seq_lens",
+        "out_cache_loc",
+        "out_cache_loc_is_physical",
+        "positions",
+        "req_pool_indices",
+        "req_pool_indices_cpu",
+        "return_logprob",
+        "rids",
+        "sampling_info",
+        "seq_lens",
+        "seq_lens_cpu",
+        "seq_lens_sum",
+        "spec_algorithm",
+        "token_ids_logprobs",
+        "top_logprobs_nums",
+    }
+)
+
+
+def forward_raw(
+    original: Callable[..., Any],
+    runner: Any,
+    batch: ForwardBatch,
+    *args: Any,
+    **kw: Any,
+) -> Any:
+    """Hook: `ModelRunner._forward_raw`; runs a short prefill as a decode step."""
+    short = getattr(runner.attn_backend, "short_prefill", None)
+    if find_context() is None or short is None:
+        return original(runner, batch, *args, **kw)
+    step = short.step_of(batch)
+    if step is None:
+        return original(runner, batch, *args, **kw)
+    output = original(runner, step, *args, **kw)
+    output.logits_output = of_last_rows(output.logits_output, batch)
+    return output
+
+
+class ShortPrefill:
+    """Decides for one `ModelRunner` which prefills are short.
+
+    All ranks decide alike, by logical lengths and by what they captured alike.
+
+    Parameters
+    ----------
+    runner
+        SGLang's `ModelRunner`. Its graphs need not be captured yet.
+    sizes : StepSizes
+    """
+
+    def __init__(self, runner: Any, sizes: StepSizes) -> None:
+        self._runner = runner
+        self._sizes = sizes
+        self._logged = False
+
+    def step_of(self, batch: ForwardBatch) -> Optional[ForwardBatch]:
+        """Return the decode step of a short prefill, None for any other batch."""
+        if not is_plain(batch):
+            return None
+        requests = Requests(batch.extend_seq_lens_cpu, batch.extend_prefix_lens_cpu)
+        if not pays_as_step(requests, self._sizes):
+            return None
+        step = as_prefill_rows(batch)
+        graphs = self._runner.decode_cuda_graph_runner
+        captured = graphs is not None and graphs.can_run_graph(step)
+        if not captured and step.batch_size > MOST_EAGER_ROWS:
+            return None
+        if not self._logged:
+            self._logged = True
+            logger.info("DCP prefill of %d tokens is one decode step", step.batch_size)
+        return step
+
+
+def is_plain(batch: ForwardBatch) -> bool:
+    """Whether a batch is a prefill of token ids that asks for next tokens alone.
+
+    Any field that a plain prefill leaves alone makes it another one: embeddings, images,
+    adapters, replicas of DP attention, fields of later releases.
+    """
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    if batch.forward_mode not in (ForwardMode.EXTEND, ForwardMode.MIXED):
+        return False
+    if (
+        batch.capture_hidden_mode is not None
+        and batch.capture_hidden_mode.need_capture()
+    ):
+        return False
+    names = (field.name for field in dataclasses.fields(batch))
+    others = (name for name in names if name not in _OF_EVERY_PREFILL)
+    if any(_is_set(getattr(batch, name)) for name in others):
+        return False
+    return batch.spec_info is None and not _wants_input_logprobs(batch)
+
+
+def _is_set(value: Any) -> bool:
+    if isinstance(value, (list, tuple, dict, set)):
+        return any(map(_is_set, value))
+    if isinstance(value, (bool, int, float)):
+        return bool(value)
+    return value is not None
+
+
+def _wants_input_logprobs(batch: ForwardBatch) -> bool:
+    if not batch.return_logprob:
+        return False
+    starts = batch.extend_logprob_start_lens_cpu
+    return any(start < new for start, new in zip(starts, batch.extend_seq_lens_cpu))
+
+
+def of_last_rows(logits: Any, batch: ForwardBatch) -> Any:
+    """Return SGLang's logits of a decode step as those of the prefill `batch`."""
+    last = batch.extend_seq_lens.cumsum(0) - 1
+    return dataclasses.replace(logits, next_token_logits=logits.next_token_logits[last])
+
+
+def short_prefill_of(runner: Any, config: DcpConfig) -> Optional[ShortPrefill]:
+    """Return what decides for a runner; None where no prefill is a decode step.
+
+    With speculation, a captured step has several query tokens of each request. With LoRA,
+    adapters are set up for the requests of a batch, not for rows. In deterministic inference
+    a token may not depend on the other requests of its batch.
+    """
+    args = sglang_api().resolved(runner.server_args)
+    if args.attention_backend not in SERVED or args.speculative_algorithm:
+        return None
+    if args.enable_lora or args.lora_paths or args.enable_deterministic_inference:
+        return None
+    return ShortPrefill(runner, step_sizes(runner, config))
+
+
+def step_sizes(runner: Any, config: DcpConfig) -> StepSizes:
+    """Return the sizes of attention of SGLang's `ModelRunner`."""
+    model, stored = runner.model_config, runner.token_to_kv_pool.dtype.itemsize
+    if is_mla(model):
+        qk, v, kv_heads = (
+            model.kv_lora_rank + model.qk_rope_head_dim,
+            model.kv_lora_rank,
+            1,
+        )
+        numbers = qk
+    else:
+        qk, v = model.head_dim, model.v_head_dim
+        kv_heads = config.layout.kv_heads_per_rank(kv_head_counts(model)[0])
+        numbers = qk + v
+    return StepSizes(
+        heads=model.num_attention_heads // config.tp_size,
+        dcp_size=config.dcp_size,
+        key_bytes=kv_heads * numbers * stored,
+        query_bytes=qk * runner.dtype.itemsize,
+        out_bytes=v * runner.dtype.itemsize,
+        dims=qk + v,
+    )
