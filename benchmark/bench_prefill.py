@@ -25,7 +25,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,6 +51,11 @@ from sglang_dcp.demo.server import ServerProcess
 
 # SGLang keeps the last tokens of a full pool for itself.
 SPARE_TOKENS = 8
+# Most requests of a decode step, as SGLang has on its own: it captures steps of so many rows,
+# and a short prefill may be one.
+MOST_RUNNING = 256
+# Ends the names of layouts whose servers open doors.
+OPENED = "+doors"
 
 
 class Size(NamedTuple):
@@ -140,7 +145,7 @@ def make_server(
     env: dict[str, str] = {}
     if options.peak_memory:
         env = open_door(peaks_of(options, layout))
-    elif options.doors and layout.dcp_size > 1 and not layout.is_upstream:
+    elif layout.name.endswith(OPENED):
         folder = options.folder / f"doors-{layout.name}".replace(":", "-")
         env = plugin_env(folder, "open_doors", source_of(options.doors))
     return new_server(options, layout, model, log, flags, env)
@@ -214,7 +219,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         nargs="*",
         default=[],
         choices=known_doors(),
-        help="what servers with DCP do though it is off: doors of the live tests",
+        help="doors of the live tests; each layout with DCP gets a second server, which "
+        "does what is off",
     )
     options = parser.parse_args(argv)
     if options.doors and options.peak_memory:
@@ -232,9 +238,19 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--peak-memory: upstream layouts load no plugin")
     options.csv = options.csv.absolute()
     # What `server_flags` takes for the most requests at once.
-    options.concurrency = options.batches
+    options.concurrency = [*options.batches, MOST_RUNNING]
     fill_engine_defaults(parser, options, defaults=1)
+    if options.doors:
+        options.layouts = list(with_opened(options.layouts))
     return options
+
+
+def with_opened(layouts: Iterable[Layout]) -> Iterator[Layout]:
+    """Yield the layouts, and after each that loads this package one with open doors."""
+    for layout in layouts:
+        yield layout
+        if layout.dcp_size > 1 and not layout.is_upstream:
+            yield layout._replace(name=layout.name + OPENED)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -257,7 +273,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "seconds to the first token\n"
     )
     if options.doors:
-        print(f"with DCP, doors open: {', '.join(options.doors)}\n")
+        print(f"{OPENED} opens {', '.join(options.doors)}\n")
     print(markdown(ratio_table(rows)))
     if options.peak_memory:
         print("\n" + markdown(memory_table(rows)))

@@ -128,7 +128,7 @@ def test_peaks_are_of_gpus_alone(
     assert "--peak-memory" in capsys.readouterr().err
 
 
-def test_doors_are_opened_in_servers_with_dcp_alone(tmp_path: Path) -> None:
+def test_doors_are_opened_in_second_servers(tmp_path: Path) -> None:
     options = options_of(tmp_path, "--doors short_prefill_door prefill_graph_door")
     options.folder = tmp_path
     seen: dict[str, dict[str, str]] = {}
@@ -139,8 +139,9 @@ def test_doors_are_opened_in_servers_with_dcp_alone(tmp_path: Path) -> None:
     with mock.patch("bench_prefill.new_server", started):
         for layout in (options.plain, *options.layouts):
             bench_prefill.make_server(options, layout, tmp_path)
-    assert not seen.pop("tp")
-    [env] = seen.values()
+    assert list(seen) == ["tp", "2:a2a", "2:a2a+doors"]
+    assert not seen["tp"] and not seen["2:a2a"]
+    env = seen["2:a2a+doors"]
     folder = Path(env["PYTHONPATH"].split(os.pathsep)[0])
     source = (folder / "open_doors.py").read_text()
     for door in options.doors:
