@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_release
+from decode_dummies import fp8_dummies
 from decode_layouts import Layout
 from decode_memory import weight_bytes
 from decode_quantization import flag_value
@@ -94,7 +95,8 @@ def model_runner(args: Any, nccl_port: int, rank: int) -> tuple[Any, int]:
         Bytes of the weights of this rank.
     """
     bench_release.enter_scheduler(args, rank)
-    runner = bench_release.new_runner(args, nccl_port, rank)
+    with fp8_dummies():
+        runner = bench_release.new_runner(args, nccl_port, rank)
     # Before there are pools and workspaces.
     weights = weight_bytes(runner.model, args.device)
     runner.alloc_memory_pool()

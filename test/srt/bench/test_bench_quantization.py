@@ -11,6 +11,7 @@ import torch
 
 import bench_decode
 import bench_prefill
+from decode_dummies import LARGEST, fill_fp8, fp8_dummies
 from decode_models import write_model
 from decode_quantization import BLOCK, QUANTIZATIONS, config_entries, flag_value
 from live_servers import server_flags
@@ -104,6 +105,47 @@ def test_blocks_that_cannot_be_cut_are_refused(
 def test_blocks_that_can_be_cut(model: str, tp: int) -> None:
     words = ("--model", model, "--tp", str(tp), "--quantization", "fp8-block")
     assert parsed(*words).quantization == "fp8-block"
+
+
+class Layer(torch.nn.Module):
+    """A layer as SGLang builds it: FP8 weights, a scale, and a norm in bf16."""
+
+    weight: torch.Tensor
+    weight_scale: torch.Tensor
+    norm: torch.Tensor
+
+    def __init__(self, scale: str) -> None:
+        super().__init__()
+        self.weight = self._parameter(torch.zeros(64, 32).to(torch.float8_e4m3fn))
+        self.norm = self._parameter(torch.ones(32, dtype=torch.bfloat16))
+        setattr(self, scale, self._parameter(torch.ones(2)))
+
+    @staticmethod
+    def _parameter(value: torch.Tensor) -> torch.nn.Parameter:
+        return torch.nn.Parameter(value, requires_grad=False)
+
+
+@pytest.mark.parametrize("scale", ["weight_scale", "weight_scale_inv"])
+def test_fp8_dummies_are_as_large_as_others(scale: str) -> None:
+    one, two = Layer(scale), Layer(scale)
+    for layer in (one, two):
+        fill_fp8(layer)
+        drawn = layer.weight.float() * getattr(layer, scale)[0]
+        assert (drawn != 0).float().mean() > 0.95
+        assert 0.8 * LARGEST < drawn.abs().max() <= LARGEST
+        assert layer.norm.eq(1).all()
+    assert torch.equal(one.weight.float(), two.weight.float())
+
+
+def test_the_dummy_loader_draws_them() -> None:
+    from sglang.srt.model_loader import loader
+
+    before, layer = loader.initialize_dummy_weights, Layer("weight_scale")
+    with fp8_dummies():
+        loader.initialize_dummy_weights(layer)
+    assert loader.initialize_dummy_weights is before
+    assert (layer.weight.float() != 0).float().mean() > 0.95
+    assert layer.norm.ne(1).any() and layer.weight_scale.eq(LARGEST).all()
 
 
 if __name__ == "__main__":
