@@ -33,13 +33,15 @@ SERVED: frozenset[str] = frozenset()
 # it where there is no graph.
 MOST_EAGER_ROWS = 0
 
-# Fields of SGLang's batch that every prefill sets. A decode step sets them too, or does not
-# read them, or `is_plain` looks at them itself.
+# Fields of SGLang's batch that plain prefills set. A decode step sets them too, or does not
+# read them, or `is_plain` looks at them itself. With log-probabilities of new tokens alone,
+# the ids of the prompt's are there and empty.
 _OF_EVERY_PREFILL = frozenset(
     {
         "batch_size",
         "capture_hidden_mode",
         "contains_last_prefill_chunk",
+        "extend_input_logprob_token_ids_gpu",
         "extend_logprob_start_lens_cpu",
         "extend_num_tokens",
         "extend_prefix_lens",

@@ -77,7 +77,13 @@ def make_batch(new: tuple[int, ...] = (3, 1), **fields: Any) -> ForwardBatch:
 def test_prefills_of_token_ids_are_plain() -> None:
     assert is_plain(make_batch())
     assert is_plain(make_batch(forward_mode=ForwardMode.MIXED))
-    assert is_plain(make_batch(return_logprob=True))
+
+
+def test_log_probabilities_of_new_tokens_leave_a_prefill_plain() -> None:
+    """SGLang's batch then has ids whose log-probabilities it wants: none."""
+    none = torch.zeros(0, dtype=torch.int64)
+    asked: dict[str, Any] = dict(return_logprob=True, top_logprobs_nums=[2, 0])
+    assert is_plain(make_batch(**asked, extend_input_logprob_token_ids_gpu=none))
 
 
 SPECIAL = {
@@ -90,7 +96,11 @@ SPECIAL = {
     "replicas": {"global_num_tokens_cpu": [4, 0]},
     "scores": {"is_prefill_only": True},
     "hidden": {"capture_hidden_mode": CaptureHiddenMode.LAST},
-    "logprobs": {"return_logprob": True, "extend_logprob_start_lens_cpu": [3, 0]},
+    "logprobs": {
+        "return_logprob": True,
+        "extend_logprob_start_lens_cpu": [3, 0],
+        "extend_input_logprob_token_ids_gpu": torch.zeros(1, dtype=torch.int64),
+    },
     "mrope": {"mrope_positions": torch.zeros(3, 4)},
 }
 
