@@ -3,19 +3,40 @@
 DCP makes none until GPU servers have shown it right and fast. The plugin of such a server
 opens that door in its processes only. The rule by lengths stays. On a GPU a step runs only
 where it has a graph, and on a CPU, which has none, without one.
+
+Its servers log each step. DCP itself logs the first one only, and that may be the warm-up.
 """
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import torch
 
 OPENED = frozenset({"fa3", "flashinfer", "triton", "torch_native"})
+LINE = "short prefill as a step of"
+
+
+def steps_in(log: str) -> list[int]:
+    """Return the rows of each step that rank 0 logged."""
+    of_first = re.findall(rf"^\[[^]]*TP0[^]]*\] {LINE} (\d+) rows", log, re.M)
+    return [int(rows) for rows in of_first]
 
 
 def open_door() -> None:
     """Let servers of this process run short prefills as decode steps."""
     from sglang_dcp.layers import short_prefill
 
+    step_of = short_prefill.ShortPrefill.step_of
+
+    def logged(short: Any, batch: Any) -> Any:
+        step = step_of(short, batch)
+        if step is not None:
+            short_prefill.logger.info("%s %d rows", LINE, step.batch_size)
+        return step
+
+    setattr(short_prefill.ShortPrefill, "step_of", logged)
     short_prefill.SERVED = OPENED  # type: ignore[misc]
     if not torch.cuda.is_available():
         short_prefill.MOST_EAGER_ROWS = 64  # type: ignore[misc]

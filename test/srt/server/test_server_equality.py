@@ -20,6 +20,7 @@ import pytest
 from helpers import request_set
 from helpers.doors import with_door
 from helpers.servers import plugin_folder, server
+from helpers.short_prefill_door import steps_in
 from sglang_dcp.demo.client import Reply, http_json, open_local
 from sglang_dcp.demo.server import ServerProcess
 from sglang_dcp.demo.tiny_model import make_tiny_model
@@ -52,10 +53,10 @@ class Case:
     def gathers(self) -> bool:
         """Whether some prefill gathers K and V: by their lengths, those over a prefix do.
 
-        With decode steps, those that return log-probabilities of the prompt still do.
+        Where chunks of 64 tokens are decode steps, none of these prefills does.
         """
         has_prefix = "--disable-radix-cache" not in self.flags
-        by_rule = self.form != "in-place" and not self.kind.startswith("mla")
+        by_rule = self.form == "gathered" and not self.kind.startswith("mla")
         return has_prefix and by_rule
 
     @property
@@ -223,7 +224,16 @@ def test_equal_to_tp1(
     assert "leak" not in log.lower()
     assert ("DCP prefill gathers K and V" in log) == case.gathers
     assert ("is one decode step" in log) == (case.form == "step")
+    if case.form == "step":
+        # All tokens of the requests that are not in the cache, and the warm-up's.
+        assert sum(steps_in(log)) >= sum(_new_tokens(replies))
     print(f"max |d logprob| {request_set.max_difference(replies, want.replies):.2e}")
+
+
+def _new_tokens(replies: list[Reply]) -> Iterator[int]:
+    """How many tokens of its prompt each request of the set brought."""
+    for request, reply in zip(request_set.build_requests(), replies):
+        yield len(request.ids) - (reply.cached_tokens or 0)
 
 
 def _check_longest_prompts(dcp: ServerProcess, case: Case) -> None:
