@@ -19,6 +19,7 @@ from sglang_dcp.support.quantization import (
     is_unknown,
     quantization_config,
 )
+from sglang_dcp.support.quantized_layers import int8_experts, packed_latents
 from sglang_dcp.support.rules import Unsupported, check_rules, raise_unsupported
 
 
@@ -98,6 +99,16 @@ def _unknown_format(model: Any) -> Optional[str]:
     return _named(model, name) if is_unknown(name) else None
 
 
+def _packed_latents(model: Any) -> Optional[str]:
+    found = packed_latents(model)
+    return _named(model, found) if found else None
+
+
+def _int8_experts(model: Any) -> Optional[str]:
+    found = int8_experts(model)
+    return _named(model, found) if found else None
+
+
 def _architecture(model: Any) -> Optional[str]:
     name = _name(model)
     drafts = DRAFT_ARCHITECTURES if model.is_draft_model else ()
@@ -162,6 +173,18 @@ UNSUPPORTED_MODELS: tuple[Unsupported, ...] = (
         "--model-path",
         _unknown_format,
         "its loader was made for other devices, or by another SGLang than is known",
+        "serve this model with another quantization",
+    ),
+    Unsupported(
+        "--model-path",
+        _packed_latents,
+        "SGLang itself cannot derive the K weights of latent attention from it",
+        "serve this model with kv_b_proj in 16 bit, or with another quantization",
+    ),
+    Unsupported(
+        "--model-path",
+        _int8_experts,
+        "SGLang itself has such experts for NPUs alone",
         "serve this model with another quantization",
     ),
     Unsupported(
