@@ -218,6 +218,7 @@ def finish(args: Any) -> None:
     """Check the model and make pages logical, after SGLang resolved `args`."""
     from sglang_dcp.support.backends import requirement_of
     from sglang_dcp.support.experts import check_experts_of
+    from sglang_dcp.support.kv_dtype import check_kv_dtype_of_checkpoint
     from sglang_dcp.support.prefill_graphs import needs_eager_prefill
     from sglang_dcp.support.server import check_server_args
 
@@ -227,7 +228,9 @@ def finish(args: Any) -> None:
         return
     model = api.model_config(args)
     mla = api.uses_mla(args)
-    check_server_args(resolved, requirement_of(resolved, model, mla))
+    requirement = requirement_of(resolved, model, mla)
+    check_kv_dtype_of_checkpoint(resolved, requirement)
+    check_server_args(resolved, requirement)
     check_experts_of(resolved, (model.hf_config.architectures or ["?"])[0])
     _check_replicas(args.dcp, Replicas(*api.attention_replicas(resolved)))
     _check_draft_model(args, resolved)

@@ -203,7 +203,8 @@ def _of_replicas(replicas: int) -> str:
 def _check_kv_dtype(kvc: Any) -> None:
     """Raise if the backend cannot read the KV-cache dtype.
 
-    The meaning of `--kv-cache-dtype auto` is known only here, after the weights are read.
+    SGLang settles `--kv-cache-dtype auto` only after the weights are read. A config that
+    was not on the disk at start may say now that it means fp8.
     """
     from sglang_dcp.layers.backends.capabilities import Requirement
     from sglang_dcp.layers.backends.registry import find_mismatch

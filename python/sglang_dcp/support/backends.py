@@ -9,6 +9,7 @@ import torch
 
 from sglang_dcp.layers.backends.capabilities import FP8, Mismatch, Requirement
 from sglang_dcp.layers.backends.registry import backend_names, find_mismatch
+from sglang_dcp.support.kv_dtype import kv_dtype_of_checkpoint
 from sglang_dcp.support.rules import raise_unsupported
 
 logger = logging.getLogger(__name__)
@@ -16,14 +17,16 @@ logger = logging.getLogger(__name__)
 
 def requirement_of(args: Any, model: Any, mla: bool) -> Requirement:
     """Return what `model`, SGLang's `ModelConfig`, requires of an attention backend."""
-    # `auto` may turn out to be fp8 once the weights are read: `build_kv_pool` checks it.
     kv_dtypes = {"fp8_e4m3": FP8, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16}
+    kv_dtype = kv_dtypes.get(args.kv_cache_dtype)
+    if args.kv_cache_dtype == "auto":
+        kv_dtype = kv_dtype_of_checkpoint(model)
     return Requirement(
         args.device,
         mla,
         model.dtype,
         (model.kv_lora_rank, model.qk_rope_head_dim) if mla else model.head_dim,
-        kv_dtypes.get(args.kv_cache_dtype),
+        kv_dtype,
         model.hf_text_config.num_attention_heads // args.dcp.tp_size,
     )
 
