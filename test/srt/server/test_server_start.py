@@ -6,13 +6,14 @@ before any weight is loaded, and that no process is left.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Iterator
+from typing import Any, Iterator
 
 import psutil
 import pytest
@@ -25,6 +26,11 @@ from sglang_dcp.demo.tiny_model import make_tiny_model
 pytestmark = pytest.mark.server
 
 DCP = ["--dtype", "float32", "--tp", "2", "--dcp-size", "2"]
+FP8_CACHE = {
+    "quant_method": "modelopt",
+    "quant_algo": "FP8",
+    "kv_cache_quant_algo": "FP8",
+}
 TOUCHED = "srt/layers/linear.py"
 
 
@@ -60,6 +66,12 @@ def test_drifted_sglang_refuses_dcp_and_serves_without(
     assert code == 2 and TOUCHED in line
 
 
+def quantized(**config: Any) -> list[str]:
+    """Flags that let the checkpoint say this of its weights."""
+    told = json.dumps({"quantization_config": config})
+    return ["--json-model-override-args", told]
+
+
 REFUSED = {
     "sizes-disagree": (
         ["--tp", "4", "--dcp-size", "4", "--attn-tp-size", "2"],
@@ -72,6 +84,18 @@ REFUSED = {
     "heads-do-not-divide": (
         ["--tp", "16", "--dcp-size", "2"],
         ("8", "16"),
+    ),
+    "weights-cut-by-rank": (
+        [*DCP, *quantized(quant_method="bitsandbytes", load_in_4bit=True)],
+        ("--model-path LlamaForCausalLM (bitsandbytes)", "another quantization"),
+    ),
+    "fp8-cache-by-checkpoint": (
+        [*DCP, *quantized(**FP8_CACHE)],
+        ("--kv-cache-dtype auto, which means float8_e4m3fn", "--kv-cache-dtype bf16"),
+    ),
+    "adapters-beside-replicated-q": (
+        [*DCP, "--dcp-replicate-q-proj", "--lora-paths", "a=/nowhere"],
+        ("--lora-paths with --dcp-replicate-q-proj", "drop --dcp-replicate-q-proj"),
     ),
 }
 
