@@ -25,7 +25,13 @@ from helpers.model_ranks import (
     run_forked,
 )
 from helpers.quantized import FORMATS
-from helpers.quantized_checkpoint import make_quantized
+from helpers.quantized_checkpoint import (
+    FORMS,
+    KV_SCALES,
+    SCALED_KIND,
+    kv_scales,
+    make_quantized,
+)
 from helpers.quantized_layers import (
     build_as_on_hopper,
     keep_as_loaded,
@@ -46,8 +52,9 @@ CASES = [
     *(("qwen3-2kv", name) for name in FORMATS),
     *((kind, name) for kind in ("qwen3-moe", "mla-v3") for name in MOE),
 ]
+CASES.append((SCALED_KIND, KV_SCALES))
 # Scales that are cut as the weights are, and K weights with one scale on each rank.
-SHORT = (("qwen3-2kv", "fp8-block"), ("mla-v3", "fp8-tensor"))
+SHORT = (("qwen3-2kv", "fp8-block"), (SCALED_KIND, KV_SCALES), ("mla-v3", "fp8-tensor"))
 
 
 @pytest.fixture(scope="module")
@@ -84,11 +91,13 @@ def _check_rank(model: Path, name: str, rank: int, port: int) -> None:
     keep_as_loaded()
     runner = load_runner(model, ARGUMENTS, rank, port).torch_runner
     weights = _stored(model)
-    form = FORMATS[name]
+    form = FORMS[name]
     seen = 0
     for prefix, module in runner.model.named_modules():
         if hasattr(module, "qkv_proj"):
             _check_qkv(form, prefix, module, weights)
+            if name == KV_SCALES:
+                _check_kv_scales(seen, prefix, module)
             seen += 1
         elif hasattr(module, "forward_absorb_prepare"):
             _check_mla(form, prefix, module, weights, rank)
@@ -116,6 +125,18 @@ def _check_qkv(form: Any, prefix: str, module: Any, weights: Any) -> None:
     parts = [_matrix(form, weights, f"{prefix}.{part}_proj") for part in "qkv"]
     got = read_back(form, module.qkv_proj)
     torch.testing.assert_close(got, torch.cat(parts), rtol=4e-3, atol=0)
+
+
+def _check_kv_scales(layer: int, prefix: str, module: Any) -> None:
+    """Each rank divides by the same numbers, whatever part of the sequence it holds."""
+    found = {
+        f"{prefix}.{part}_proj.{part}_scale": getattr(module.attn, f"{part}_scale")
+        for part in "kv"
+    }
+    wanted = kv_scales(layer)
+    assert {*found} == {*wanted}
+    for name, scale in found.items():
+        torch.testing.assert_close(scale.data.cpu(), wanted[name], rtol=0, atol=0)
 
 
 def _check_mla(form: Any, prefix: str, module: Any, weights: Any, rank: int) -> None:
