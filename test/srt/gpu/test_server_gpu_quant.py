@@ -5,7 +5,9 @@ cut: weights that were repacked for a kernel, and decode in CUDA graphs on them.
 is measured against plain servers of the same checkpoint. `-k` chooses cases by the words in
 their names (`-k "fp8-block and replicated"`). A machine with one GPU runs `one-gpu` alone.
 
-The plugin opens servers with replicated Q in formats that DCP still refuses.
+The plugin opens servers with replicated Q in formats that DCP still refuses. Their pools
+hold infinities before a request writes to them, so padded graphs run over such pages in every
+format, with K/V heads and with latents, at both widths of Q.
 """
 
 from __future__ import annotations
@@ -23,12 +25,14 @@ from helpers import teacher_forcing
 from helpers.gpu_cases import (
     BF16,
     EXPAND_PREFIXES,
+    MARGIN,
     ONE_GPU,
     TP2_DCP2,
     Case,
     Numbers,
     assert_within_spread,
     behind_door,
+    distance_from_tp2,
     exchange_case,
     exchange_flags,
     fleet_fixture,
@@ -37,7 +41,7 @@ from helpers.gpu_cases import (
 from helpers.gpu_servers import Fleet
 from helpers.nccl_ranks import needs_gpus
 from helpers.quantized import FORMATS, ONLINE_FP8
-from helpers.quantized_checkpoint import QUANTIZED_KINDS
+from helpers.quantized_checkpoint import KV_SCALES, QUANTIZED_KINDS, SCALED_KIND
 from helpers.teacher_forcing import Prompt, Wave
 from helpers.weight_updates import (
     Update,
@@ -55,6 +59,10 @@ FP16_EXPERTS = ("awq", "gptq")
 # What SGLang itself cannot serve. It has INT8 experts for NPUs alone. For AWQ and latents,
 # 0.5.23 imports a module that it does not have (`models/deepseek_common/utils.py`).
 NOT_BY_SGLANG = {"qwen3-moe+int8-channel", "mla-v3+int8-channel", "mla-v3+awq"}
+# Experts and latents whose kernels make plain tp 2 differ from plain tp 1 by 0.4 to 1.2. DCP
+# was within 0.006 of plain tp 2 there (docs/correctness.md).
+FAR_FROM_TP1 = {"qwen3-moe+awq", "qwen3-moe+gptq", "mla-v3+gptq"}
+NEAR_TP2 = 0.02
 ONLINE = Numbers("fp8-online", f"--dtype bfloat16 {ONLINE_FP8.flags}")
 ONLINE_KINDS = ("llama-2kv-d128", "qwen3-moe-d128", "mla-v3+bf16")
 EXCHANGES = tuple(product(("a2a", "symm_a2a"), (False, True)))
@@ -117,11 +125,15 @@ def on_one_gpu() -> Iterator[Case]:
 
 
 def kv_scales() -> Iterator[Case]:
-    """An fp8 KV cache under quantized weights, on the backends that read one."""
-    for backend in ("fa3", "flashinfer", "triton"):
+    """An fp8 KV cache under quantized weights, on the backends that read one.
+
+    One checkpoint has no scales of K and V, and the other has some that differ by layer.
+    """
+    kinds = ("qwen3-2kv+fp8-block", f"{SCALED_KIND}+{KV_SCALES}")
+    for kind, backend in product(kinds, ("fa3", "flashinfer", "triton")):
         flags = "--dtype bfloat16 --kv-cache-dtype fp8_e4m3"
         yield Case(
-            "qwen3-2kv+fp8-block",
+            kind,
             TP2_DCP2,
             f"{backend}-fp8kv",
             f"--attention-backend {backend} " + exchange_flags("a2a", replicated=True),
@@ -131,7 +143,7 @@ def kv_scales() -> Iterator[Case]:
 
 def behind_the_door() -> Iterator[Case]:
     for case in (*cases(), *kv_scales(), *on_one_gpu()):
-        yield behind_door(case, "replication_door")
+        yield behind_door(case, "replication_door", "infinities_door")
 
 
 fleet = fleet_fixture(build_waves)
@@ -139,7 +151,16 @@ fleet = fleet_fixture(build_waves)
 
 @pytest.mark.parametrize("case", params(behind_the_door()))
 def test_within_the_spread_of_tp(case: Case, fleet: Fleet) -> None:
-    assert_within_spread(case, fleet)
+    """Near plain tp 1, and near plain tp 2.
+
+    Where plain tp 2 is far from plain tp 1, any wrong head may hide in its distance from
+    plain tp 1. There DCP must be within `NEAR_TP2` of plain tp 2, whose kernels see the
+    same cut of the weights. Elsewhere the margin is that of the distance from plain tp 1.
+    """
+    spread = assert_within_spread(case, fleet)
+    far = case.kind in FAR_FROM_TP1
+    most = NEAR_TP2 if far else MARGIN * spread.mean
+    assert distance_from_tp2(case, fleet).mean < most
     ran = fleet.run(case.spec).decode_batches(graph=not case.eager)
     assert {*BATCHES} <= ran, ran
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 
 from helpers import teacher_forcing
+from helpers.doors import with_door
 from helpers.gpu_cases import (
     BACKENDS,
     BF16,
@@ -37,26 +38,6 @@ BATCHES = (3, 5, 6, 7)
 # Weights and activations in fp8: a row of NaN would reach others by a common scale.
 FP8_WEIGHTS = Numbers("fp8w", "--dtype bfloat16 --quantization fp8")
 
-# What was freed may hold anything. Here all of the pool does, the dummy page too.
-INFINITIES = """
-load_forced = load
-
-
-def load():
-    load_forced()
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
-    def create(original, self, *args, **kwargs):
-        original(self, *args, **kwargs)
-        for buffer in (*self.k_buffer, *self.v_buffer):
-            buffer.fill_(float("inf"))
-
-    HookRegistry.register(
-        "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool._create_buffers",
-        create,
-        HookType.AROUND,
-    )
-"""
 # SGLang captures the largest batch first.
 SMALLEST_FIRST = """
 load_forced = load
@@ -110,7 +91,7 @@ def cases() -> Iterator[Case]:
                 "-".join(filter(None, ("infinities", backend, numbers.name, how))),
                 flags + " --disable-cuda-graph" * (how == "eager"),
                 numbers,
-                plugin=teacher_forcing.PLUGIN + INFINITIES,
+                plugin=with_door(teacher_forcing.PLUGIN, "infinities_door"),
             )
         yield Case(
             KIND,

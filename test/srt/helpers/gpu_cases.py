@@ -194,9 +194,12 @@ def chosen_kinds(known: Iterable[str]) -> list[str]:
     return [kind for kind in known if kind in chosen]
 
 
-def behind_door(case: Case, door: str) -> Case:
-    """The case with servers that open `door`, a module of `helpers`."""
-    return replace(case, plugin=with_door(case.numbers.plugin, door))
+def behind_door(case: Case, *doors: str) -> Case:
+    """The case with servers that open `doors`, modules of `helpers`, in that order."""
+    plugin = case.plugin or case.numbers.plugin
+    for door in doors:
+        plugin = with_door(plugin, door)
+    return replace(case, plugin=plugin)
 
 
 def params(cases: Iterable[Case]) -> list[object]:
@@ -226,19 +229,26 @@ def fleet_fixture(waves: Callable[[], Sequence[teacher_forcing.Wave]]) -> Any:
     return fleet
 
 
+def distance_from_tp2(case: Case, fleet: Fleet) -> teacher_forcing.Distance:
+    """Distance of the DCP server from plain tp 2.
+
+    It tells more than `measure` where plain tp 2 itself is far from plain tp 1.
+    """
+    tp2 = fleet.run(case.plain[1]).replies
+    return teacher_forcing.distance(fleet.run(case.spec).replies, tp2)
+
+
 def measure(
     case: Case, fleet: Fleet
 ) -> tuple[teacher_forcing.Distance, teacher_forcing.Distance]:
     """Distance of the DCP server, and of plain tp 2, from plain tp 1; printed.
 
-    So is the distance of the two from each other. It tells more where plain tp 2 itself is
-    far from plain tp 1.
+    So is the distance of the two from each other.
     """
     tp1, tp2 = (fleet.run(spec).replies for spec in case.plain)
     spread = teacher_forcing.distance(tp2, tp1)
-    replies = fleet.run(case.spec).replies
-    found = teacher_forcing.distance(replies, tp1)
-    apart = teacher_forcing.distance(replies, tp2)
+    found = teacher_forcing.distance(fleet.run(case.spec).replies, tp1)
+    apart = distance_from_tp2(case, fleet)
     print(
         f"{case.name}: |d logprob| {found}; plain tp 2: {spread}; "
         f"ratio {found.mean / spread.mean:.2f} over {found.tokens} tokens; "
@@ -247,13 +257,17 @@ def measure(
     return found, spread
 
 
-def assert_within_spread(case: Case, fleet: Fleet) -> None:
-    """The server ran as the case says, and every token is as near as plain tp 2's."""
+def assert_within_spread(case: Case, fleet: Fleet) -> teacher_forcing.Distance:
+    """The server ran as the case says, and every token is as near as plain tp 2's.
+
+    Returns the distance of plain tp 2 from plain tp 1.
+    """
     _assert_ran_as_meant(case, fleet.run(case.spec), fleet.largest_batch)
     found, spread = measure(case, fleet)
     assert found.mean < MARGIN * spread.mean
     assert found.worst < TAIL_MARGIN * spread.worst
     assert found.worst_request < TAIL_MARGIN * spread.worst_request
+    return spread
 
 
 def _assert_ran_as_meant(case: Case, run: Run, largest_batch: int) -> None:
