@@ -56,7 +56,9 @@ def q_projections(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield the name and the layer of each Q projection that can be replicated."""
     for name, module in model.named_modules():
         if _is_gqa_attention(module):
-            yield f"{name}.qkv_proj", module.qkv_proj
+            layer: Any = qkv_layer_of(module)
+            which = next(n for n, child in module.named_children() if child is layer)
+            yield f"{name}.{which}", layer
         elif _is_mla_attention(module):
             which, layer = _q_of_mla(module)
             yield f"{name}.{which}", layer
@@ -159,7 +161,7 @@ class QReplicas:
 
 
 def _is_gqa_attention(module: Any) -> bool:
-    return qkv_layer_of(module) is not None and hasattr(module, "qkv_proj")
+    return qkv_layer_of(module) is not None and hasattr(module, "q_size")
 
 
 def _is_mla_attention(module: Any) -> bool:
@@ -261,11 +263,12 @@ class _ReplicatedGqa(_ReplicatedAttention):
         self._module = module
         self._times = group.world_size
         self._own = (module.q_size, module.num_heads)
-        self._method = _ReplicatedLinearMethod(module.qkv_proj, module.q_size, group)
-        module.qkv_proj.quant_method = self._method
+        self._layer: Any = qkv_layer_of(module)
+        self._method = _ReplicatedLinearMethod(self._layer, module.q_size, group)
+        self._layer.quant_method = self._method
 
     def own_products(self) -> list[Product]:
-        return [_own_product(self._module.qkv_proj, self._own[0])]
+        return [_own_product(self._layer, self._own[0])]
 
     def refresh(self) -> None:
         """Do nothing: SGLang's loaders fill all of the layer."""

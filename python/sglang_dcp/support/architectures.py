@@ -6,6 +6,8 @@ listed here, `attention_layers` looks at each attention layer that SGLang builds
 
 from __future__ import annotations
 
+from sglang_dcp.releases.installed import in_range, sglang_version
+
 GQA_ARCHITECTURES: tuple[str, ...] = (
     "LlamaForCausalLM",
     "Qwen2ForCausalLM",
@@ -13,27 +15,40 @@ GQA_ARCHITECTURES: tuple[str, ...] = (
     "Qwen3MoeForCausalLM",
     "ApertusForCausalLM",
     "ArceeForCausalLM",
+    "BailingMoeForCausalLM",
+    "BailingMoeV2ForCausalLM",
     "CohereForCausalLM",
+    "DeepseekForCausalLM",
     "Ernie4_5_ForCausalLM",
     "Ernie4_5_MoeForCausalLM",
+    "ExaoneForCausalLM",
     "GemmaForCausalLM",
     "Glm4ForCausalLM",
     "Glm4MoeForCausalLM",
     "GraniteForCausalLM",
     "GraniteMoeForCausalLM",
+    "GraniteMoeSharedForCausalLM",
+    "HYV3ForCausalLM",
+    "InternLM2ForCausalLM",
     "InternLM3ForCausalLM",
     "IQuestCoderForCausalLM",
     "MiMoForCausalLM",
+    "MiniCPMForCausalLM",
     "MiniMaxM2ForCausalLM",
     "Ministral3ForCausalLM",
     "MistralForCausalLM",
     "MixtralForCausalLM",
+    "NanbeigeForCausalLM",
     "Olmo2ForCausalLM",
+    "OrionForCausalLM",
     "Phi3ForCausalLM",
     "PhiMoEForCausalLM",
     "Qwen2MoeForCausalLM",
+    "SolarForCausalLM",
     "StableLmForCausalLM",
+    "TeleFLMForCausalLM",
     "XverseForCausalLM",
+    "XverseMoeForCausalLM",
 )
 
 MLA_ARCHITECTURES: tuple[str, ...] = (
@@ -42,7 +57,29 @@ MLA_ARCHITECTURES: tuple[str, ...] = (
     "Glm4MoeLiteForCausalLM",
 )
 
-SERVED = GQA_ARCHITECTURES + MLA_ARCHITECTURES
+# Compared on SGLang 0.5.23 only.
+SINCE_0_5_23: tuple[str, ...] = (
+    "BailingMoeForCausalLM",
+    "BailingMoeV2ForCausalLM",
+    "DeepseekForCausalLM",
+    "ExaoneForCausalLM",
+    "GraniteMoeSharedForCausalLM",
+    "HYV3ForCausalLM",
+    "InternLM2ForCausalLM",
+    "MiniCPMForCausalLM",
+    "NanbeigeForCausalLM",
+    "OrionForCausalLM",
+    "SolarForCausalLM",
+    "TeleFLMForCausalLM",
+    "XverseMoeForCausalLM",
+)
+
+_IS_NEW = in_range(sglang_version(), "0.5.23", None)
+SERVED = tuple(
+    name
+    for name in GQA_ARCHITECTURES + MLA_ARCHITECTURES
+    if _IS_NEW or name not in SINCE_0_5_23
+)
 
 # Draft models of these, beside any model above as a draft.
 DRAFT_ARCHITECTURES: tuple[str, ...] = (
@@ -54,6 +91,8 @@ DRAFT_ARCHITECTURES: tuple[str, ...] = (
 # SGLang shards their attention over the ranks of a replica of DP attention. It shards the
 # attention of the others over all ranks, which then hold different requests.
 DP_ATTENTION: tuple[str, ...] = (
+    "BailingMoeForCausalLM",
+    "BailingMoeV2ForCausalLM",
     "DeepseekV2ForCausalLM",
     "DeepseekV3ForCausalLM",
     "Glm4MoeForCausalLM",
@@ -80,6 +119,7 @@ LOADED_AS_LLAMA: tuple[str, ...] = (
     "Ministral3ForCausalLM",
     "MistralForCausalLM",
     "Phi3ForCausalLM",
+    "TeleFLMForCausalLM",
 )
 
 # OLMoE norms Q and K of one rank with the weights of all heads. Starcoder2 takes a rank

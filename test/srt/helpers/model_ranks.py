@@ -247,7 +247,7 @@ def _enter(args: Any, rank: int) -> None:
 
 def _replace_kernels() -> None:
     """Put formulas in the place of Triton kernels that models call without a GPU too."""
-    from sglang.srt.models import minimax_m2, qwen2_moe
+    from sglang.srt.models import deepseek, minimax_m2, qwen2_moe, xverse_moe
 
     def gate(
         hidden: torch.Tensor, weight: torch.Tensor, shared: torch.Tensor, out: Any
@@ -272,6 +272,18 @@ def _replace_kernels() -> None:
             for rows, weight, total in parts
         ]
 
+    def experts(
+        hidden: torch.Tensor, w1: Any, w2: Any, topk_output: Any, *_: Any, **__: Any
+    ) -> torch.Tensor:
+        out = torch.zeros_like(hidden)
+        for index, (first, second) in enumerate(zip(w1, w2)):
+            chosen = topk_output.topk_ids == index
+            share = (topk_output.topk_weights * chosen).sum(-1, keepdim=True)
+            gate, up = (hidden @ first.T).chunk(2, -1)
+            out += share * ((torch.nn.functional.silu(gate) * up) @ second.T)
+        return out
+
+    deepseek.fused_moe = xverse_moe.fused_moe = experts
     minimax_m2.rms_sumsq_serial = sums
     minimax_m2.rms_apply_serial = apply
     qwen2_moe.fused_gate_sigmoid_mul_add = gate

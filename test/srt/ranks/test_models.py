@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from helpers.model_kinds import MODEL_KINDS
+from helpers.model_names import RENAMED
 from helpers.model_ranks import (
     FOUND,
     Run,
@@ -53,8 +54,8 @@ OVER_HEADS = [
 # GQA and MLA: new weights reach a replicated Q projection, and K weights that were gathered.
 UPDATES = ("mimo", "deepseek-v3")
 # GQA and MLA: each replica has a Q projection as wide as its own DCP group.
-SERVES_REPLICAS = in_range(sglang_version(), "0.5.23", None)
-REPLICAS = ("glm4-moe", "deepseek-v3") if SERVES_REPLICAS else ()
+IS_NEW = in_range(sglang_version(), "0.5.23", None)
+REPLICAS = ("bailing-moe-v2", "glm4-moe", "deepseek-v3") if IS_NEW else ()
 # Set it to run each model in every way, which takes twice as long.
 ALL_RUNS = bool(os.environ.get("SGLANG_DCP_TEST_ALL_RUNS"))
 
@@ -70,7 +71,11 @@ def _runs(name: str) -> tuple[Run, ...]:
     return (TP1, DCP2, REPLICATED, ATTN2, *updated, *replicas)
 
 
-CASES = {name: _runs(name) for name in MODEL_KINDS}
+CASES = {
+    name: _runs(name)
+    for name, kind in MODEL_KINDS.items()
+    if kind.extra.get("architectures", [kind.architecture])[0] in SERVED
+}
 # Of log-probabilities. SGLang computes an activation of Apertus and of Gemma in 16 bit.
 TP1_TOLERANCE, HF_TOLERANCE = 1e-4, 1e-2
 _IMPORTED = (
@@ -116,7 +121,11 @@ def _verdicts(name: str, folder: Path) -> dict[str, Any]:
     def make() -> None:
         make_model(model, name, MODEL_KINDS[name])
         make_model(other_weights(model), name, MODEL_KINDS[name], seed=1)
+        if name in RENAMED:
+            RENAMED[name].prepare(model)
         torch.save(hf_logprobs(model), folder / "hf.pt")
+        if name in RENAMED:
+            RENAMED[name].apply(model)
 
     [fault] = run_forked([make], folder, "hf")
     assert not fault, f"{name}: {fault}"

@@ -34,6 +34,7 @@ def attention(
 
     module = nn.Module()
     module.qkv_proj = qkv_layer(HEADS, kv_heads)
+    module.q_size = q_heads * DIM
     local = changes.pop("local", 1)
     module.attn = RadixAttention(q_heads, DIM, 1.0, local, 0, **changes)
     return module
