@@ -29,10 +29,10 @@ def qkv_layer(heads: int, kv_heads: int) -> nn.Module:
 
 def attention(
     kv_heads: int = KV_HEADS, q_heads: int = HEADS // 4, **changes: Any
-) -> nn.Module:
+) -> Any:
     from sglang.srt.layers.radix_attention import RadixAttention
 
-    module = nn.Module()
+    module: Any = nn.Module()
     module.qkv_proj = qkv_layer(HEADS, kv_heads)
     module.q_size = q_heads * DIM
     local = changes.pop("local", 1)

@@ -1218,8 +1218,8 @@ def test_sglang_defaults_are_the_fine_values(server_args: Any) -> None:
     ("changes", "message"),
     [
         pytest.param(
-            {"architectures": ["GptOssForCausalLM"]},
-            "^--speculative-draft-model-path .*: --model-path GptOssForCausalLM does not",
+            {"architectures": ["DbrxForCausalLM"]},
+            "^--speculative-draft-model-path .*: --model-path DbrxForCausalLM does not",
             id="architecture",
         ),
         pytest.param(
