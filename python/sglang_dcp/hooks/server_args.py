@@ -219,6 +219,7 @@ def finish(args: Any) -> None:
     from sglang_dcp.support.backends import requirement_of
     from sglang_dcp.support.experts import check_experts_of
     from sglang_dcp.support.kv_dtype import check_kv_dtype_of_checkpoint
+    from sglang_dcp.support.lora import check_adapters_of
     from sglang_dcp.support.prefill_graphs import needs_eager_prefill
     from sglang_dcp.support.server import check_server_args
 
@@ -231,6 +232,7 @@ def finish(args: Any) -> None:
     requirement = requirement_of(resolved, model, mla)
     check_kv_dtype_of_checkpoint(resolved, requirement)
     check_server_args(resolved, requirement)
+    check_adapters_of(resolved, model)
     check_experts_of(resolved, (model.hf_config.architectures or ["?"])[0])
     _check_replicas(args.dcp, Replicas(*api.attention_replicas(resolved)))
     _check_draft_model(args, resolved)

@@ -25,7 +25,7 @@ _TREE = "a token of a verification sees all those before it, so drafts must be c
 _UNPROVEN = "servers with it were not compared with tp 1 on such a device"
 
 
-def _algorithm_of(args: Any) -> Optional[str]:
+def algorithm_of(args: Any) -> Optional[str]:
     """Return the algorithm by the name that decides, or None without speculation.
 
     With `--enable-return-aux-hidden-states` it only names a way to capture hidden states.
@@ -37,7 +37,7 @@ def _algorithm_of(args: Any) -> Optional[str]:
 
 
 def _unserved(args: Any) -> Optional[str]:
-    name = _algorithm_of(args)
+    name = algorithm_of(args)
     served = SERVED if runs_on_gpu(args.device) else SERVED_ON_CPU
     return None if name in (None, *served) else args.speculative_algorithm
 
@@ -46,7 +46,7 @@ def _while_speculating(value: Value, *algorithms: str) -> Value:
     """Apply `value` with one of `algorithms`, or with any if none is named."""
 
     def applies(args: Any) -> Optional[Any]:
-        name = _algorithm_of(args)
+        name = algorithm_of(args)
         if name is None or (algorithms and name not in algorithms):
             return None
         return value(args)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from sglang_dcp.config import DcpConfigError
-from sglang_dcp.support.lora import check_adapters_of_latents
+from sglang_dcp.support.lora import check_adapters_of, check_adapters_of_latents
 
 
 def plain(paths: dict[str, str]) -> list[str]:
@@ -96,6 +96,81 @@ def test_other_adapters_are_not_refused(
     arguments: dict[str, Any], tmp_path: Path, plugins: None
 ) -> None:
     check_adapters_of_latents(adapters(tmp_path, **arguments))
+
+
+def model(quantization: Any = None, **text: Any) -> SimpleNamespace:
+    """What is read of a `ModelConfig`."""
+    return SimpleNamespace(
+        quantization=quantization,
+        hf_text_config=SimpleNamespace(**text),
+        hf_config=SimpleNamespace(quantization_config=None),
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"one": ["q_proj"]}, "--lora-paths with gguf weights "),
+        (
+            {"given": {"q_proj"}, "enable_lora": True},
+            "--enable-lora with gguf weights ",
+        ),
+    ],
+    ids=["paths", "flag"],
+)
+def test_adapters_of_quantized_weights_are_refused(
+    arguments: dict[str, Any], message: str, tmp_path: Path, plugins: None
+) -> None:
+    args = adapters(tmp_path, **arguments)
+    check_adapters_of(args, model())
+    with pytest.raises(DcpConfigError) as caught:
+        check_adapters_of(args, model("gguf"))
+    assert str(caught.value).startswith(f"{message}does not work with DCP: no server ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"one": ["o_proj"], "two": ["down_proj"]}, "--lora-paths two for experts "),
+        ({"one": ["mlp.gate_proj"]}, "--lora-paths one for experts "),
+        ({"one": "all-linear"}, "--lora-paths one for experts "),
+        ({"given": ["all"], "enable_lora": True}, "--lora-target-modules all "),
+        (
+            {"given": {"o_proj", "gate_up_proj"}, "enable_lora": True},
+            "--lora-target-modules gate_up_proj o_proj ",
+        ),
+    ],
+    ids=["second-path", "prefixed", "all-linear", "all-modules", "module"],
+)
+@pytest.mark.parametrize("number", ["num_experts", "n_routed_experts"])
+def test_adapters_of_experts_are_refused(
+    number: str,
+    arguments: dict[str, Any],
+    message: str,
+    tmp_path: Path,
+    plugins: None,
+) -> None:
+    args = adapters(tmp_path, **arguments)
+    check_adapters_of(args, model())
+    with pytest.raises(DcpConfigError) as caught:
+        check_adapters_of(args, model(**{number: 4}))
+    assert str(caught.value).startswith(f"{message}does not work with DCP: no server ")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"one": ["q_proj", "k_proj", "v_proj", "o_proj"]},
+        {"given": {"q_proj"}, "one": "all-linear"},
+        {"enable_lora": False, "one": ["down_proj"]},
+        {"given": {"down_proj"}},
+    ],
+    ids=["attention", "layers-chosen", "off-by-name", "off"],
+)
+def test_adapters_beside_experts_are_not_refused(
+    arguments: dict[str, Any], tmp_path: Path, plugins: None
+) -> None:
+    check_adapters_of(adapters(tmp_path, **arguments), model(num_experts=4))
 
 
 if __name__ == "__main__":

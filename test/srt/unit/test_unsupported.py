@@ -417,9 +417,9 @@ def test_each_server_entry_has_a_case() -> None:
     assert {entry.flag for entry in UNSUPPORTED_SERVER_ARGS} == set(SERVER_CASES)
     flags = [entry.flag for entry in IN_FORCE]
     assert {*flags} == {*CASES}
-    # 0.5.16 has two of them, and the second has a test of its own.
+    # The second of each has a test of its own. Only 0.5.16 has two of --load-format.
     twice = {flag for flag in flags if flags.count(flag) > 1}
-    assert twice <= {"--load-format"}
+    assert twice <= {"--load-format", "--enable-lora", "--lora-paths"}
 
 
 def fields_of(rule: Unsupported) -> set[str]:
@@ -621,6 +621,28 @@ def test_gpus_speculate_with_algorithms_that_were_compared() -> None:
         check_server_args(on_gpu)
         with pytest.raises(DcpConfigError, match="--speculative-algorithm .*compared"):
             check_server_args(fine_server(**changes))
+
+
+@since("enable_return_aux_hidden_states")
+@pytest.mark.parametrize(
+    "adapters", [{"enable_lora": True}, {"lora_paths": ["a=/b"]}], ids=str
+)
+def test_adapters_beside_speculation(adapters: dict[str, Any]) -> None:
+    flag = "--" + next(iter(adapters)).replace("_", "-")
+    on_gpu: dict[str, Any] = dict(device="cuda", attention_backend="fa3", **adapters)
+    check_server_args(fine_server(**on_gpu))
+    for changes in (
+        {"speculative_algorithm": "NGRAM", "speculative_ngram_max_bfs_breadth": 1},
+        {"speculative_algorithm": "EAGLE3", "speculative_eagle_topk": 1},
+    ):
+        shown = (
+            f"^{flag} with --speculative-algorithm {changes['speculative_algorithm']} "
+        )
+        with pytest.raises(DcpConfigError, match=shown + "does .*compared with tp 1"):
+            check_server_args(fine_server(**on_gpu, **changes))
+    captures = {"speculative_algorithm": "EAGLE3", "speculative_eagle_topk": 1}
+    named = fine_server(**on_gpu, **captures, enable_return_aux_hidden_states=True)
+    check_server_args(named)
 
 
 @pytest.mark.parametrize("name", DRAFT_ARCHITECTURES)
