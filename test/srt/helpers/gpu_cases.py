@@ -32,7 +32,8 @@ class Numbers:
     """A number format, and what the plain servers that measure it have besides.
 
     They share the name's servers, so what differs needs another name. `source` is of a
-    plugin that forces tokens in another way than usual, in all these servers.
+    plugin that forces tokens in another way than usual, in all these servers. They all get
+    the adapters of `loads`.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Numbers:
     plain_env: tuple[tuple[str, str], ...] = ()
     one_gpu: bool = False
     source: str = ""
+    loads: tuple[tuple[str, str], ...] = ()
 
     @property
     def plugin(self) -> str:
@@ -63,6 +65,7 @@ class Numbers:
             self.plugin,
             env=self.plain_env,
             one_gpu=self.one_gpu,
+            loads=self.loads,
         )
 
 
@@ -127,6 +130,7 @@ class Case:
             self.env,
             one_gpu=self.numbers.one_gpu,
             nodes=self.nodes,
+            loads=self.numbers.loads,
         )
 
     @property

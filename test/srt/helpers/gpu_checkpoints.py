@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 from helpers.draft_models import TARGETS, make_eagle, make_eagle3
+from helpers.lora_adapters import BF16_ADAPTERS, write_adapter
 from helpers.quantized_checkpoint import make_quantized
 from sglang_dcp.demo.tiny_model import make_tiny_model
 
@@ -30,16 +31,19 @@ def beside(folder: Path, kind: str, seed: int, word: str) -> Path:
     """Another checkpoint for a server of a kind and a seed.
 
     `seed1` is the same kind with seed 1. `eagle` and `eagle3` are heads for the server's own
-    model. That of `eagle3` is right if the kind allows that.
+    model. That of `eagle3` is right if the kind allows that. `lora_all` and others of
+    `BF16_ADAPTERS` are adapters of it.
     """
     if found := re.fullmatch(r"seed(\d+)", word):
         return checkpoint(folder, kind, int(found[1]))
-    if word not in ("eagle", "eagle3"):
+    if word not in ("eagle", "eagle3", *BF16_ADAPTERS):
         raise ValueError(f"no checkpoint {word!r}")
     path = folder / "models" / f"{kind}-{seed}-{word}"
     if path.exists():
         return path
     target = checkpoint(folder, kind, seed)
+    if word in BF16_ADAPTERS:
+        return write_adapter(path, target, BF16_ADAPTERS[word])
     if word == "eagle":
         return make_eagle(path, target)
     return make_eagle3(path, target, right=kind.endswith("+shallow"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -66,7 +66,8 @@ class Spec:
     more of its environment, by name and value. With `one_gpu` its ranks share GPU 0
     (`helpers.one_gpu`). With several `nodes` it is as many launches, each of which sees
     GPUs of its own (`helpers.gpu_nodes`). In `flags`, `@seed1` and `@eagle3` stand for
-    other checkpoints (`gpu_checkpoints.beside`).
+    other checkpoints (`gpu_checkpoints.beside`). `loads` are LoRA adapters that it gets
+    while it runs, before its requests, by name and by the word of their checkpoint.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Spec:
     seed: int = 0
     one_gpu: bool = False
     nodes: int = 1
+    loads: tuple[tuple[str, str], ...] = ()
 
     @property
     def gpus(self) -> int:
@@ -101,6 +103,13 @@ class Spec:
             return str(gpu_checkpoints.beside(folder, self.kind, self.seed, found[1]))
 
         return re.sub(r"@(\w+)", written, self.flags)
+
+    def loads_in(self, folder: Path) -> dict[str, Path]:
+        """The adapters that it gets while it runs, written if not there."""
+        of = self.kind, self.seed
+        return {
+            name: gpu_checkpoints.beside(folder, *of, word) for name, word in self.loads
+        }
 
 
 class PrefillBatch(NamedTuple):
@@ -167,6 +176,13 @@ def live(spec: Spec, folder: Path) -> Iterator[ServerProcess]:
         yield server
 
 
+def load_adapters(server: ServerProcess, paths: Mapping[str, Path]) -> None:
+    """Give LoRA adapters to a server that runs, by their names."""
+    for name, path in paths.items():
+        named = {"lora_name": name, "lora_path": str(path)}
+        http_json(f"{server.base_url}/load_lora_adapter", named)
+
+
 def _log_of(ended: ServerProcess) -> str:
     """Its log without Python's warning of "leaked shared_memory", which is no leak of KV."""
     lines = ended.log_path.read_text(errors="replace").splitlines(keepends=True)
@@ -202,6 +218,7 @@ class Fleet:
                 # Before the threads, which must not write one model at the same time.
                 spec.checkpoint(self._folder)
                 spec.flags_in(self._folder)
+                spec.loads_in(self._folder)
                 self._runs[spec] = self._pool.submit(self._serve, spec)
 
     def run(self, spec: Spec) -> Run:
@@ -223,6 +240,7 @@ class Fleet:
             # Within one thread: the server ends with the thread that started it.
             with server:
                 server.wait_ready(READY_SECONDS)
+                load_adapters(server, spec.loads_in(self._folder))
                 replies, info = self._ask(server)
             log = _log_of(server)
         finally:

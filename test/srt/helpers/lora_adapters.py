@@ -16,26 +16,38 @@ class Adapter:
     """One adapter: rank, alpha, and the linear layers that it changes.
 
     A layer that the checkpoint lacks somewhere, as in layers of experts, is left out there.
+    Its file has weights of `dtype`.
     """
 
     rank: int
     alpha: int
     targets: tuple[str, ...]
     seed: int
+    dtype: torch.dtype = torch.float32
 
     @property
     def scale(self) -> float:
         return self.alpha / self.rank
 
 
+GQA = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+# For servers on GPUs, by the words of their flags (`helpers.gpu_checkpoints`).
+BF16_ADAPTERS = {
+    "lora_all": Adapter(8, 16, GQA + MLP, 1, torch.bfloat16),
+    "lora_some": Adapter(4, 6, ("q_proj", "v_proj"), 2, torch.bfloat16),
+    "lora_late": Adapter(6, 6, GQA, 3, torch.bfloat16),
+}
+
+
 def write_adapter(folder: Path, model: Path, adapter: Adapter) -> Path:
     """Write `adapter` for the checkpoint `model` as peft would, and return `folder`."""
     folder.mkdir(parents=True)
-    weights = {}
+    weights: dict[str, torch.Tensor] = {}
     for name, (down, up) in _factors(model, adapter).items():
         stem = f"base_model.model.{name.removesuffix('.weight')}"
-        weights[f"{stem}.lora_A.weight"] = down
-        weights[f"{stem}.lora_B.weight"] = up
+        weights[f"{stem}.lora_A.weight"] = down.to(adapter.dtype)
+        weights[f"{stem}.lora_B.weight"] = up.to(adapter.dtype)
     save_file(weights, folder / "adapter_model.safetensors")
     config = {
         "peft_type": "LORA",

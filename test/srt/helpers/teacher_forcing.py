@@ -9,12 +9,13 @@ ever: prefill, decode in CUDA graphs, overlap scheduler, radix cache.
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean
-from typing import Any
+from typing import Any, Optional
 
 from sglang_dcp.demo.client import Reply, http_json
 
@@ -64,12 +65,16 @@ def load():
 
 @dataclass(frozen=True)
 class Prompt:
-    """One request; its first `shared` tokens were served before, so they are cached."""
+    """One request; its first `shared` tokens were served before, so they are cached.
+
+    `adapter` is the name of a LoRA adapter, or None.
+    """
 
     name: str
     ids: tuple[int, ...]
     new_tokens: int
     shared: int = 0
+    adapter: Optional[str] = None
 
 
 # Sent at once; the next wave follows when all replies are there.
@@ -109,6 +114,29 @@ def build_waves(seed: int = 0) -> list[Wave]:
     return [*([prompt] for prompt in alone), together]
 
 
+def with_adapters(waves: Sequence[Wave], names: Sequence[str]) -> list[Wave]:
+    """`waves` with adapters in turn and with none, and before them one prompt with each.
+
+    The cache keeps prefixes of each adapter by themselves. So prompts that share one have
+    the first adapter.
+    """
+    draw = random.Random(1)
+    ids = tuple(draw.randrange(256) for _ in range(90))
+    choices: list[Optional[str]] = [None, *names]
+    found: list[Wave] = [
+        [Prompt(f"same-{name}", ids, 16, adapter=name) for name in choices]
+    ]
+    turn = itertools.cycle(choices)
+    for wave in waves:
+        found.append([replace(prompt, adapter=next(turn)) for prompt in wave])
+    return [[_family_in_one(prompt, names[0]) for prompt in wave] for wave in found]
+
+
+def _family_in_one(prompt: Prompt, name: str) -> Prompt:
+    shares = prompt.shared or prompt.name.startswith("base-")
+    return replace(prompt, adapter=name) if shares else prompt
+
+
 @dataclass(frozen=True)
 class CountedReply(Reply):
     """A reply, and how many verifications gave its tokens: 0 without speculation.
@@ -141,6 +169,8 @@ def _ask_wave(
         "return_logprob": True,
         **fields,
     }
+    if any(prompt.adapter for prompt in wave):
+        payload["lora_path"] = [prompt.adapter for prompt in wave]
     for answer in http_json(f"{base_url}/generate", payload):
         meta = answer["meta_info"]
         pairs = meta["output_token_logprobs"]

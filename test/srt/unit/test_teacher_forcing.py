@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,21 @@ def test_requests_cover_the_cases() -> None:
     longest = max(len(prompt.ids) + prompt.new_tokens for prompt in prompts)
     assert longest < teacher_forcing.CONTEXT_LENGTH
     assert sum(bool(prompt.shared) for prompt in together) == 3
+
+
+def test_prompts_of_one_prefix_have_one_adapter() -> None:
+    waves = teacher_forcing.build_waves()
+    first, *others = teacher_forcing.with_adapters(waves, ("a", "b"))
+    assert [prompt.adapter for prompt in first] == [None, "a", "b"]
+    assert len({prompt.ids for prompt in first}) == 1
+    assert [[replace(p, adapter=None) for p in wave] for wave in others] == [
+        list(wave) for wave in waves
+    ]
+    prompts = [prompt for wave in others for prompt in wave]
+    base = next(prompt.ids for prompt in prompts if prompt.name == "base-1500")
+    family = [p for p in prompts if len(p.ids) > 2 and p.ids[:3] == base[:3]]
+    assert len(family) == 7 and {prompt.adapter for prompt in family} == {"a"}
+    assert {prompt.adapter for prompt in others[-1]} == {None, "a", "b"}
 
 
 def test_distance_names_the_worst_request_and_keeps_nan() -> None:
