@@ -20,6 +20,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from helpers.generate import flush_cache
 from helpers.lora_adapters import GQA, MLP, Adapter, write_adapter, write_merged
 from helpers.request_set import (
     Request,
@@ -28,7 +29,7 @@ from helpers.request_set import (
     max_difference,
 )
 from helpers.servers import server
-from sglang_dcp.demo.client import Reply, http_json
+from sglang_dcp.demo.client import Reply, greedy, http_json
 from sglang_dcp.demo.server import ServerProcess
 from sglang_dcp.demo.tiny_model import make_tiny_model
 
@@ -113,6 +114,32 @@ def ask(
     running: ServerProcess, batch: Sequence[tuple[Request, Optional[str]]]
 ) -> list[Reply]:
     """Greedy replies to requests that arrive together."""
+    replies = []
+    for answer in _post(running, batch, return_logprob=True):
+        pairs = answer["meta_info"]["output_token_logprobs"]
+        replies.append(Reply([int(p[1]) for p in pairs], [float(p[0]) for p in pairs]))
+    return replies
+
+
+def ask_for_ids(
+    running: ServerProcess, batch: Sequence[tuple[Request, Optional[str]]]
+) -> list[list[int]]:
+    """The same ids without log-probabilities: SGLang mixes no chunk with those.
+
+    The cache is empty before and after.
+    """
+    flush_cache(running.base_url)
+    answers = _post(running, batch, return_logprob=False)
+    flush_cache(running.base_url)
+    return [answer["output_ids"] for answer in answers]
+
+
+def _post(
+    running: ServerProcess,
+    batch: Sequence[tuple[Request, Optional[str]]],
+    *,
+    return_logprob: bool,
+) -> list[dict[str, Any]]:
     payload = {
         "input_ids": [list(request.ids) for request, _ in batch],
         "lora_path": [name for _, name in batch],
@@ -124,13 +151,12 @@ def ask(
             }
             for request, _ in batch
         ],
-        "return_logprob": True,
+        "return_logprob": return_logprob,
     }
-    replies = []
-    for answer in http_json(f"{running.base_url}/generate", payload, timeout=120):
-        pairs = answer["meta_info"]["output_token_logprobs"]
-        replies.append(Reply([int(p[1]) for p in pairs], [float(p[0]) for p in pairs]))
-    return replies
+    found: list[dict[str, Any]] = http_json(
+        f"{running.base_url}/generate", payload, timeout=120
+    )
+    return found
 
 
 class Oracle:
@@ -210,7 +236,9 @@ def test_adapters_equal_to_merged_weights(
         _load(tp1, paths["late"])
         oracle.learn(LATE, ask(tp1, LATE))
     with server(model, f"{case.flags} {_FLAGS} {started}") as dcp:
-        oracle.check(batch, ask(dcp, batch))
+        replies = ask(dcp, batch)
+        oracle.check(batch, replies)
+        assert ask_for_ids(dcp, batch) == [reply.ids for reply in replies]
         _check_load_and_unload(dcp, oracle, paths["late"])
         oracle.check(batch[:3], ask(dcp, batch[:3]))
         _check_grammars(dcp, model)
@@ -231,7 +259,7 @@ def test_no_adapter_comes_beside_a_replicated_q(
                 asks()
             assert caught.value.code == 400
             assert b"LoRA is not enabled" in caught.value.read()
-        [reply] = ask(dcp, LATE[-1:])
+        [reply] = greedy(dcp.base_url, [LATE[0][0].ids], 9)
         assert len(reply.ids) == 9
 
 
