@@ -34,7 +34,7 @@ from decode_models import vocab_size, write_model
 from decode_options import add_engine_options, fill_engine_defaults
 from decode_quantization import config_entries
 from decode_report import markdown
-from doors import known_doors, plugin_env, source_of
+from doors import TIMED, plugin_env, source_of
 from live_client import Answers, Client, Ids, cache_misses
 from live_servers import (
     add_server_options,
@@ -51,8 +51,8 @@ from sglang_dcp.demo.server import ServerProcess
 
 # SGLang keeps the last tokens of a full pool for itself.
 SPARE_TOKENS = 8
-# Most requests of a decode step, as SGLang has on its own: it captures steps of so many rows,
-# and a short prefill may be one.
+# Most requests of a decode step beside open doors, as SGLang has on its own: it captures
+# steps of so many rows, and a short prefill may be one.
 MOST_RUNNING = 256
 # Ends the names of layouts whose servers open doors.
 OPENED = "+doors"
@@ -218,7 +218,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--doors",
         nargs="*",
         default=[],
-        choices=known_doors(),
+        choices=TIMED,
         help="doors of the live tests; each layout with DCP gets a second server, which "
         "does what is off",
     )
@@ -238,10 +238,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--peak-memory: upstream layouts load no plugin")
     options.csv = options.csv.absolute()
     # What `server_flags` takes for the most requests at once.
-    options.concurrency = [*options.batches, MOST_RUNNING]
+    options.concurrency = [*options.batches, *[MOST_RUNNING] * bool(options.doors)]
     fill_engine_defaults(parser, options, defaults=1)
     if options.doors:
-        options.layouts = list(with_opened(options.layouts))
+        closed = options.layouts
+        options.layouts = list(with_opened(closed))
+        if len(options.layouts) == len(closed):
+            parser.error("--doors: no layout loads this package")
     return options
 
 

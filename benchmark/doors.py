@@ -11,6 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+# Doors of what is off until it was timed.
+TIMED = ("prefill_groups_door", "short_prefill_door")
 TESTS = Path(__file__).resolve().parent.parent / "test" / "srt"
 
 
@@ -37,11 +39,6 @@ def source_of(doors: Sequence[str]) -> str:
     for door in doors:
         source = with_door(source, door)
     return source
-
-
-def known_doors() -> list[str]:
-    """List the doors of the live tests, by name."""
-    return sorted(path.stem for path in (TESTS / "helpers").glob("*_door.py"))
 
 
 def _add_tests() -> None:

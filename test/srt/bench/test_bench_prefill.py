@@ -129,7 +129,7 @@ def test_peaks_are_of_gpus_alone(
 
 
 def test_doors_are_opened_in_second_servers(tmp_path: Path) -> None:
-    options = options_of(tmp_path, "--doors short_prefill_door prefill_graph_door")
+    options = options_of(tmp_path, "--doors short_prefill_door prefill_groups_door")
     options.folder = tmp_path
     seen: dict[str, dict[str, str]] = {}
 
