@@ -268,6 +268,7 @@ def _check_draft_model(args: Any, resolved: Any) -> None:
 
     from sglang_dcp.layers.heads import is_mla
     from sglang_dcp.support.backends import check_backend, requirement_of
+    from sglang_dcp.support.kv_dtype import check_kv_dtype_of_checkpoint
 
     revision = resolved.speculative_draft_model_revision
     try:
@@ -275,6 +276,7 @@ def _check_draft_model(args: Any, resolved: Any) -> None:
             args, model_path=path, model_revision=revision, is_draft_model=True
         )
         need = requirement_of(resolved, draft, is_mla(draft))
+        check_kv_dtype_of_checkpoint(resolved, need)
         check_backend(resolved.attention_backend, need)
     except DcpConfigError as error:
         raise DcpConfigError(

@@ -73,13 +73,15 @@ SINCE_0_5_23: tuple[str, ...] = (
     "TeleFLMForCausalLM",
     "XverseMoeForCausalLM",
 )
+SERVED = GQA_ARCHITECTURES + MLA_ARCHITECTURES
+SERVED_BEFORE_0_5_23 = tuple(name for name in SERVED if name not in SINCE_0_5_23)
 
-_IS_NEW = in_range(sglang_version(), "0.5.23", None)
-SERVED = tuple(
-    name
-    for name in GQA_ARCHITECTURES + MLA_ARCHITECTURES
-    if _IS_NEW or name not in SINCE_0_5_23
-)
+
+def served() -> tuple[str, ...]:
+    """Return the architectures that are served on the installed release of SGLang."""
+    is_new = in_range(sglang_version(), "0.5.23", None)
+    return SERVED if is_new else SERVED_BEFORE_0_5_23
+
 
 # Draft models of these, beside any model above as a draft.
 DRAFT_ARCHITECTURES: tuple[str, ...] = (

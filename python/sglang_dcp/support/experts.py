@@ -18,8 +18,21 @@ from sglang_dcp.support.rules import (
     raise_unsupported,
 )
 
+# How the configs of the served models call the number of their experts.
+_NUMBERS_OF_EXPERTS = (
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "moe_num_experts",
+)
 _BACKEND = "--moe-a2a-backend"
 _NONE = "use --moe-a2a-backend none, with any --ep-size"
+
+
+def has_experts(model: Any) -> bool:
+    """Whether a model routes tokens to experts. `model` is SGLang's `ModelConfig`."""
+    text = model.hf_text_config
+    return any(getattr(text, name, None) for name in _NUMBERS_OF_EXPERTS)
 
 
 def _one_of(*names: str) -> Value:

@@ -28,20 +28,39 @@ def kv_dtype_of_checkpoint(model: Any) -> Optional[torch.dtype]:
     """
     from sglang.srt.layers.quantization import get_quantization_config
 
-    config = quantization_config(model) or _modelopt_config(model)
-    named = {*config, *(config.get("quantization") or ())}
-    if model.quantization is None or not named.intersection(_KEYS):
+    if model.quantization is None:
+        return None
+    quantization = get_quantization_config(model.quantization)
+    config = _config_of(model, quantization)
+    if not _names_kv(config):
         return None
     # The loader adds the mapping, from the class of the model.
     given = {**config, "packed_modules_mapping": {}, "hf_config": model.hf_config}
-    found = get_quantization_config(model.quantization).from_config(given)
+    found = quantization.from_config(given)
     asked = getattr(found, "kv_cache_quant_algo", None)
     return FP8 if isinstance(asked, str) and asked.upper() == "FP8" else None
 
 
-def _modelopt_config(model: Any) -> dict[str, Any]:
+def _config_of(model: Any, quantization: Any) -> dict[str, Any]:
+    """Return the config that SGLang's `get_quant_config` takes, empty if it takes none.
+
+    That is config.json's, where it is whole, and else a file that the format names.
+    """
+    config = quantization_config(model)
+    mixed = model.quantization == "modelopt_mixed"
+    if config and not (
+        mixed and ("quantized_layers" not in config or not _names_kv(config))
+    ):
+        return config
     path = Path(getattr(model, "model_path", ""), _OF_MODELOPT)
-    return dict(json.loads(path.read_text())) if path.is_file() else {}
+    if _OF_MODELOPT not in quantization.get_config_filenames() or not path.is_file():
+        return {}
+    return dict(json.loads(path.read_text()))
+
+
+def _names_kv(config: dict[str, Any]) -> bool:
+    named = {*config, *(config.get("quantization") or ())}
+    return bool(named.intersection(_KEYS))
 
 
 def check_kv_dtype_of_checkpoint(args: Any, requirement: Requirement) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Iterable, Iterator, Optional
 
+from sglang_dcp.support.experts import has_experts
 from sglang_dcp.support.quantization import format_of
 from sglang_dcp.support.rules import Unsupported, Value, raise_unsupported
 from sglang_dcp.support.speculation import algorithm_of
@@ -16,13 +17,6 @@ _FLAGS = ("--enable-lora", "--lora-paths")
 _LATENTS = "kv_b_proj"
 # In a layer of experts these are the experts. SGLang wraps all of them or none.
 _MLP = frozenset({"gate_proj", "up_proj", "gate_up_proj", "down_proj", "experts"})
-# How the configs of the served models call the number of their experts.
-_NUMBERS_OF_EXPERTS = (
-    "num_experts",
-    "num_local_experts",
-    "n_routed_experts",
-    "moe_num_experts",
-)
 # SGLang's name for every layer, and peft's.
 _ALL = ("all", "all-linear")
 
@@ -139,7 +133,7 @@ def check_adapters_of(args: Any, model: Any) -> None:
             "no server with adapters and quantized weights was compared with tp 1",
             "serve this model in 16 bit, or without adapters",
         )
-    if any(getattr(model.hf_text_config, name, 0) for name in _NUMBERS_OF_EXPERTS):
+    if has_experts(model):
         _check_targets(
             args,
             "experts",

@@ -13,6 +13,8 @@ from sglang_dcp.support.architectures import (
     NORMS_OVER_HEADS,
     ONE_RANK_IN_SGLANG,
     SERVED,
+    SERVED_BEFORE_0_5_23,
+    served,
 )
 from sglang_dcp.support.quantization import (
     CUTS_BY_RANK,
@@ -112,7 +114,7 @@ def _int8_experts(model: Any) -> Optional[str]:
 def _architecture(model: Any) -> Optional[str]:
     name = _name(model)
     drafts = DRAFT_ARCHITECTURES if model.is_draft_model else ()
-    return None if name in SERVED + drafts else name
+    return None if name in served() + drafts else name
 
 
 def _one_rank(model: Any) -> Optional[str]:
@@ -199,11 +201,18 @@ UNSUPPORTED_MODELS: tuple[Unsupported, ...] = (
         "SGLang itself cannot run it with --tp-size above 1",
         "serve this model with --tp-size 1",
     ),
-    Unsupported(
-        "--model-path",
-        _architecture,
-        "DCP supports only " + ", ".join(SERVED),
-        "serve this model without DCP",
+    *(
+        Unsupported(
+            "--model-path",
+            _architecture,
+            "DCP supports only " + ", ".join(names),
+            "serve this model without DCP",
+            *releases,
+        )
+        for names, releases in (
+            (SERVED_BEFORE_0_5_23, (None, "0.5.23")),
+            (SERVED, ("0.5.23", None)),
+        )
     ),
 )
 

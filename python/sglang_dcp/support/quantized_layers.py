@@ -13,12 +13,17 @@ from typing import Any, Optional
 
 from sglang_dcp.layers.heads import is_mla
 from sglang_dcp.releases.installed import in_range, sglang_version
+from sglang_dcp.support.experts import has_experts
 from sglang_dcp.support.quantization import quantization_config
 
-# How the models that DCP serves call the number of experts that they route to.
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-# "models/deepseek_common/utils.py" imports a module for AWQ that the release does not have.
+# "layers/quantization/awq/awq_triton.py" is fine, but what "models/deepseek_common/utils.py"
+# imports with it on CUDA, `sglang.kernel_api_logging`, is not in the release.
 _NO_AWQ_SINCE = "0.5.23"
+# Names of an expert's matrices, by block.
+_EXPERT_NAMES = {
+    "mlp": ("gate_proj", "up_proj", "down_proj"),
+    "block_sparse_moe": ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"),
+}
 
 
 def packed_latents(model: Any) -> Optional[str]:
@@ -33,6 +38,9 @@ def packed_latents(model: Any) -> Optional[str]:
     name = model.quantization
     if name == "moe_wna16":
         name = config.get("quant_method")
+    if name == "compressed-tensors" and config.get("linear_fp8_config"):
+        # Then only experts are packed.
+        return None
     if name == "compressed-tensors":
         packed = _all_groups(config, "pack-quantized", bits=(4, 8), inputs=None)
     elif name in ("awq", "awq_marlin"):
@@ -50,17 +58,14 @@ def int8_experts(model: Any) -> Optional[str]:
     `layers/quantization/compressed_tensors/compressed_tensors.py` raises for them.
     """
     config = quantization_config(model)
-    text = model.hf_text_config
-    if model.quantization != "compressed-tensors" or not any(
-        getattr(text, name, None) for name in _EXPERTS
-    ):
+    if model.quantization != "compressed-tensors" or not has_experts(model):
         return None
     if not _all_groups(config, "int-quantized", bits=(8,), inputs="token"):
         return None
     left = any(
-        _may_be_left(model, config, f"{block}.experts.0.{part}_proj")
-        for block in ("mlp", "block_sparse_moe")
-        for part in ("gate", "up", "down")
+        _may_be_left(model, config, f"{block}.experts.0.{part}")
+        for block, parts in _EXPERT_NAMES.items()
+        for part in parts
     )
     return None if left else "INT8 experts"
 

@@ -31,7 +31,7 @@ from helpers.model_ranks import (
 from sglang_dcp.demo.tiny_kinds import KINDS
 from sglang_dcp.demo.tiny_model import make_model
 from sglang_dcp.releases.installed import in_range, sglang_version
-from sglang_dcp.support.architectures import NORMS_OVER_HEADS, SERVED
+from sglang_dcp.support.architectures import NORMS_OVER_HEADS, served
 
 TP1 = Run("tp1", (("tp_size", 1),))
 DCP2 = Run("dcp2", (("tp_size", 2), ("dcp_size", 2), ("dcp_comm_backend", "a2a")))
@@ -74,7 +74,7 @@ def _runs(name: str) -> tuple[Run, ...]:
 CASES = {
     name: _runs(name)
     for name, kind in MODEL_KINDS.items()
-    if kind.extra.get("architectures", [kind.architecture])[0] in SERVED
+    if kind.extra.get("architectures", [kind.architecture])[0] in served()
 }
 # Of log-probabilities. SGLang computes an activation of Apertus and of Gemma in 16 bit.
 TP1_TOLERANCE, HF_TOLERANCE = 1e-4, 1e-2
@@ -111,7 +111,7 @@ def test_model(name: str, run: str, verdicts: dict[str, Any]) -> None:
 def test_each_served_architecture_has_a_tiny_model() -> None:
     kinds = [*MODEL_KINDS.values(), *KINDS.values()]
     named = {k.extra.get("architectures", [k.architecture])[0] for k in kinds}
-    assert set(SERVED) <= named
+    assert set(served()) <= named
 
 
 def _verdicts(name: str, folder: Path) -> dict[str, Any]:

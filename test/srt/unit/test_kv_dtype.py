@@ -103,6 +103,25 @@ def test_a_config_of_modelopt_beside_config_json(
     assert found == (FP8 if algo else None)
 
 
+@pytest.mark.parametrize("name", ["w4afp8", "mxfp8", "fp8"])
+@pytest.mark.parametrize("algo", ["FP8", None])
+def test_formats_that_read_no_file_of_modelopt(
+    name: str, algo: str | None, tmp_path: Path
+) -> None:
+    """SGLang takes their defaults, which ask for nothing."""
+    section = {"quant_algo": "MIXED_PRECISION", "kv_cache_quant_algo": algo}
+    (tmp_path / "hf_quant_config.json").write_text(
+        json.dumps({"quantization": section})
+    )
+    assert kv_dtype_of_checkpoint(model(name, {}, str(tmp_path))) is None
+
+
+@pytest.mark.skipif(not LATER, reason="needs SGLang 0.5.23, which has the format")
+def test_a_mixed_config_that_is_not_whole_is_read_from_its_file(tmp_path: Path) -> None:
+    told = {"quant_method": "modelopt", "kv_cache_scheme": SCHEME}
+    assert kv_dtype_of_checkpoint(model("modelopt_mixed", told, str(tmp_path))) is None
+
+
 @pytest.mark.parametrize("case", ASKED.values(), ids=ASKED)
 def test_sglang_takes_the_same_once_the_model_is_built(
     case: tuple[str, dict[str, Any], bool, bool],

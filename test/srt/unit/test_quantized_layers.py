@@ -71,6 +71,51 @@ def test_latents_that_were_packed_by_another_name() -> None:
     assert packed_latents(model({}, "moe_wna16")) is None
 
 
+# As checkpoints on the Hugging Face hub have them, but for what does not count here.
+KIMI_K2_W4A16 = {
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "ignore": [
+        "lm_head",
+        "re:.*self_attn.*",
+        "re:.*shared_experts.*",
+        r"re:.*mlp\.(gate|up|gate_up|down)_proj.*",
+    ],
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "input_activations": None,
+            "weights": {"type": "int", "num_bits": 4, "strategy": "group"},
+        }
+    },
+}
+INT8 = {
+    "quant_method": "compressed-tensors",
+    "format": "int-quantized",
+    "ignore": ["lm_head"],
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "input_activations": {"type": "int", "strategy": "token"},
+            "weights": {"type": "int", "num_bits": 8, "strategy": "channel"},
+        }
+    },
+}
+
+
+def test_checkpoints_of_others() -> None:
+    assert packed_latents(model(KIMI_K2_W4A16)) is None
+    all_packed = {**KIMI_K2_W4A16, "ignore": ["lm_head"]}
+    assert packed_latents(model(all_packed)) == "compressed-tensors kv_b_proj"
+    # SGLang then serves all other layers in fp8.
+    assert packed_latents(model({**all_packed, "linear_fp8_config": {"a": 1}})) is None
+    assert int8_experts(model(INT8)) is None
+    assert int8_experts(with_experts("moe_num_experts", 8, INT8)) is not None
+    by_name = [f"model.layers.3.block_sparse_moe.experts.{i}.w1" for i in range(8)]
+    left = {**INT8, "ignore": by_name}
+    assert int8_experts(with_experts("num_local_experts", 8, left)) is None
+
+
 @pytest.mark.parametrize("name", NOT_FOR_LATENTS)
 def test_the_tests_own_checkpoints_leave_them_in_16_bit(name: str) -> None:
     left = left_in_16_bit("mla-v3", name)

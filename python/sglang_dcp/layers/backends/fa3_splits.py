@@ -23,7 +23,7 @@ _MOST_SPLITS = 128
 FULL_TILES = 0.8 * _SMS
 # Keys of so few tiles are never split.
 _FEW_KEY_TILES = 4
-# Longer batches of decode rows count all their tiles, which fill the GPU.
+# Longer batches of rows of a decode step count all their tiles, which fill the GPU.
 _MOST_SPLIT_REQUESTS = 992
 # What the splits of a prefill over a prefix may take.
 PREFIX_SPLIT_BYTES = 256 << 20

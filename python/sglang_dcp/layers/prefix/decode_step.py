@@ -2,6 +2,7 @@
 
 Each new token is a row of the step, and reads all keys before its own. That is more work for
 the GPU than a prefill, and a captured step has no launches. So it pays for few new tokens.
+Weights are read in both, and do not count here.
 """
 
 from __future__ import annotations
