@@ -21,7 +21,7 @@ def plugin_env(folder: Path, name: str, source: str) -> dict[str, str]:
 
     `folder` is made.
     """
-    _add_tests()
+    add_tests()
     from helpers.servers import plugin_folder
 
     folder.mkdir(parents=True)
@@ -32,7 +32,7 @@ def plugin_env(folder: Path, name: str, source: str) -> dict[str, str]:
 
 def source_of(doors: Sequence[str]) -> str:
     """Return the source of a plugin that opens `doors`, modules of `helpers`."""
-    _add_tests()
+    add_tests()
     from helpers.doors import with_door
 
     source = "def load(): ...\n"
@@ -41,6 +41,7 @@ def source_of(doors: Sequence[str]) -> str:
     return source
 
 
-def _add_tests() -> None:
+def add_tests() -> None:
+    """Let this process import `helpers` of the live tests."""
     if str(TESTS) not in sys.path:
         sys.path.append(str(TESTS))

@@ -7,27 +7,19 @@ kernels that SGLang lacks there. On GPUs it can replace the corpus of NGRAM.
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 
+from doors import add_tests, plugin_env
 from speculation_drafts import ALGORITHMS
-
-TESTS = Path(__file__).resolve().parents[1] / "test" / "srt"
 
 
 def open_door(folder: Path, device: str) -> dict[str, str]:
     """Return the environment of servers that may speculate; the plugin goes to `folder`."""
-    if str(TESTS) not in sys.path:
-        sys.path.append(str(TESTS))
+    add_tests()
     from helpers import speculation
-    from helpers.servers import plugin_folder
 
-    folder.mkdir()
-    path = plugin_folder(folder, "speculation_door", speculation.DOOR)["PYTHONPATH"]
-    inherited = os.environ.get("PYTHONPATH")
     env = {
-        "PYTHONPATH": os.pathsep.join(filter(None, (path, inherited))),
+        **plugin_env(folder, "speculation_door", speculation.DOOR),
         speculation.SERVED: ",".join(ALGORITHMS.values()),
     }
     if device == "cpu":

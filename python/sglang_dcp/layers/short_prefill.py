@@ -148,7 +148,7 @@ def is_plain(batch: ForwardBatch) -> bool:
     others = (name for name in names if name not in _OF_EVERY_PREFILL)
     if any(_is_set(getattr(batch, name)) for name in others):
         return False
-    return batch.spec_info is None and not _wants_input_logprobs(batch)
+    return not _wants_input_logprobs(batch)
 
 
 def _is_set(value: Any) -> bool:

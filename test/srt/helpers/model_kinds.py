@@ -34,6 +34,22 @@ def _class(name: str) -> dict[str, Any]:
 
 
 _EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 64}
+_LIKE_GLM: dict[str, Any] = {
+    "head_dim": 16,
+    "use_qk_norm": True,
+    "attention_bias": True,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    **_EXPERTS,
+}
+_GRANITE_EXPERTS: dict[str, Any] = {
+    "attention_multiplier": 0.3,
+    "residual_multiplier": 0.5,
+    "logits_scaling": 2.0,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+}
 
 
 def _like_granite(name: str, extra: Mapping[str, Any], **more: Any) -> TinyModel:
@@ -85,13 +101,7 @@ MODEL_KINDS: Mapping[str, TinyModel] = {
     "glm4": _named("Glm4", head_dim=16),
     "glm4-moe": _named(
         "Glm4Moe",
-        head_dim=16,
-        use_qk_norm=True,
-        attention_bias=True,
-        n_routed_experts=4,
-        n_shared_experts=1,
-        first_k_dense_replace=1,
-        **_EXPERTS,
+        **_LIKE_GLM,
     ),
     "granite": _named(
         "Granite",
@@ -102,11 +112,7 @@ MODEL_KINDS: Mapping[str, TinyModel] = {
     ),
     "granite-moe": _named(
         "GraniteMoe",
-        attention_multiplier=0.3,
-        residual_multiplier=0.5,
-        logits_scaling=2.0,
-        num_local_experts=4,
-        num_experts_per_tok=2,
+        **_GRANITE_EXPERTS,
     ),
     "minimax-m2": _named(
         "MiniMaxM2",
@@ -164,13 +170,7 @@ MODEL_KINDS: Mapping[str, TinyModel] = {
             "moe_router_enable_expert_bias": True,
             "score_function": "sigmoid",
         },
-        head_dim=16,
-        use_qk_norm=True,
-        attention_bias=True,
-        n_routed_experts=4,
-        n_shared_experts=1,
-        first_k_dense_replace=1,
-        **_EXPERTS,
+        **_LIKE_GLM,
     ),
     "deepseek": _softmax_experts(
         "DeepseekForCausalLM",
@@ -191,11 +191,7 @@ MODEL_KINDS: Mapping[str, TinyModel] = {
     ),
     "granite-moe-shared": _named(
         "GraniteMoeShared",
-        attention_multiplier=0.3,
-        residual_multiplier=0.5,
-        logits_scaling=2.0,
-        num_local_experts=4,
-        num_experts_per_tok=2,
+        **_GRANITE_EXPERTS,
         shared_intermediate_size=64,
     ),
     "hy-v3": _named(
