@@ -28,7 +28,8 @@ says, and each is measured while the others idle.
 Greedy replies of fixed length. Not measured: real weights, how many drafts are right,
 batches whose requests accept different numbers.
 
-DCP refuses drafts on CPUs. `--tests-plugin` allows them to the servers of this run.
+DCP refuses drafts on CPUs. `--tests-plugin` allows them to the servers of this run. On GPUs
+it lets DCP capture the extension of a draft in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -218,7 +219,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--tests-plugin",
         action="store_true",
-        help="let CPU servers with DCP speculate, by the plugin of the live tests",
+        help="the plugin of the live tests: CPU servers with DCP speculate, and GPU servers "
+        "capture extensions of a draft",
     )
     options = parser.parse_args(argv)
     for name in ("repeats", "at_once"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Callable
+from typing import Any, Callable, Optional
 
 from sglang_dcp.config import dcp_of
 
@@ -21,13 +21,36 @@ def create_draft_decode_backend(original: Callable[[Any], Any], factory: Any) ->
 
 
 def create_draft_extend_backend(original: Callable[[Any], Any], factory: Any) -> Any:
-    """Hook: `DraftBackendFactory.create_draft_extend_backend`; None with DCP on.
+    """Hook: `DraftBackendFactory.create_draft_extend_backend`; the draft runner's own.
 
-    SGLang then takes the draft runner's own backend, which serves extensions, too.
+    It prefills, too, and a replayed extension has tensors of its own. Verifications are
+    replayed by another runner.
     """
-    if dcp_of(factory.draft_model_runner.server_args) is None:
+    runner = factory.draft_model_runner
+    if dcp_of(runner.server_args) is None:
         return original(factory)
-    return None
+    return runner.attn_backend
+
+
+def select_graph_runner(
+    original: Callable[..., Optional[type]], **choices: Callable[[], Optional[type]]
+) -> Optional[type]:
+    """Hook: `eagle_worker_v2._select_spec_graph_runner_cls`; extensions are captured.
+
+    SGLang leaves the extension of a draft uncaptured for a class of backends that it does
+    not know.
+    """
+    from sglang_dcp.context import find_context
+    from sglang_dcp.support import speculation
+
+    found = original(**choices)
+    if found is not None or find_context() is None:
+        return found
+    if not speculation.CAPTURES_EXTENSIONS:
+        return None
+    from sglang.srt.speculative import eagle_draft_extend_cuda_graph_runner as sglang
+
+    return sglang.EAGLEDraftExtendCudaGraphRunner  # type: ignore[no-any-return]
 
 
 def create_worker(

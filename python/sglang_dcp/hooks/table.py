@@ -321,6 +321,12 @@ HOOKS: tuple[Hook, ...] = (
                 "the draft model would fill its pool by logical slots",
             ),
             (
+                "draft-graphs",
+                "eagle_worker_v2._select_spec_graph_runner_cls",
+                "select_graph_runner",
+                "the extension of a draft would have no CUDA graph",
+            ),
+            (
                 "worker",
                 "spec_info.SpeculativeAlgorithm.create_worker",
                 "create_worker",

@@ -196,8 +196,11 @@ class DcpAttentionBackend(AttentionBackend):
         self._select_q_width(replicated=True)
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
-        """Return the length of padding rows: one token, which DCP rank 0 owns."""
-        return 1
+        """Return the length of padding rows: one committed token, which DCP rank 0 owns.
+
+        A draft's extension counts its new tokens, too.
+        """
+        return 1 if self._width == 1 else 1 + self._width
 
     def update_verify_buffers_to_fill_after_draft(
         self, spec_info: Any, cuda_graph_bs: Optional[int]

@@ -39,16 +39,20 @@ def as_chains(batch: ForwardBatch) -> tuple[ForwardBatch, int]:
     if not verify and not mode.is_draft_extend_v2():
         return batch, 1
     width = batch.spec_info.num_tokens_per_req
-    lens, lens_cpu = batch.seq_lens, batch.seq_lens_cpu
+    requests = batch.batch_size
+    # A replayed extension of a draft brings SGLang's whole buffers.
+    lens, lens_cpu = batch.seq_lens[:requests], batch.seq_lens_cpu[:requests]
     if not verify:
         # SGLang counts the new tokens here, and does not in a verification.
         lens, lens_cpu = lens - width, lens_cpu - width
+    committed = lens
     if width == 1:
         # A decode step, which counts the key of its own token.
         lens, lens_cpu = lens + 1, lens_cpu + 1
     step = _decode_step(batch, lens, lens_cpu)
+    step.req_pool_indices = batch.req_pool_indices[:requests]
     # SGLang sizes captured plans by them. Attention reads no position.
-    step.positions = batch.positions[::width]
+    step.positions = committed
     return step, width
 
 

@@ -41,6 +41,7 @@ from typing import NamedTuple
 import pytest
 
 from helpers import speculation, teacher_forcing
+from helpers.doors import with_door
 from helpers.gpu_cases import (
     BF16,
     TP2_DCP2,
@@ -199,6 +200,9 @@ RIGHT_HEADS = {
     "eagle3": Drafter("EAGLE3", "@eagle3", "llama-2kv-d128+shallow"),
     "mtp": Drafter("EAGLE", "@seed0", "mla-v3-d512-h512+shallow-mtp"),
 }
+# A draft's extension runs in a CUDA graph behind it.
+DOOR = "draft_extension_door"
+CAPTURED = "Capture draft extend CUDA graph end"
 PAGE1, PAGE64 = SHAPES[:2]
 # Each row: layout, backend, exchange with or without replicated Q, shape, steps of the draft.
 HEAD_ROWS = (
@@ -226,7 +230,7 @@ def head_cases() -> Iterator[Case]:
             "--dtype bfloat16",
             # With forced tokens, plain servers answer alike whatever the steps.
             plain_flags=head.flags(3),
-            source=speculation.FORCED,
+            source=with_door(speculation.FORCED, DOOR),
         )
         for layout, backend, exchange, shape, steps in HEAD_ROWS:
             if backend == "triton" and head.kind.startswith("mla"):
@@ -244,6 +248,7 @@ def head_cases() -> Iterator[Case]:
 def test_head_within_the_spread_of_plain_speculation(case: Case, fleet: Fleet) -> None:
     """Where a draft is right by chance, SGLang skips a verification. So each token counts."""
     assert_within_spread(case, fleet)
+    assert CAPTURED in fleet.run(case.spec).log
     counts = verifications(fleet.run(case.spec))
     tokens = {p.name: p.new_tokens - 1 for wave in WAVES for p in wave}
     print(
@@ -271,7 +276,7 @@ def drafting(name: str, case: Case, head: Drafter, steps: int) -> Drafting:
             spec,
             name=f"{spec.name}-{name}",
             flags=f"{spec.flags} {head.flags(steps)}",
-            plugin=teacher_forcing.NO_PLUGIN,
+            plugin=with_door(teacher_forcing.NO_PLUGIN, DOOR),
         )
 
     ours, theirs = (speculating(s) for s in (case.spec, BF16.plain(case.kind, 2)))
@@ -337,6 +342,7 @@ def drafters(
 def test_as_many_drafts_accepted_as_by_plain_tp(
     draft: Drafting, drafters: Fleet
 ) -> None:
+    assert CAPTURED in drafters.run(draft.ours).log
     ours, theirs = (accepted(drafters.run(s)) for s in (draft.ours, draft.theirs))
     print(f"{draft.name}: accepted {ours:.3f}, plain tp 2 {theirs:.3f}")
     # Of a right draft, transformers accepts 2.8 of 4 tokens, and 1.75 of 2.

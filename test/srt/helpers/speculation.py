@@ -12,10 +12,11 @@ import os
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 
+from helpers.doors import with_door
 from helpers.servers import plugin_folder
 from helpers.teacher_forcing import PLUGIN, forced_token
 
@@ -143,9 +144,15 @@ def install() -> None:
         ngram_corpus.NgramCorpus = KnownCorpus  # type: ignore[misc, assignment]
 
 
-def speculating(folder: Path, *served: str) -> dict[str, str]:
-    """Environment of a CPU server that may speculate by the algorithms `served`."""
-    env = plugin_folder(folder, "speculation_door", DOOR)
+def speculating(
+    folder: Path, *served: str, door: Optional[str] = None
+) -> dict[str, str]:
+    """Environment of a CPU server that may speculate by the algorithms `served`.
+
+    `door` is another one that its plugin opens.
+    """
+    source = with_door(DOOR, door) if door else DOOR
+    env = plugin_folder(folder, "speculation_door", source)
     # Nothing here is worth a compiler.
     return {**env, SERVED: ",".join(served), "TORCHDYNAMO_DISABLE": "1"}
 

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from helpers import request_set
+from helpers.draft_extension_door import replays_in
 from helpers.draft_models import (
     make_eagle,
     make_eagle3,
@@ -72,7 +73,8 @@ ALGORITHMS = {
 class Case:
     """`right` says which drafts of NGRAM are right; `draft` what else makes them.
 
-    Without either, SGLang's own corpus drafts.
+    Without either, SGLang's own corpus drafts. A draft's extensions can be `replayed`, as on
+    GPUs.
     """
 
     kind: str
@@ -80,6 +82,7 @@ class Case:
     right: str = ""
     draft: str = ""
     max_total_tokens: int = 4096
+    replayed: bool = False
 
     @property
     def algorithm(self) -> str:
@@ -121,9 +124,21 @@ CASES = {
     "eagle3-right-llama-tp2-page4": Case(
         "llama-2kv", f"{A2A2} --page-size 4", draft="eagle3-right"
     ),
+    "eagle3-right-llama-tp2-page4-replayed": Case(
+        "llama-2kv", f"{A2A2} --page-size 4", draft="eagle3-right", replayed=True
+    ),
+    "standalone-stranger-llama-tp4-attn2-replayed": Case(
+        "llama-8kv", "--tp 4 --attn-tp-size 2", draft="stranger", replayed=True
+    ),
     "mtp-mla-v3-tp2-page4": Case("mla-v3", f"{A2A2} --page-size 4", draft="mtp"),
     "mtp-right-mla-v3-tp2-replicated": Case(
         "mla-v3", f"{A2A2} --dcp-replicate-q-proj", draft="mtp-right"
+    ),
+    "mtp-right-mla-v3-tp2-replicated-replayed": Case(
+        "mla-v3",
+        f"{A2A2} --dcp-replicate-q-proj",
+        draft="mtp-right",
+        replayed=True,
     ),
 }
 SHORT = "ngram-some-llama-tp2-a2a-page4"
@@ -176,7 +191,8 @@ def environment(
 ) -> Mapping[str, str]:
     """What the server of a case needs, with a corpus that knows the right replies."""
     name = {"NEXTN": "EAGLE"}.get(case.algorithm, case.algorithm)
-    env = {**speculating(folder, name), **CHECK_EVERY_BATCH}
+    door = "draft_extension_door" if case.replayed else None
+    env = {**speculating(folder, name, door=door), **CHECK_EVERY_BATCH}
     if not case.right:
         return env
     known = [[*request.ids, *reply.ids] for request, reply in zip(requests, replies)]
@@ -242,6 +258,7 @@ def test_equal_to_tp1(case: Case, model: Callable[..., Path], tmp_path: Path) ->
         [by_request[request] for request in served.again],
     )
     assert "leak" not in served.log.lower()
+    _check_replays(case, replays_in(served.log))
     page, tokens = served.info["page_size"], served.info["max_total_num_tokens"]
     assert tokens == case.max_total_tokens // page * page * 2
     if case.algorithm == "STANDALONE":
@@ -251,6 +268,15 @@ def test_equal_to_tp1(case: Case, model: Callable[..., Path], tmp_path: Path) ->
     else:
         _check_acceptance(case, served.again)
     print(f"max |d logprob| {request_set.max_difference(served.replies, wanted):.2e}")
+
+
+def _check_replays(case: Case, replays: Sequence[tuple[int, int]]) -> None:
+    """Some are of one request, some are padded, and without the door there are none."""
+    if not case.replayed:
+        assert not replays
+        return
+    assert any(requests == padded for requests, padded in replays)
+    assert any(requests < padded for requests, padded in replays)
 
 
 # Its first 100 tokens came from the cache, where the last of them was another prompt's:

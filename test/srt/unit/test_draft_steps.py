@@ -28,6 +28,7 @@ from sglang_dcp.releases.installed import in_range, sglang_version
 from sglang_dcp.support import speculation as refused
 
 STEPS, REQUESTS, DCP, RANK = 4, 3, 2, 1
+REQUESTS_IN_BUFFERS = 8
 CONFIG = DcpConfig(Layout(DCP, 1))
 ON, OFF = SimpleNamespace(dcp=CONFIG), SimpleNamespace(dcp=None)
 
@@ -181,6 +182,51 @@ def test_a_captured_verification_is_one_query_of_each_request(runner: Any) -> No
     assert local.empty_rows.tolist() == [False] * STEPS + [True] * STEPS
 
 
+def extension_batch(lens: list[int], padded: int) -> Any:
+    """What SGLang replays an extension with: its whole buffers, and the real slots alone."""
+    batch = draft_batch([n + STEPS for n in lens])
+    fill = [1 + STEPS] * (REQUESTS_IN_BUFFERS - len(lens))
+    rows = [*range(len(lens)), *[0] * len(fill)]
+    slots = [row * 32 + n + i for row, n in enumerate(lens) for i in range(STEPS)]
+    del batch.positions
+    return SimpleNamespace(
+        **{
+            **vars(batch),
+            "forward_mode": ForwardMode.DRAFT_EXTEND_V2,
+            "batch_size": padded,
+            "req_pool_indices": torch.tensor(rows),
+            "seq_lens": torch.tensor([n + STEPS for n in lens] + fill),
+            "seq_lens_cpu": torch.tensor([n + STEPS for n in lens] + fill),
+            "out_cache_loc": torch.tensor(slots),
+            "spec_info": SimpleNamespace(num_tokens_per_req=STEPS),
+        }
+    )
+
+
+@pytest.mark.parametrize("lens", [[5, 1, 8], [4], [7, 2]])
+@pytest.mark.parametrize("padded", [3, 4])
+def test_a_replayed_extension_reads_committed_tokens(
+    lens: list[int], padded: int, runner: Any
+) -> None:
+    backend = runner.attn_backend
+    backend.init_cuda_graph_state(REQUESTS_IN_BUFFERS, REQUESTS_IN_BUFFERS * STEPS)
+    assert backend.get_cuda_graph_seq_len_fill_value() == 1 + STEPS
+    backend.init_forward_metadata_out_graph(extension_batch(lens, padded))
+    local, more = backend._local, padded - len(lens)
+    committed = [*lens, *[1] * more]
+    assert local.forward_batch.seq_lens.tolist() == counted(committed, -1)
+    assert local.forward_batch.seq_lens_cpu.tolist() == counted(committed, -1)
+    assert len(local.forward_batch.req_pool_indices) == padded
+    assert len(local.forward_batch.positions) == padded
+    written = [
+        (row * 32 + n + i) // DCP if (n + i) % DCP == RANK else 0
+        for row, n in enumerate(lens)
+        for i in range(STEPS)
+    ]
+    assert local.forward_batch.out_cache_loc.tolist() == written + [0] * STEPS * more
+    assert local.width == STEPS and len(local.empty_rows) == padded * STEPS
+
+
 def test_a_forward_of_another_width_is_refused(runner: Any) -> None:
     """The inner backend has planned its kernels for one number of heads."""
     with pytest.raises(
@@ -227,7 +273,9 @@ def test_the_draft_gets_our_backends(runner: Any) -> None:
     assert isinstance(made, DraftSteps)
     one = factory(ON, runner, steps=1)
     assert speculation.create_draft_decode_backend(never, one) is None
-    assert speculation.create_draft_extend_backend(never, one) is None
+    made = speculation.create_draft_extend_backend(never, one)
+    # It also prefills for the draft model.
+    assert made is runner.attn_backend
 
 
 def test_without_dcp_the_draft_gets_sglangs_backends(runner: Any) -> None:
@@ -238,6 +286,31 @@ def test_without_dcp_the_draft_gets_sglangs_backends(runner: Any) -> None:
     )
     for hook in hooks:
         assert hook(lambda factory: made, asked) is made
+
+
+def test_extensions_are_captured_with_dcp(
+    context: DcpContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("sglang.srt.speculative.eagle_draft_extend_cuda_graph_runner")
+    from sglang.srt.speculative import eagle_draft_extend_cuda_graph_runner as sglang
+
+    class Known:
+        """A runner that SGLang chose."""
+
+    def select(builtin_runner_cls: Any, oot_runner_cls: Any) -> Any:
+        return builtin_runner_cls()
+
+    def asked(known: Any) -> Any:
+        return speculation.select_graph_runner(
+            select, builtin_runner_cls=lambda: known, oot_runner_cls=lambda: None
+        )
+
+    assert asked(None) is None
+    monkeypatch.setattr(refused, "CAPTURES_EXTENSIONS", True)
+    assert asked(None) is sglang.EAGLEDraftExtendCudaGraphRunner
+    assert asked(Known) is Known
+    clear_context()
+    assert asked(None) is None
 
 
 class NgramWorker:
