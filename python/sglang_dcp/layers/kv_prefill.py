@@ -242,6 +242,13 @@ def kv_sizes_of(runner: Any, config: DcpConfig) -> Optional[KvSizes]:
     args = sglang_api().resolved(runner.server_args)
     if runner.device != "cpu" and not _is_compared(args.attention_backend):
         return None
+    return kv_sizes(runner, config)
+
+
+def kv_sizes(runner: Any, config: DcpConfig) -> KvSizes:
+    """Return the sizes of a runner's attention to K/V heads, gathered or not."""
+    model, stored = runner.model_config, runner.token_to_kv_pool.dtype
+    args = sglang_api().resolved(runner.server_args)
     splits = not args.enable_deterministic_inference
     backend = backend_class(args.attention_backend, mla=False)
     return KvSizes(

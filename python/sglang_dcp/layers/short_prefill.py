@@ -9,15 +9,16 @@ logits, only those of each request's last row are kept.
 from __future__ import annotations
 
 import dataclasses
+import enum
 import logging
 from typing import TYPE_CHECKING, Any, Callable, Optional
 
 from sglang_dcp.context import find_context
 from sglang_dcp.layers.decode_rows import as_prefill_rows
-from sglang_dcp.layers.heads import is_mla, kv_head_counts
-from sglang_dcp.layers.prefix.cost import Requests
-from sglang_dcp.layers.prefix.decode_step import StepSizes, pays_as_step
+from sglang_dcp.layers.heads import is_mla
+from sglang_dcp.layers.short_prefill_rule import Rule, rule_of
 from sglang_dcp.releases.api import sglang_api
+from sglang_dcp.releases.installed import in_range, sglang_version
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -26,9 +27,19 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Attention backends whose short prefills as decode steps were compared with tp 1 on GPUs,
-# and timed. None was yet.
-SERVED: frozenset[str] = frozenset()
+
+class Stored(enum.Enum):
+    """What a KV pool holds."""
+
+    KV_HEADS = "K/V heads"
+    LATENTS = "latents"
+    OTHER_DTYPE = "another dtype than the model's"
+
+
+# Attention backends, each with what is in its pool, whose short prefills as decode steps were
+# compared with plain tp on GPUs, and timed. Earlier releases have no hook for them.
+SERVED: frozenset[tuple[str, Stored]] = frozenset({("fa3", Stored.KV_HEADS)})
+SERVED_SINCE = "0.5.23"
 # Most rows of a step without a graph, which takes as many launches as a prefill. Tests raise
 # it where there is no graph.
 MOST_EAGER_ROWS = 0
@@ -103,30 +114,38 @@ class ShortPrefill:
     ----------
     runner
         SGLang's `ModelRunner`. Its graphs need not be captured yet.
-    sizes : StepSizes
+    rule : Rule
     """
 
-    def __init__(self, runner: Any, sizes: StepSizes) -> None:
+    def __init__(self, runner: Any, rule: Rule) -> None:
         self._runner = runner
-        self._sizes = sizes
+        self._rule = rule
         self._logged = False
 
     def step_of(self, batch: ForwardBatch) -> Optional[ForwardBatch]:
         """Return the decode step of a short prefill, None for any other batch."""
         if not is_plain(batch):
             return None
-        requests = Requests(batch.extend_seq_lens_cpu, batch.extend_prefix_lens_cpu)
-        if not pays_as_step(requests, self._sizes):
+        graphs = self._runner.decode_cuda_graph_runner
+        rows = sum(batch.extend_seq_lens_cpu)
+        # Rows take kernels to build, and most prefills have too many.
+        if rows > max(graphs.max_bs if graphs else 0, MOST_EAGER_ROWS):
+            return None
+        if not self._rule.pays(batch, eager=self._is_eager(batch)):
             return None
         step = as_prefill_rows(batch)
-        graphs = self._runner.decode_cuda_graph_runner
         captured = graphs is not None and graphs.can_run_graph(step)
-        if not captured and step.batch_size > MOST_EAGER_ROWS:
+        if not captured and rows > MOST_EAGER_ROWS:
             return None
         if not self._logged:
             self._logged = True
             logger.info("DCP prefill of %d tokens is one decode step", step.batch_size)
         return step
+
+    def _is_eager(self, batch: ForwardBatch) -> bool:
+        """Whether no prefill graph fits; for latents there is none."""
+        graphs = self._runner.prefill_cuda_graph_runner
+        return graphs is None or not graphs.can_run_graph(batch)
 
 
 def is_plain(batch: ForwardBatch) -> bool:
@@ -179,33 +198,20 @@ def short_prefill_of(runner: Any, config: DcpConfig) -> Optional[ShortPrefill]:
     adapters are set up for the requests of a batch, not for rows. In deterministic inference
     a token may not depend on the other requests of its batch.
     """
+    if not in_range(sglang_version(), SERVED_SINCE, None):
+        return None
     args = sglang_api().resolved(runner.server_args)
-    if args.attention_backend not in SERVED or args.speculative_algorithm:
+    if (args.attention_backend, stored_in(runner)) not in SERVED:
+        return None
+    if args.speculative_algorithm:
         return None
     if args.enable_lora or args.lora_paths or args.enable_deterministic_inference:
         return None
-    return ShortPrefill(runner, step_sizes(runner, config))
+    return ShortPrefill(runner, rule_of(runner, config))
 
 
-def step_sizes(runner: Any, config: DcpConfig) -> StepSizes:
-    """Return the sizes of attention of SGLang's `ModelRunner`."""
-    model, stored = runner.model_config, runner.token_to_kv_pool.dtype.itemsize
-    if is_mla(model):
-        qk, v, kv_heads = (
-            model.kv_lora_rank + model.qk_rope_head_dim,
-            model.kv_lora_rank,
-            1,
-        )
-        numbers = qk
-    else:
-        qk, v = model.head_dim, model.v_head_dim
-        kv_heads = config.layout.kv_heads_per_rank(kv_head_counts(model)[0])
-        numbers = qk + v
-    return StepSizes(
-        heads=model.num_attention_heads // config.tp_size,
-        dcp_size=config.dcp_size,
-        key_bytes=kv_heads * numbers * stored,
-        query_bytes=qk * runner.dtype.itemsize,
-        out_bytes=v * runner.dtype.itemsize,
-        dims=qk + v,
-    )
+def stored_in(runner: Any) -> Stored:
+    """Return what the KV pool of SGLang's `ModelRunner` holds."""
+    if runner.token_to_kv_pool.dtype != runner.dtype:
+        return Stored.OTHER_DTYPE
+    return Stored.LATENTS if is_mla(runner.model_config) else Stored.KV_HEADS

@@ -1,9 +1,9 @@
 """Live servers whose short prefills replay the graph of a decode step.
 
-DCP makes no such prefill on GPUs until it was compared and timed there (`SERVED` in
-`layers/short_prefill.py`). The plugin of its servers opens that door. Only here are the rows
-of a captured step new tokens of a few requests, padded to the size of a graph, and between
-steps of decode.
+DCP makes such prefills on GPUs only where they were compared and timed (`SERVED` in
+`layers/short_prefill.py`). The plugin of these servers opens the door for the rest, and logs
+each step. Only here are the rows of a captured step new tokens of a few requests, padded to
+the size of a graph, and between steps of decode.
 """
 
 from __future__ import annotations

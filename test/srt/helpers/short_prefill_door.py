@@ -1,20 +1,22 @@
 """A door in what keeps short prefills from being decode steps.
 
-DCP makes none until GPU servers have shown it right and fast. The plugin of such a server
-opens that door in its processes only. The rule by lengths stays. On a GPU a step runs only
-where it has a graph, and on a CPU, which has none, without one.
+DCP makes them only where GPU servers have shown it right and fast: on `fa3` with K/V heads.
+The plugin of a server opens that door for the rest, in its processes only. The rule by lengths
+stays. On a GPU a step runs only where it has a graph, and on a CPU, which has none, without
+one.
 
 Its servers log each step. DCP itself logs the first one only, and that may be the warm-up.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import Any
 
 import torch
 
-OPENED = frozenset({"fa3", "flashinfer", "triton", "torch_native"})
+OPENED = ("fa3", "flashinfer", "triton", "torch_native")
 LINE = "short prefill as a step of"
 
 
@@ -37,6 +39,7 @@ def open_door() -> None:
         return step
 
     setattr(short_prefill.ShortPrefill, "step_of", logged)
-    short_prefill.SERVED = OPENED  # type: ignore[misc]
+    served = frozenset(itertools.product(OPENED, short_prefill.Stored))
+    short_prefill.SERVED = served  # type: ignore[misc]
     if not torch.cuda.is_available():
         short_prefill.MOST_EAGER_ROWS = 64  # type: ignore[misc]

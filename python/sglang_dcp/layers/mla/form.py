@@ -98,6 +98,22 @@ def groups_of(
     return groups.best_groups(batch.requests, *limits, sizes, rates)
 
 
+def added_seconds(
+    batch: PrefillBatch, sizes: MlaSizes, *, rates: Rates = HOPPER
+) -> float:
+    """Time what the form of a short prefill adds to the launches of a layer.
+
+    That is the form with the shortest estimated time, without groups. A server that a flag
+    or its backend keeps from this form takes longer.
+    """
+    form = choose_prefill_form(batch, sizes, expand_prefix=True, rates=rates)
+    if form is PrefillForm.NO_PREFIX:
+        return 0.0
+    if form is PrefillForm.ABSORBED:
+        return cost.in_place_seconds(batch.requests, sizes, rates)
+    return expanded_seconds(batch, form, sizes, rates)
+
+
 def expanded_form(batch: PrefillBatch) -> PrefillForm:
     """Choose among the forms that expand latents of whole batches."""
     if not batch.prefix:

@@ -1,8 +1,9 @@
 """When a prefill takes less time as a decode step: pure functions of logical lengths.
 
 Each new token is a row of the step, and reads all keys before its own. That is more work for
-the GPU than a prefill, and a captured step has no launches. So it pays for few new tokens.
-Weights are read in both, and do not count here.
+the GPU than a prefill. A captured step has no launches, a prefill has those of its layers and
+of its form. So a step pays for few new tokens. Weights are read in both, and do not count
+here.
 """
 
 from __future__ import annotations
@@ -48,11 +49,21 @@ def step_seconds(requests: Requests, sizes: StepSizes, rates: Rates) -> float:
 
 
 def pays_as_step(
-    requests: Requests, sizes: StepSizes, *, rates: Rates = HOPPER
+    requests: Requests,
+    sizes: StepSizes,
+    form_s: float,
+    *,
+    eager: bool,
+    rates: Rates = HOPPER,
 ) -> bool:
     """Whether a prefill takes less time as a captured decode step.
 
-    The launches of a layer of any prefill take at least those of plain tensor parallelism.
     The result is the same on all ranks.
+
+    Parameters
+    ----------
+    form_s : seconds that the form of the prefill adds to the launches of a layer
+    eager : whether the prefill would run without a CUDA graph
     """
-    return step_seconds(requests, sizes, rates) <= rates.layer_host_s
+    host = rates.eager_layer_host_s if eager else rates.layer_host_s
+    return step_seconds(requests, sizes, rates) <= host + form_s

@@ -119,17 +119,48 @@ def in_place_seconds(requests: Requests, sizes: KvSizes, rates: Rates) -> float:
 
     Kernels may split the keys, so all SMs have work.
     """
-    group = sizes.local_heads * sizes.dcp_size // sizes.kv_heads
-    pairs = _pairs(requests, group, sizes, rates) * sizes.kv_heads / sizes.dcp_size
-    attention = FLOPS * (sizes.qk + sizes.v) * pairs / rates.expanded_flops
-    stored = sum(requests.prefix) * sizes.row_bytes(sizes.kv_heads) / sizes.dcp_size
-    read = stored / rates.memory_bytes
-    work = max(attention, read) + _exchange_seconds(requests, sizes, rates)
+    work = _in_place_work(requests, sizes, rates)
     return _layer_seconds(requests, sizes, work, rates.kv_in_place_host_s, rates)
 
 
 def gathered_seconds(requests: Requests, sizes: KvSizes, rates: Rates) -> float:
     """Time a layer that gathers its prefix."""
+    work = _gathered_work(requests, sizes, rates)
+    return _layer_seconds(requests, sizes, work, rates.kv_gather_host_s, rates)
+
+
+def added_seconds(
+    requests: Requests, sizes: KvSizes, *, gathers: bool, rates: Rates = HOPPER
+) -> float:
+    """Time what the form of a short prefill adds to the launches of a layer.
+
+    The further launches and the work of the GPU for the prefix count one after the other, as
+    in the forms of MLA. What turns took longer than in plain TP is nearer to that than to the
+    launches alone (docs/tuning.md).
+
+    Parameters
+    ----------
+    gathers : whether the prefix may be gathered, or stays in place whatever takes less time
+    """
+    if sizes.dcp_size == 1 or not sum(requests.prefix):
+        return 0.0
+    if gathers and choose_kv_form(requests, sizes, rates=rates) is KvForm.GATHERED:
+        return rates.kv_gather_host_s + _gathered_work(requests, sizes, rates)
+    return rates.kv_in_place_host_s + _in_place_work(requests, sizes, rates)
+
+
+def _in_place_work(requests: Requests, sizes: KvSizes, rates: Rates) -> float:
+    """Time what the GPU does for a prefix in place, the exchange included."""
+    group = sizes.local_heads * sizes.dcp_size // sizes.kv_heads
+    pairs = _pairs(requests, group, sizes, rates) * sizes.kv_heads / sizes.dcp_size
+    attention = FLOPS * (sizes.qk + sizes.v) * pairs / rates.expanded_flops
+    stored = sum(requests.prefix) * sizes.row_bytes(sizes.kv_heads) / sizes.dcp_size
+    read = stored / rates.memory_bytes
+    return max(attention, read) + _exchange_seconds(requests, sizes, rates)
+
+
+def _gathered_work(requests: Requests, sizes: KvSizes, rates: Rates) -> float:
+    """Time what the GPU does for a prefix that is gathered, the gather included."""
     positions, kept = sum(requests.prefix), sizes.kept
     group = -(-sizes.local_heads // kept)
     pairs = _pairs(requests, group, sizes, rates) * kept
@@ -138,8 +169,7 @@ def gathered_seconds(requests: Requests, sizes: KvSizes, rates: Rates) -> float:
     tiles = kept * -(-max(requests.new) * group // rates.expanded_tile)
     longest = 0 if tiles < sizes.split_below else max(requests.prefix)
     dims = sizes.qk + sizes.v
-    work = gather + ragged_attention_seconds(pairs, longest, dims, rates)
-    return _layer_seconds(requests, sizes, work, rates.kv_gather_host_s, rates)
+    return gather + ragged_attention_seconds(pairs, longest, dims, rates)
 
 
 def _layer_seconds(

@@ -26,7 +26,9 @@ class Rates(NamedTuple):
     in_place_host_s : seconds of launches that a layer adds to keep a prefix in place
     gather_host_s : seconds of launches that a layer adds to gather latents once
     chunk_host_s : seconds of launches that each further prefix chunk adds
-    layer_host_s : seconds of launches of a layer in plain TP
+    layer_host_s : seconds of launches of a layer in plain TP, in a prefill graph
+    eager_layer_host_s : seconds of launches of a layer without a graph, beside those of its
+        form
     layer_token_s : seconds of the GPU that a layer takes for a new token beside attention
     kv_in_place_host_s, kv_gather_host_s : seconds of launches that a layer adds for a prefix
         of K/V heads, in place and gathered
@@ -46,6 +48,7 @@ class Rates(NamedTuple):
     gather_host_s: float
     chunk_host_s: float
     layer_host_s: float
+    eager_layer_host_s: float
     layer_token_s: float
     kv_in_place_host_s: float
     kv_gather_host_s: float
@@ -59,6 +62,10 @@ class Rates(NamedTuple):
 #   32,768 tokens gathered, each against plain TP.
 # Not measured, but taken from the datasheet (4.8 TB/s, 450 GB/s each way): memory at 5/6,
 # links at 7/9 and 2/3. The rate of products is taken from the same prefills.
+# - a layer without a graph: turns of 1, 16 and 64 tokens on 32,768 positions in place, and the
+#   same turns as decode steps. The difference, divided by 27 layers, has the launches of a
+#   layer and what the form adds, less the step's GPU work. A turn of 1 token on K/V heads,
+#   gathered, gives one more value. The smallest of the four is 2.65 ms.
 # Of K/V heads (Qwen3-30B-A3B/4, 48 layers, 2 H200, tp 2, fa3, prefill graphs):
 # - layer: a traced chunk of 8192 tokens in plain TP. The host took 32 ms, and the GPU 45.6 ms
 #   beside attention.
@@ -82,6 +89,7 @@ HOPPER = Rates(
     gather_host_s=0.5e-3,
     chunk_host_s=0.6e-3,
     layer_host_s=0.67e-3,
+    eager_layer_host_s=2.6e-3,
     layer_token_s=0.116e-6,
     kv_in_place_host_s=1.1e-3,
     kv_gather_host_s=0.3e-3,
