@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -43,12 +43,7 @@ from helpers.nccl_ranks import needs_gpus
 from helpers.quantized import FORMATS, ONLINE_FP8
 from helpers.quantized_checkpoint import KV_SCALES, QUANTIZED_KINDS, SCALED_KIND
 from helpers.teacher_forcing import Prompt, Wave
-from helpers.weight_updates import (
-    Update,
-    assert_answers_as_loaded,
-    from_disk,
-    from_tensors,
-)
+from helpers.weight_updates import UPDATES, Update, assert_answers_as_loaded
 
 pytestmark = [pytest.mark.server, pytest.mark.long, needs_gpus(1)]
 
@@ -165,16 +160,9 @@ def test_within_the_spread_of_tp(case: Case, fleet: Fleet) -> None:
     assert {*BATCHES} <= ran, ran
 
 
-def _updated(kinds: Sequence[str]) -> Iterator[object]:
-    for kind in kinds:
-        for update in (from_disk, from_tensors):
-            yield pytest.param(kind, update, id=f"{kind}-{update.__name__}")
-
-
 @needs_gpus(2)
-@pytest.mark.parametrize(
-    ("kind", "update"), _updated([f"{kind}+fp8-block" for kind in QUANTIZED_KINDS])
-)
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("kind", [f"{kind}+fp8-block" for kind in QUANTIZED_KINDS])
 def test_updated_weights_answer_as_loaded_ones(
     kind: str, update: Update, tmp_path: Path
 ) -> None:

@@ -14,19 +14,14 @@ import pytest
 
 from helpers.gpu_cases import TP2_DCP2, exchange_case
 from helpers.nccl_ranks import needs_gpus
-from helpers.weight_updates import (
-    Update,
-    assert_answers_as_loaded,
-    from_disk,
-    from_tensors,
-)
+from helpers.weight_updates import UPDATES, Update, assert_answers_as_loaded
 
 pytestmark = [pytest.mark.server, needs_gpus(2)]
 
 KINDS = ("llama-8kv-d64", "qwen3-moe-d128", "mla-moe-d512")
 
 
-@pytest.mark.parametrize("update", [from_disk, from_tensors])
+@pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_updated_weights_answer_as_loaded_ones(
     kind: str, update: Update, tmp_path: Path

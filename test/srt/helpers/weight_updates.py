@@ -1,15 +1,28 @@
-"""New weights for live servers on GPUs, from disk and from tensors."""
+"""New weights for live servers on GPUs: from disk, from tensors and over IPC.
+
+The server needs the package checkpoint-engine for weights over IPC. SGLang does not install
+it. For a machine without a network, unzip its wheel, which is plain Python, and put the
+folder on PYTHONPATH of the tests: servers get it too. `loguru`, `httpx` and what else it
+imports come with SGLang.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.error import HTTPError
 
-from helpers import teacher_forcing
+import pytest
+import torch
+
+from helpers import ipc_weights, teacher_forcing
 from helpers.generate import flush_cache
 from helpers.gpu_cases import TP2_DCP2
 from helpers.gpu_servers import Spec, make_server
+from helpers.ipc_weights import Named, Shared
 from helpers.servers import READY_SECONDS
 from sglang_dcp.demo.client import http_json
 from sglang_dcp.releases.installed import in_range, sglang_version
@@ -20,7 +33,7 @@ Update = Callable[[str, Path], None]
 
 
 def from_disk(base_url: str, checkpoint: Path) -> None:
-    _post(base_url, "update_weights_from_disk", {"model_path": str(checkpoint)})
+    post(base_url, "update_weights_from_disk", {"model_path": str(checkpoint)})
 
 
 def from_tensors(base_url: str, checkpoint: Path) -> None:
@@ -35,7 +48,7 @@ def from_tensors(base_url: str, checkpoint: Path) -> None:
     # SGLang refuses tensors outside such a session as of 0.5.23, and has none before.
     in_session = in_range(sglang_version(), "0.5.23", None)
     if in_session:
-        _post(base_url, "begin_weight_update", {})
+        post(base_url, "begin_weight_update", {})
     for start in range(0, len(named), size):
         bucket = named[start : start + size]
         parts = [
@@ -43,22 +56,85 @@ def from_tensors(base_url: str, checkpoint: Path) -> None:
             for _ in range(TP2_DCP2.tp_size)
         ]
         last = start + size >= len(named)
-        _post(
+        post(
             base_url,
             "update_weights_from_tensor",
             {"serialized_named_tensors": parts, "flush_cache": last},
         )
     if in_session:
-        _post(base_url, "end_weight_update", {})
+        post(base_url, "end_weight_update", {})
 
 
-def _post(base_url: str, endpoint: str, body: dict[str, object]) -> None:
+def from_ipc(base_url: str, checkpoint: Path) -> None:
+    """In several buckets, as checkpoint-engine sends them. Each rank reads its own GPU."""
+    named = stored(checkpoint)
+    room, of = ipc_weights.room(named), torch.cuda.get_device_properties
+    ranks = range(TP2_DCP2.tp_size)
+    shared = {f"GPU-{of(r).uuid}": ipc_weights.on_gpu(r, room) for r in ranks}
+    send_over_ipc(base_url, named, shared)
+
+
+def stored(checkpoint: Path) -> list[Named]:
+    """Return names and tensors of a checkpoint, by name."""
+    from safetensors.torch import load_file
+
+    return sorted(load_file(checkpoint / "model.safetensors").items())
+
+
+def send_over_ipc(
+    base_url: str, named: Sequence[Named], shared: Mapping[str, Shared]
+) -> None:
+    """Send the weights to all ranks at once, each through a buffer of its own.
+
+    Parameters
+    ----------
+    base_url : str
+        The server.
+    named
+        Names and tensors of a checkpoint.
+    shared
+        Handle and buffer of each rank, by SGLang's key of its device.
+
+    Raises
+    ------
+    AssertionError
+        SGLang says that the update failed.
+    """
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ThreadPoolExecutor(len(shared)) as pool,
+    ):
+        handles = {key: f"ipc://{folder}/{key}" for key in shared}
+        sends = [
+            pool.submit(ipc_weights.send, handles[key], shared[key], named)
+            for key in shared
+        ]
+        post(base_url, "update_weights_from_ipc", {"zmq_handles": handles})
+        for sent in sends:
+            sent.result()
+
+
+def post(base_url: str, endpoint: str, body: dict[str, object]) -> None:
     """Raise AssertionError with SGLang's message if it refuses the request."""
     try:
         answer = http_json(f"{base_url}/{endpoint}", body)
     except HTTPError as error:
         raise AssertionError(f"/{endpoint}: {error.read().decode()}") from error
     assert answer["success"], answer
+
+
+UPDATES = (
+    from_disk,
+    from_tensors,
+    pytest.param(
+        from_ipc,
+        marks=pytest.mark.skipif(
+            find_spec("checkpoint_engine") is None,
+            reason="checkpoint-engine is not on PYTHONPATH",
+        ),
+        id="from_ipc",
+    ),
+)
 
 
 def assert_answers_as_loaded(

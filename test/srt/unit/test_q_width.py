@@ -142,6 +142,36 @@ def test_q_of_mla_holds_the_heads_of_its_group(name: str, lora: bool) -> None:
         assert attention.kv_b_proj.output_size_per_partition == 2 * HEAD_DIM
 
 
+# Formats whose weights a CPU can process.
+@pytest.mark.skipif(not SERVES_REPLICAS, reason="0.5.16 was not tried")
+@pytest.mark.parametrize(
+    "name", ["fp8-block", "fp8-channel", "int8-channel", "fp8-online"]
+)
+def test_new_weights_of_a_layer_that_sglang_processed(name: str) -> None:
+    """As they come over IPC. SGLang itself has no loader for tensors that it replaced."""
+    form, (sizes, heads, kv_heads) = ALL[name], LAYOUTS["tp4-attn2"]
+    layer = Place(sizes, 3, True).qkv_layer(form, HIDDEN, HEAD_DIM, heads, kv_heads)
+    old, _ = parts_of(name, heads, kv_heads)
+    for part, tensors in old.items():
+        load(layer, tensors, part)
+    layer.quant_method.process_weights_after_loading(layer)
+    places = [p.data_ptr() for p in layer.parameters()]
+    rows = {"q": heads, "k": kv_heads, "v": kv_heads}
+    new = {p: form.quantize(matrix(n * HEAD_DIM, 9)) for p, n in rows.items()}
+    if name != "fp8-block":
+        with pytest.raises(AttributeError, match="no attribute 'weight_loader'"):
+            load(layer, new["q"], "q")
+        return
+    for part, tensors in new.items():
+        load(layer, tensors, part)
+    layer.quant_method.process_weights_after_loading(layer)
+    assert [p.data_ptr() for p in layer.parameters()] == places
+    wanted = [form.dequantize(t).chunk(2)[1] for t in new.values()]
+    torch.testing.assert_close(
+        read_back(form, layer), torch.cat(wanted), rtol=1e-3, atol=0
+    )
+
+
 @pytest.mark.skipif(not SERVES_REPLICAS, reason="DCP refuses DP attention there")
 @pytest.mark.parametrize("replicated", [False, True], ids=["sharded", "replicated"])
 def test_layers_of_a_replica_of_dp_attention(replicated: bool) -> None:
