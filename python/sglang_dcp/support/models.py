@@ -83,6 +83,12 @@ def _mlp_bias(model: Any) -> Optional[str]:
     return _named(model, "mlp_bias") if biased else None
 
 
+def _scaled_queries(model: Any) -> Optional[str]:
+    """MistralLarge3's queries may also come under the architecture of DeepSeek-V3."""
+    scaling = getattr(model.hf_text_config, "llama_4_scaling", None)
+    return None if scaling is None else _named(model, "llama_4_scaling")
+
+
 def _block_scales(model: Any) -> Optional[str]:
     """The loader of Llama renames scales of fp8 blocks, and then finds no place for them."""
     if _name(model) not in LOADED_AS_LLAMA or model.quantization != "fp8":
@@ -158,6 +164,12 @@ UNSUPPORTED_MODELS: tuple[Unsupported, ...] = (
         _mlp_bias,
         "SGLang itself leaves these biases out",
         "serve this model by another engine",
+    ),
+    Unsupported(
+        "--model-path",
+        _scaled_queries,
+        "SGLang itself scales these queries on some attention backends alone",
+        "serve this model without DCP",
     ),
     Unsupported(
         "--model-path",

@@ -391,6 +391,10 @@ MODEL_CASES: dict[str, tuple[dict[str, Any], str]] = {
         "Qwen3MoeForCausalLM (INT8 experts)",
     ),
     "mlp-bias": ({"text": {"mlp_bias": True}}, "LlamaForCausalLM (mlp_bias)"),
+    "scaled-queries": (
+        {"text": {"llama_4_scaling": {"beta": 0.1}}},
+        "LlamaForCausalLM (llama_4_scaling)",
+    ),
     "architecture": ({"architecture": "GptOssForCausalLM"}, "GptOssForCausalLM"),
     "layer-kinds": (
         {"text": {"layer_types": ["full_attention", "chunked_attention"]}},
