@@ -25,7 +25,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +34,7 @@ from decode_models import vocab_size, write_model
 from decode_options import add_engine_options, fill_engine_defaults
 from decode_quantization import config_entries
 from decode_report import markdown
-from doors import TIMED, plugin_env, source_of
+from doors import OPENED, TIMED, opened_env, with_opened
 from live_client import Answers, Client, Ids, cache_misses
 from live_servers import (
     add_server_options,
@@ -51,11 +51,9 @@ from sglang_dcp.demo.server import ServerProcess
 
 # SGLang keeps the last tokens of a full pool for itself.
 SPARE_TOKENS = 8
-# Most requests of a decode step beside open doors, as SGLang has on its own: it captures
-# steps of so many rows, and a short prefill may be one.
+# Most requests of a decode step, as SGLang has on its own: it captures steps of so many rows,
+# and a short prefill may be one.
 MOST_RUNNING = 256
-# Ends the names of layouts whose servers open doors.
-OPENED = "+doors"
 
 
 class Size(NamedTuple):
@@ -142,12 +140,9 @@ def make_server(
 ) -> ServerProcess:
     flags = ["--skip-tokenizer-init", "--chunked-prefill-size", str(options.chunk)]
     log = log_beside(options.csv, layout.name)
-    env: dict[str, str] = {}
+    env = opened_env(options.folder, layout, options.doors)
     if options.peak_memory:
         env = open_door(peaks_of(options, layout))
-    elif layout.name.endswith(OPENED):
-        folder = options.folder / f"doors-{layout.name}".replace(":", "-")
-        env = plugin_env(folder, "open_doors", source_of(options.doors))
     return new_server(options, layout, model, log, flags, env)
 
 
@@ -238,7 +233,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--peak-memory: upstream layouts load no plugin")
     options.csv = options.csv.absolute()
     # What `server_flags` takes for the most requests at once.
-    options.concurrency = [*options.batches, *[MOST_RUNNING] * bool(options.doors)]
+    options.concurrency = [*options.batches, MOST_RUNNING]
     fill_engine_defaults(parser, options, defaults=1)
     if options.doors:
         closed = options.layouts
@@ -246,14 +241,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if len(options.layouts) == len(closed):
             parser.error("--doors: no layout loads this package")
     return options
-
-
-def with_opened(layouts: Iterable[Layout]) -> Iterator[Layout]:
-    """Yield the layouts, and after each that loads this package one with open doors."""
-    for layout in layouts:
-        yield layout
-        if layout.dcp_size > 1 and not layout.is_upstream:
-            yield layout._replace(name=layout.name + OPENED)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -28,8 +28,7 @@ says, and each is measured while the others idle.
 Greedy replies of fixed length. Not measured: real weights, how many drafts are right,
 batches whose requests accept different numbers.
 
-DCP refuses drafts on CPUs. `--tests-plugin` allows them to the servers of this run. On GPUs
-it lets DCP capture the extension of a draft in a CUDA graph.
+DCP refuses drafts on CPUs. `--tests-plugin` allows them to the servers of this run.
 """
 
 from __future__ import annotations
@@ -46,6 +45,7 @@ from typing import NamedTuple
 from decode_models import vocab_size, write_model
 from decode_options import add_engine_options, fill_engine_defaults
 from decode_quantization import config_entries
+from doors import OPENED, SPECULATION, opened_env, with_opened
 from live_client import Client, Ids, cache_misses
 from live_servers import log_beside, new_server, record_servers, say, who
 from sglang_dcp.demo.server import ServerProcess
@@ -86,6 +86,7 @@ class Prepared(NamedTuple):
 
     target: Path
     draft: Path
+    folder: Path
     env: Mapping[str, str]
 
 
@@ -164,7 +165,11 @@ def make_server(
         prepared.target,
         log_beside(options.csv, served.name),
         flags,
-        {**prepared.env, **environment_of(speculation, options.draft)},
+        {
+            **prepared.env,
+            **opened_env(prepared.folder / speculation.name, layout, options.doors),
+            **environment_of(speculation, options.draft),
+        },
     )
 
 
@@ -219,8 +224,15 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--tests-plugin",
         action="store_true",
-        help="the plugin of the live tests: CPU servers with DCP speculate, and GPU servers "
-        "capture extensions of a draft",
+        help="let CPU servers with DCP speculate, by the plugin of the live tests",
+    )
+    add(
+        "--doors",
+        nargs="*",
+        default=[],
+        choices=SPECULATION,
+        help="doors of the live tests; each layout with DCP gets a second server with "
+        "drafts, which does what is off",
     )
     options = parser.parse_args(argv)
     for name in ("repeats", "at_once"):
@@ -232,6 +244,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     # What `server_flags` takes for the most requests at once.
     options.concurrency = options.batches
     fill_engine_defaults(parser, options, defaults=1)
+    if options.doors:
+        options.layouts = list(with_opened(options.layouts))
+        if options.tests_plugin:
+            parser.error("--doors: not with --tests-plugin")
     options.draft = options.draft or default_draft(options.model)
     reason = impossible_draft(options.draft, options.model)
     if reason:
@@ -243,7 +259,13 @@ def servers(options: argparse.Namespace) -> list[list[Served]]:
     """Return groups of servers that are up together; layouts with one draft come together."""
     layouts = [options.plain] * (not options.without_plain) + options.layouts
     speculations = [Speculation()] * (not options.without_off) + options.drafts
-    every = [Served(layout, one) for one in speculations for layout in layouts]
+    every = [
+        Served(layout, one)
+        for one in speculations
+        for layout in layouts
+        # Without a draft there is nothing behind these doors.
+        if one.steps or not layout.name.endswith(OPENED)
+    ]
     return [
         every[first : first + options.at_once]
         for first in range(0, len(every), options.at_once)
@@ -258,7 +280,7 @@ def prepare(options: argparse.Namespace, root: Path) -> Prepared:
     write_model(target, options.model, longest, config_entries(options.quantization))
     env = open_door(root / "door", options.device) if options.tests_plugin else {}
     draft = write_draft(options.draft, options.model, target, longest)
-    return Prepared(target, draft, env)
+    return Prepared(target, draft, root, env)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+
+from decode_layouts import Layout
 
 # Doors of what is off until it was timed.
 TIMED = ("prefill_groups_door", "short_prefill_door")
+SPECULATION = ("draft_extension_door",)
+# Ends the names of layouts whose servers open doors.
+OPENED = "+doors"
 TESTS = Path(__file__).resolve().parent.parent / "test" / "srt"
 
 
@@ -39,6 +44,22 @@ def source_of(doors: Sequence[str]) -> str:
     for door in doors:
         source = with_door(source, door)
     return source
+
+
+def with_opened(layouts: Iterable[Layout]) -> Iterator[Layout]:
+    """Yield the layouts, and after each that loads this package one with open doors."""
+    for layout in layouts:
+        yield layout
+        if layout.dcp_size > 1 and not layout.is_upstream:
+            yield layout._replace(name=layout.name + OPENED)
+
+
+def opened_env(folder: Path, layout: Layout, doors: Sequence[str]) -> dict[str, str]:
+    """Return the environment of a layout's server, which opens `doors` if its name says so."""
+    if not layout.name.endswith(OPENED):
+        return {}
+    own = folder / f"doors-{layout.name}".replace(":", "-")
+    return plugin_env(own, "open_doors", source_of(doors))
 
 
 def add_tests() -> None:

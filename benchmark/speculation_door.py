@@ -2,8 +2,7 @@
 
 DCP refuses all algorithms on CPUs. The plugin of these tests, in
 `test/srt/helpers/speculation.py`, allows them in the processes of one run, and brings the
-kernels that SGLang lacks there. On GPUs it can replace the corpus of NGRAM, and lets the
-extension of a draft have a CUDA graph.
+kernels that SGLang lacks there. On GPUs it can replace the corpus of NGRAM.
 """
 
 from __future__ import annotations
@@ -18,13 +17,9 @@ def open_door(folder: Path, device: str) -> dict[str, str]:
     """Return the environment of servers that may speculate; the plugin goes to `folder`."""
     add_tests()
     from helpers import speculation
-    from helpers.doors import with_door
 
-    source = speculation.DOOR
-    if device == "cuda":
-        source = with_door(source, "draft_extension_door")
     env = {
-        **plugin_env(folder, "speculation_door", source),
+        **plugin_env(folder, "speculation_door", speculation.DOOR),
         speculation.SERVED: ",".join(ALGORITHMS.values()),
     }
     if device == "cpu":

@@ -23,8 +23,8 @@ def create_draft_decode_backend(original: Callable[[Any], Any], factory: Any) ->
 def create_draft_extend_backend(original: Callable[[Any], Any], factory: Any) -> Any:
     """Hook: `DraftBackendFactory.create_draft_extend_backend`; the draft runner's own.
 
-    It prefills, too, and a replayed extension has tensors of its own. Verifications are
-    replayed by another runner.
+    It prefills, too, and a replayed extension has tensors of its own. Verifications belong to
+    the target's runner.
     """
     runner = factory.draft_model_runner
     if dcp_of(runner.server_args) is None:

@@ -196,9 +196,10 @@ class DcpAttentionBackend(AttentionBackend):
         self._select_q_width(replicated=True)
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
-        """Return the length of padding rows: one committed token, which DCP rank 0 owns.
+        """Return the length of padding rows: one token, which DCP rank 0 owns.
 
-        A draft's extension counts its new tokens, too.
+        With speculation it is as many more as a request has query tokens. A draft's extension
+        counts these, and a verification reads them as committed ones.
         """
         return 1 if self._width == 1 else 1 + self._width
 

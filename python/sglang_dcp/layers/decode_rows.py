@@ -45,14 +45,14 @@ def as_chains(batch: ForwardBatch) -> tuple[ForwardBatch, int]:
     if not verify:
         # SGLang counts the new tokens here, and does not in a verification.
         lens, lens_cpu = lens - width, lens_cpu - width
-    committed = lens
+    positions = lens
     if width == 1:
         # A decode step, which counts the key of its own token.
         lens, lens_cpu = lens + 1, lens_cpu + 1
     step = _decode_step(batch, lens, lens_cpu)
     step.req_pool_indices = batch.req_pool_indices[:requests]
     # SGLang sizes captured plans by them. Attention reads no position.
-    step.positions = committed
+    step.positions = positions
     return step, width
 
 

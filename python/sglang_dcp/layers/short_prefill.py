@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import logging
+import os
 from typing import TYPE_CHECKING, Any, Callable, Optional
 
 from sglang_dcp.context import find_context
@@ -40,6 +41,8 @@ class Stored(enum.Enum):
 # compared with plain tp on GPUs, and timed. Earlier releases have no hook for them.
 SERVED: frozenset[tuple[str, Stored]] = frozenset({("fa3", Stored.KV_HEADS)})
 SERVED_SINCE = "0.5.23"
+# Turns them off, to compare a server with and without them.
+SWITCH = "SGLANG_DCP_SHORT_PREFILL_STEPS"
 # Most rows of a step without a graph, which takes as many launches as a prefill. Tests raise
 # it where there is no graph.
 MOST_EAGER_ROWS = 0
@@ -199,6 +202,8 @@ def short_prefill_of(runner: Any, config: DcpConfig) -> Optional[ShortPrefill]:
     a token may not depend on the other requests of its batch.
     """
     if not in_range(sglang_version(), SERVED_SINCE, None):
+        return None
+    if os.environ.get(SWITCH) == "0":
         return None
     args = sglang_api().resolved(runner.server_args)
     if (args.attention_backend, stored_in(runner)) not in SERVED:

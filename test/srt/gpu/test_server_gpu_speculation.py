@@ -17,6 +17,7 @@ Words for pytest -k, beside those of test/srt/README.md:
     eagle-k | eagle3 | mtp | standalone  who drafts; `itself` or `stranger` with `standalone`
     some-of-8, all-of-4, none-of-2     right drafts of NGRAM, and query tokens
     k1 | k3                            steps of a draft model
+    captured                           its extension runs in a CUDA graph
     tp2dcp2 | tp4                      2 or 4 GPUs
 
 A server starts in 30 to 60 s, and several start at once. The two plain servers of a group
@@ -200,20 +201,39 @@ RIGHT_HEADS = {
     "eagle3": Drafter("EAGLE3", "@eagle3", "llama-2kv-d128+shallow"),
     "mtp": Drafter("EAGLE", "@seed0", "mla-v3-d512-h512+shallow-mtp"),
 }
-# A draft's extension runs in a CUDA graph behind it.
+# A draft's extension runs in a CUDA graph behind it, and eagerly without it.
 DOOR = "draft_extension_door"
-CAPTURED = "Capture draft extend CUDA graph end"
 PAGE1, PAGE64 = SHAPES[:2]
-# Each row: layout, backend, exchange with or without replicated Q, shape, steps of the draft.
+EAGER_EXTENSION = ""
+# Each row: layout, backend, exchange with or without replicated Q, shape, steps of the draft,
+# and the door that its server opens.
 HEAD_ROWS = (
-    (TP2_DCP2, "fa3", ("symm_a2a", True), PAGE1, 3),
-    (TP2_DCP2, "flashinfer", ("a2a", False), PAGE64, 3),
-    (TP2_DCP2, "fa3", ("ag_rs", False), PAGE64, 1),
-    (TP2_DCP2, "flashinfer", ("symm_a2a", True), PAGE1, 1),
-    (TP2_DCP2, "triton", ("a2a", True), PAGE64, 3),
-    (TP4_ATTN2, "fa3", ("a2a", True), PAGE64, 3),
-    (TP4_DCP4, "flashinfer", ("symm_a2a", False), PAGE1, 3),
+    (TP2_DCP2, "fa3", ("symm_a2a", True), PAGE1, 3, DOOR),
+    (TP2_DCP2, "flashinfer", ("a2a", False), PAGE64, 3, DOOR),
+    (TP2_DCP2, "fa3", ("ag_rs", False), PAGE64, 1, EAGER_EXTENSION),
+    (TP2_DCP2, "flashinfer", ("symm_a2a", True), PAGE1, 1, EAGER_EXTENSION),
+    (TP2_DCP2, "triton", ("a2a", True), PAGE64, 3, DOOR),
+    (TP4_ATTN2, "fa3", ("a2a", True), PAGE64, 3, DOOR),
+    (TP4_DCP4, "flashinfer", ("symm_a2a", False), PAGE1, 3, EAGER_EXTENSION),
 )
+
+
+def suffix(door: str) -> str:
+    return "-captured" * (door == DOOR)
+
+
+def opened(plugin: str, door: str) -> str:
+    """Return the source of `plugin`, which also opens `door` if there is one."""
+    return with_door(plugin, door) if door else plugin
+
+
+def is_captured(name: str) -> bool:
+    """Whether the server of a case captures the extension of its draft."""
+    return name.endswith(suffix(DOOR))
+
+
+def captures(run: Run) -> bool:
+    return "Capture draft extend CUDA graph end" in run.log
 
 
 def chosen(heads: dict[str, Drafter]) -> Iterator[tuple[str, Drafter]]:
@@ -230,17 +250,18 @@ def head_cases() -> Iterator[Case]:
             "--dtype bfloat16",
             # With forced tokens, plain servers answer alike whatever the steps.
             plain_flags=head.flags(3),
-            source=with_door(speculation.FORCED, DOOR),
+            source=speculation.FORCED,
         )
-        for layout, backend, exchange, shape, steps in HEAD_ROWS:
+        for layout, backend, exchange, shape, steps, door in HEAD_ROWS:
             if backend == "triton" and head.kind.startswith("mla"):
                 continue
             case = exchange_case(head.kind, layout, backend, exchange, shape)
             yield replace(
                 case,
-                label=f"{case.label}-{name}-k{steps}",
+                label=f"{case.label}-{name}-k{steps}{suffix(door)}",
                 flags=f"{case.flags} {head.flags(steps)}",
                 numbers=numbers,
+                plugin=opened(speculation.FORCED, door),
             )
 
 
@@ -248,7 +269,7 @@ def head_cases() -> Iterator[Case]:
 def test_head_within_the_spread_of_plain_speculation(case: Case, fleet: Fleet) -> None:
     """Where a draft is right by chance, SGLang skips a verification. So each token counts."""
     assert_within_spread(case, fleet)
-    assert CAPTURED in fleet.run(case.spec).log
+    assert captures(fleet.run(case.spec)) == is_captured(case.name)
     counts = verifications(fleet.run(case.spec))
     tokens = {p.name: p.new_tokens - 1 for wave in WAVES for p in wave}
     print(
@@ -268,18 +289,19 @@ class Drafting:
     width: int
 
 
-def drafting(name: str, case: Case, head: Drafter, steps: int) -> Drafting:
+def drafting(name: str, case: Case, head: Drafter, steps: int, door: str) -> Drafting:
     name = f"{name}-k{steps}"
 
-    def speculating(spec: Spec) -> Spec:
+    def speculating(spec: Spec, door: str) -> Spec:
         return replace(
             spec,
-            name=f"{spec.name}-{name}",
+            name=f"{spec.name}-{name}{suffix(door)}",
             flags=f"{spec.flags} {head.flags(steps)}",
-            plugin=with_door(teacher_forcing.NO_PLUGIN, DOOR),
+            plugin=opened(teacher_forcing.NO_PLUGIN, door),
         )
 
-    ours, theirs = (speculating(s) for s in (case.spec, BF16.plain(case.kind, 2)))
+    ours = speculating(case.spec, door)
+    theirs = speculating(BF16.plain(case.kind, 2), "")
     return Drafting(ours.name, ours, theirs, "stranger" not in name, steps + 1)
 
 
@@ -290,22 +312,24 @@ STANDALONE_ROWS = (
     ("mla-moe-d512", "fa3", ("symm_a2a", False)),
     ("mla-moe-d512", "flashinfer", ("a2a", True)),
 )
+STANDALONE_DRAFTS = (("itself", DOOR), ("stranger", EAGER_EXTENSION))
 STANDALONE_SHAPE = ("page16", "--page-size 16")
 
 
 def draftings() -> Iterator[Drafting]:
     for kind, backend, exchange in STANDALONE_ROWS:
-        for seed, name in enumerate(("itself", "stranger")):
+        for seed, (name, door) in enumerate(STANDALONE_DRAFTS):
             head = Drafter("STANDALONE", f"@seed{seed}", f"{kind}+shallow")
             for _, one in chosen({name: head}):
                 row = (head.kind, TP2_DCP2, backend, exchange, STANDALONE_SHAPE)
-                yield drafting(f"standalone-{name}", exchange_case(*row), one, 3)
+                case = exchange_case(*row)
+                yield drafting(f"standalone-{name}", case, one, 3, door)
     for name, head in chosen(RIGHT_HEADS):
-        for layout, backend, exchange, shape, steps in HEAD_ROWS:
+        for layout, backend, exchange, shape, steps, door in HEAD_ROWS:
             if backend == "triton" and head.kind.startswith("mla"):
                 continue
             case = exchange_case(head.kind, layout, backend, exchange, shape)
-            yield drafting(name, case, head, steps)
+            yield drafting(name, case, head, steps, door)
 
 
 def accepting_waves() -> Sequence[Wave]:
@@ -342,7 +366,7 @@ def drafters(
 def test_as_many_drafts_accepted_as_by_plain_tp(
     draft: Drafting, drafters: Fleet
 ) -> None:
-    assert CAPTURED in drafters.run(draft.ours).log
+    assert captures(drafters.run(draft.ours)) == is_captured(draft.name)
     ours, theirs = (accepted(drafters.run(s)) for s in (draft.ours, draft.theirs))
     print(f"{draft.name}: accepted {ours:.3f}, plain tp 2 {theirs:.3f}")
     # Of a right draft, transformers accepts 2.8 of 4 tokens, and 1.75 of 2.

@@ -11,6 +11,7 @@ Its servers log each step. DCP itself logs the first one only, and that may be t
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from typing import Any
 
@@ -39,6 +40,7 @@ def open_door() -> None:
         return step
 
     setattr(short_prefill.ShortPrefill, "step_of", logged)
+    os.environ.pop(short_prefill.SWITCH, None)
     served = frozenset(itertools.product(OPENED, short_prefill.Stored))
     short_prefill.SERVED = served  # type: ignore[misc]
     if not torch.cuda.is_available():

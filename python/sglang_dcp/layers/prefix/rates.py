@@ -60,12 +60,13 @@ class Rates(NamedTuple):
 # - split: turns of 64 tokens over 262,144 and 524,288 tokens in place;
 # - host: turns of 64 tokens over 2048 and 32,768 tokens in place, and 64 requests of
 #   32,768 tokens gathered, each against plain TP.
-# Not measured, but taken from the datasheet (4.8 TB/s, 450 GB/s each way): memory at 5/6,
-# links at 7/9 and 2/3. The rate of products is taken from the same prefills.
 # - a layer without a graph: turns of 1, 16 and 64 tokens on 32,768 positions in place, and the
 #   same turns as decode steps. The difference, divided by 27 layers, has the launches of a
 #   layer and what the form adds, less the step's GPU work. A turn of 1 token on K/V heads,
-#   gathered, gives one more value. The smallest of the four is 2.65 ms.
+#   gathered, gives one more value. The smallest of the four is 2.65 ms. Longer prefixes and
+#   an earlier day's servers gave less, so the rate is 1.5 ms.
+# Not measured, but taken from the datasheet (4.8 TB/s, 450 GB/s each way): memory at 5/6,
+# links at 7/9 and 2/3. The rate of products is taken from the same prefills.
 # Of K/V heads (Qwen3-30B-A3B/4, 48 layers, 2 H200, tp 2, fa3, prefill graphs):
 # - layer: a traced chunk of 8192 tokens in plain TP. The host took 32 ms, and the GPU 45.6 ms
 #   beside attention.
@@ -89,7 +90,7 @@ HOPPER = Rates(
     gather_host_s=0.5e-3,
     chunk_host_s=0.6e-3,
     layer_host_s=0.67e-3,
-    eager_layer_host_s=2.6e-3,
+    eager_layer_host_s=1.5e-3,
     layer_token_s=0.116e-6,
     kv_in_place_host_s=1.1e-3,
     kv_gather_host_s=0.3e-3,
