@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from typing import Any, Optional
 
@@ -36,10 +37,12 @@ def _facts(resolved: Any, config: DcpConfig) -> dict[str, str]:
     """Return what must be equal on all nodes.
 
     The log base of an LSE belongs to the attention backend, so two backends in one DCP
-    group would merge to wrong outputs. What decides the form of an MLA prefill decides its
-    collectives.
+    group would merge to wrong outputs. What decides the form of a prefill decides its
+    collectives. Captured sizes decide which short prefills are decode steps.
     """
     from sglang.srt.environ import envs
+
+    from sglang_dcp.layers.short_prefill import SWITCH
 
     facts = {
         "--tp-size": resolved.tp_size,
@@ -56,6 +59,10 @@ def _facts(resolved: Any, config: DcpConfig) -> dict[str, str]:
         "--disable-chunked-prefix-cache": resolved.disable_chunked_prefix_cache,
         "--flashinfer-mla-disable-ragged": resolved.flashinfer_mla_disable_ragged,
         "SGLANG_MAX_KV_CHUNK_CAPACITY": envs.SGLANG_MAX_KV_CHUNK_CAPACITY.get(),
+        SWITCH: os.environ.get(SWITCH, "1"),
+        "--max-running-requests": resolved.max_running_requests,
+        # Of SGLang 0.5.23 on. The steps came with it.
+        "sizes of CUDA graphs": getattr(resolved, "cuda_graph_config", None),
         "sglang": sglang_version(),
         "sglang-dcp": sglang_dcp.__version__,
     }

@@ -62,5 +62,7 @@ def node_args(**changes: Any) -> SimpleNamespace:
         flashinfer_mla_disable_ragged=False,
         dtype="float32",
         kv_cache_dtype="auto",
+        max_running_requests=None,
+        cuda_graph_config=None,
     )
     return SimpleNamespace(**{**found, **changes})

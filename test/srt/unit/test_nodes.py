@@ -29,6 +29,7 @@ from sglang_dcp.distributed.nodes import (
 )
 from sglang_dcp.distributed.topology import Layout
 from sglang_dcp.hooks.nodes import _facts, node_of, where_groups_lie
+from sglang_dcp.layers.short_prefill import SWITCH
 
 WORLD = 4
 CONFIG = DcpConfig(Layout(4, 2))
@@ -125,6 +126,7 @@ def test_each_field_of_the_config_is_compared() -> None:
         {"kv_cache_dtype": "fp8_e4m3"},
         {"disable_chunked_prefix_cache": True},
         {"flashinfer_mla_disable_ragged": True},
+        {"max_running_requests": 3},
     ],
     ids=str,
 )
@@ -142,6 +144,19 @@ def test_the_size_of_a_prefix_chunk_is_compared() -> None:
         other = _facts(node_args(), CONFIG)
     said = first_difference([(0, facts), (1, other)])
     assert said.startswith("SGLANG_MAX_KV_CHUNK_CAPACITY is ") and "4096 on" in said
+
+
+def test_what_makes_steps_of_short_prefills_is_compared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv(SWITCH, raising=False)
+    facts = _facts(node_args(), CONFIG)
+    graphs = _facts(node_args(cuda_graph_config="up to 8"), CONFIG)
+    said = first_difference([(0, facts), (1, graphs)])
+    assert said.startswith("sizes of CUDA graphs is ") and "up to 8 on node 1" in said
+    monkeypatch.setenv(SWITCH, "0")
+    off = _facts(node_args(), CONFIG)
+    assert first_difference([(0, facts), (1, off)]).startswith(f"{SWITCH} is 1 on")
 
 
 def test_a_single_node_is_none() -> None:
