@@ -34,7 +34,7 @@ from decode_models import vocab_size, write_model
 from decode_options import add_engine_options, fill_engine_defaults
 from decode_quantization import config_entries
 from decode_report import markdown
-from doors import OPENED, TIMED, opened_env, with_opened
+from doors import OPENED, TIMED, add_doors, open_layouts, opened_env
 from live_client import Answers, Client, Ids, cache_misses
 from live_servers import (
     add_server_options,
@@ -209,14 +209,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="note what the largest forward takes on each GPU; not with upstream layouts",
     )
-    add(
-        "--doors",
-        nargs="*",
-        default=[],
-        choices=TIMED,
-        help="doors of the live tests; each layout with DCP gets a second server, which "
-        "does what is off",
-    )
+    add_doors(parser, TIMED)
     options = parser.parse_args(argv)
     if options.doors and options.peak_memory:
         parser.error("--doors: not with --peak-memory")
@@ -235,11 +228,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     # What `server_flags` takes for the most requests at once.
     options.concurrency = [*options.batches, MOST_RUNNING]
     fill_engine_defaults(parser, options, defaults=1)
-    if options.doors:
-        closed = options.layouts
-        options.layouts = list(with_opened(closed))
-        if len(options.layouts) == len(closed):
-            parser.error("--doors: no layout loads this package")
+    open_layouts(parser, options)
     return options
 
 

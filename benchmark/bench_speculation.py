@@ -45,7 +45,7 @@ from typing import NamedTuple
 from decode_models import vocab_size, write_model
 from decode_options import add_engine_options, fill_engine_defaults
 from decode_quantization import config_entries
-from doors import OPENED, SPECULATION, opened_env, with_opened
+from doors import OPENED, SPECULATION, add_doors, open_layouts, opened_env
 from live_client import Client, Ids, cache_misses
 from live_servers import log_beside, new_server, record_servers, say, who
 from sglang_dcp.demo.server import ServerProcess
@@ -226,14 +226,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="let CPU servers with DCP speculate, by the plugin of the live tests",
     )
-    add(
-        "--doors",
-        nargs="*",
-        default=[],
-        choices=SPECULATION,
-        help="doors of the live tests; each layout with DCP gets a second server with "
-        "drafts, which does what is off",
-    )
+    add_doors(parser, SPECULATION)
     options = parser.parse_args(argv)
     for name in ("repeats", "at_once"):
         if getattr(options, name) < 1:
@@ -244,10 +237,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     # What `server_flags` takes for the most requests at once.
     options.concurrency = options.batches
     fill_engine_defaults(parser, options, defaults=1)
-    if options.doors:
-        options.layouts = list(with_opened(options.layouts))
-        if options.tests_plugin:
-            parser.error("--doors: not with --tests-plugin")
+    if options.doors and options.tests_plugin:
+        parser.error("--doors: not with --tests-plugin")
+    open_layouts(parser, options)
     options.draft = options.draft or default_draft(options.model)
     reason = impossible_draft(options.draft, options.model)
     if reason:

@@ -6,6 +6,7 @@ A door lets a server do what DCP keeps closed until it was compared and timed on
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -44,6 +45,27 @@ def source_of(doors: Sequence[str]) -> str:
     for door in doors:
         source = with_door(source, door)
     return source
+
+
+def add_doors(parser: argparse.ArgumentParser, doors: Sequence[str]) -> None:
+    parser.add_argument(
+        "--doors",
+        nargs="*",
+        default=[],
+        choices=doors,
+        help="doors of the live tests; each layout with DCP gets a second server, which "
+        "does what is off",
+    )
+
+
+def open_layouts(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Add the layouts whose servers open the doors that were asked for, if any."""
+    if not options.doors:
+        return
+    closed = options.layouts
+    options.layouts = list(with_opened(closed))
+    if len(options.layouts) == len(closed):
+        parser.error("--doors: no layout loads this package")
 
 
 def with_opened(layouts: Iterable[Layout]) -> Iterator[Layout]:

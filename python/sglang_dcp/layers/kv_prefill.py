@@ -125,8 +125,7 @@ class KvPrefill:
         """Choose the form of a forward. One that is no prefill stays in place."""
         if self._sizes is None or not batch.forward_mode.is_extend():
             return KvForm.IN_PLACE
-        requests = Requests(batch.extend_seq_lens_cpu, batch.extend_prefix_lens_cpu)
-        return choose_kv_form(requests, self._sizes)
+        return choose_kv_form(Requests.of(batch), self._sizes)
 
     def _planned(self, batch: ForwardBatch) -> KvPlan:
         prefix, new = batch.extend_prefix_lens_cpu, batch.extend_seq_lens_cpu

@@ -39,16 +39,12 @@ class Rule(NamedTuple):
     def pays(self, batch: ForwardBatch, *, eager: bool) -> bool:
         """Whether a prefill takes less time as a captured step; the same on all ranks."""
         form_s = self.added(batch)
-        return pays_as_step(requests_of(batch), self.sizes, form_s, eager=eager)
+        return pays_as_step(Requests.of(batch), self.sizes, form_s, eager=eager)
 
 
 def rule_of(runner: Any, config: DcpConfig) -> Rule:
     """Return the rule of SGLang's `ModelRunner`."""
     return Rule(step_sizes(runner, config), added_by_form(runner, config))
-
-
-def requests_of(batch: ForwardBatch) -> Requests:
-    return Requests(batch.extend_seq_lens_cpu, batch.extend_prefix_lens_cpu)
 
 
 def added_by_form(runner: Any, config: DcpConfig) -> Callable[[ForwardBatch], float]:
@@ -58,7 +54,7 @@ def added_by_form(runner: Any, config: DcpConfig) -> Callable[[ForwardBatch], fl
         return lambda batch: form.added_seconds(prefill_batch(batch), latents)
     heads, gathers = kv_sizes(runner, config), kv_sizes_of(runner, config) is not None
     return lambda batch: kv_form.added_seconds(
-        requests_of(batch), heads, gathers=gathers
+        Requests.of(batch), heads, gathers=gathers
     )
 
 

@@ -27,8 +27,6 @@ from helpers.servers import READY_SECONDS
 from sglang_dcp.demo.client import http_json
 from sglang_dcp.releases.installed import in_range, sglang_version
 
-BUCKETS = 3
-
 Update = Callable[[str, Path], None]
 
 
@@ -44,18 +42,17 @@ def from_tensors(base_url: str, checkpoint: Path) -> None:
 
     monkey_patch_torch_reductions()
     named = sorted(load_file(checkpoint / "model.safetensors", device="cuda:0").items())
-    size = -(-len(named) // BUCKETS)
+    buckets = ipc_weights.buckets_of(named)
     # SGLang refuses tensors outside such a session as of 0.5.23, and has none before.
     in_session = in_range(sglang_version(), "0.5.23", None)
     if in_session:
         post(base_url, "begin_weight_update", {})
-    for start in range(0, len(named), size):
-        bucket = named[start : start + size]
+    for place, bucket in enumerate(buckets, 1):
         parts = [
             MultiprocessingSerializer.serialize(bucket, output_str=True)
             for _ in range(TP2_DCP2.tp_size)
         ]
-        last = start + size >= len(named)
+        last = place == len(buckets)
         post(
             base_url,
             "update_weights_from_tensor",

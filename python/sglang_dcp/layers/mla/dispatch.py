@@ -127,8 +127,7 @@ def mla_sizes(attention: Any, dcp_size: int, stored_itemsize: int) -> MlaSizes:
 
 def prefill_batch(batch: Any) -> PrefillBatch:
     """Return what the choice of a form needs from SGLang's extend batch."""
-    requests = Requests(batch.extend_seq_lens_cpu, batch.extend_prefix_lens_cpu)
-    return PrefillBatch(requests, batch.get_max_chunk_capacity())
+    return PrefillBatch(Requests.of(batch), batch.get_max_chunk_capacity())
 
 
 def set_mla_kv_buffer(

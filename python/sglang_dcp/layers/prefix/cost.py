@@ -7,9 +7,12 @@ predict a step.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from sglang_dcp.layers.prefix.rates import Rates
+
+if TYPE_CHECKING:
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 FLOPS = 2  # of a multiplication and its addition
 # Copies of queries and partial outputs in memory: packed, received, merged. Each is
@@ -29,6 +32,11 @@ class Requests(NamedTuple):
 
     new: Sequence[int]
     prefix: Sequence[int]
+
+    @classmethod
+    def of(cls, batch: ForwardBatch) -> Requests:
+        """Read them from SGLang's batch of a prefill."""
+        return cls(batch.extend_seq_lens_cpu, batch.extend_prefix_lens_cpu)
 
 
 def tiled_pairs(rows: Sequence[int], keys: Sequence[int], tile: int) -> int:
