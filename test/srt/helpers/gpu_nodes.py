@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from helpers.shared_gpus import Mps, ranks_per_gpu
 from sglang_dcp.demo.server import ServerProcess, free_port
 
 
@@ -14,12 +15,18 @@ class FirstNode(ServerProcess):
     """Node 0, which has the HTTP server. The other nodes start and stop with it."""
 
     def __init__(
-        self, *args: Any, others: Sequence[ServerProcess], **kwargs: Any
+        self,
+        *args: Any,
+        others: Sequence[ServerProcess],
+        mps: Mps | None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.others = tuple(others)
+        self.others, self._mps = tuple(others), mps
 
     def start(self) -> None:
+        if self._mps is not None:
+            self._mps.start()
         super().start()
         for node in self.others:
             node.start()
@@ -30,6 +37,8 @@ class FirstNode(ServerProcess):
         finally:
             for node in self.others:
                 node.stop()
+            if self._mps is not None:
+                self._mps.stop()
 
 
 def make_nodes(
@@ -40,7 +49,7 @@ def make_nodes(
     nodes: int,
     gpus: int,
 ) -> FirstNode:
-    """Return node 0 of `nodes`, not started, over the first `gpus` GPUs.
+    """Return node 0 of `nodes`, not started, for `gpus` ranks on the first GPUs.
 
     NCCL takes the launches for hosts of their own, which it reaches over sockets. SGLang
     would take them for one host, and its own all-reduce would look for GPUs that a launch
@@ -48,12 +57,15 @@ def make_nodes(
     """
     meet = f"--nnodes {nodes} --dist-init-addr 127.0.0.1:{free_port()}"
     common = [*flags, *meet.split(), "--disable-custom-all-reduce"]
-    seen = visible_gpus()[:gpus]
+    seen = (visible_gpus() * ranks_per_gpu())[:gpus]
     share = len(seen) // nodes
+    mps = Mps() if len(set(seen)) < len(seen) else None
+    shared = mps.environment if mps else {}
 
     def options(rank: int) -> dict[str, Any]:
+        own_gpus = seen[rank * share : (rank + 1) * share]
         own = {
-            "CUDA_VISIBLE_DEVICES": ",".join(seen[rank * share : (rank + 1) * share]),
+            "CUDA_VISIBLE_DEVICES": ",".join(dict.fromkeys(own_gpus)),
             "NCCL_HOSTID": f"node-{rank}",
             "NCCL_SOCKET_IFNAME": "lo",
             "NCCL_IB_DISABLE": "1",
@@ -62,13 +74,13 @@ def make_nodes(
         return {
             "args": [*common, "--node-rank", str(rank)],
             "log_path": folder / name,
-            "env": {**env, **own},
+            "env": {**env, **shared, **own},
             "grace": 0.0,
             "device": "cuda",
         }
 
     others = [ServerProcess(model, **options(rank)) for rank in range(1, nodes)]
-    return FirstNode(model, others=others, **options(0))
+    return FirstNode(model, others=others, mps=mps, **options(0))
 
 
 def visible_gpus() -> list[str]:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from helpers import gpu_checkpoints, teacher_forcing
+from helpers import gpu_checkpoints, shared_gpus, teacher_forcing
 from helpers.gpu_nodes import make_nodes
 from helpers.servers import READY_SECONDS, plugin_folder
 from helpers.teacher_forcing import CountedReply
@@ -90,7 +90,12 @@ class Spec:
         return int(found[1])
 
     def can_run(self) -> bool:
-        return self.gpus <= torch.cuda.device_count()
+        return self.gpus <= shared_gpus.places()
+
+    @property
+    def shares(self) -> bool:
+        """Whether its ranks share GPUs of this machine."""
+        return self.gpus > torch.cuda.device_count()
 
     def checkpoint(self, folder: Path) -> Path:
         """Its model, written into `folder` if not there."""
@@ -144,7 +149,8 @@ def make_server(spec: Spec, folder: Path) -> ServerProcess:
     """Not started yet; its log and its plugin lie in `folder`, under its name."""
     own = folder / spec.name
     own.mkdir()
-    plugin = plugin_folder(own, "forced_tokens", spec.plugin)["PYTHONPATH"]
+    source = shared_gpus.sharing(spec.plugin) if spec.shares else spec.plugin
+    plugin = plugin_folder(own, "forced_tokens", source)["PYTHONPATH"]
     path = os.pathsep.join(filter(None, (plugin, os.environ.get("PYTHONPATH"))))
     # What this machine needs, whatever the case (`benchmark/run_gpu.sh`).
     machine = os.environ.get("SGLANG_DCP_TEST_SERVER_FLAGS", "")
@@ -152,20 +158,19 @@ def make_server(spec: Spec, folder: Path) -> ServerProcess:
         (
             *(COMMON, spec.pool, teacher_forcing.CONTEXT_FLAGS, machine),
             spec.flags_in(folder),
+            shared_gpus.FLAGS * spec.shares,
         )
     )
-    env = {**ENVIRONMENT, **dict(spec.env), "PYTHONPATH": path}
+    shared = shared_gpus.environment(spec.gpus, spec.nodes) if spec.shares else {}
+    env = {**ENVIRONMENT, **shared, **dict(spec.env), "PYTHONPATH": path}
     model = spec.checkpoint(folder)
     if spec.nodes > 1:
         return make_nodes(model, flags.split(), own, env, spec.nodes, spec.gpus)
-    return ServerProcess(
-        model,
-        flags.split(),
-        log_path=own / "server.log",
-        env=env,
-        grace=0.0,
-        device="cuda",
+    options: dict[str, Any] = dict(
+        log_path=own / "server.log", env=env, grace=0.0, device="cuda"
     )
+    kind = shared_gpus.SharingServer if spec.shares else ServerProcess
+    return kind(model, flags.split(), **options)
 
 
 @contextmanager

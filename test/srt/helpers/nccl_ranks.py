@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 import torch
 
+from helpers import shared_gpus
 from helpers.gloo_ranks import Outcomes
 from helpers.parallel import init_groups
 
@@ -32,7 +33,7 @@ NCCL_TIMEOUT_S = 60
 
 def needs_gpus(count: int) -> pytest.MarkDecorator:
     """Skip where torch sees fewer GPUs; one spelling of the reason for every count."""
-    found = torch.cuda.device_count()
+    found = shared_gpus.places()
     return pytest.mark.skipif(
         found < count, reason=f"needs {count} GPUs, found {found}"
     )
@@ -112,6 +113,11 @@ class Ranks:
         """One rank, for tests that watch the processes themselves."""
         place = {"RANK": str(rank), "WORLD_SIZE": str(self._world_size)}
         environment = {**self._environment, **place}
+        if self._world_size > torch.cuda.device_count():
+            environment |= {
+                **shared_gpus.environment(self._world_size),
+                "NCCL_HOSTID": f"rank-{rank}",
+            }
         with (self._folder / f"stderr{rank}").open("wb") as stderr:
             return subprocess.Popen(
                 [sys.executable, self._file, "--worker", str(self._folder)],
@@ -186,14 +192,14 @@ def nccl_world(rank: int, world_size: int, folder: Path) -> Iterator[Any]:
     from sglang_dcp.distributed.groups import get_dcp_group
     from sglang_dcp.distributed.topology import Layout
 
-    torch.cuda.set_device(rank)
+    torch.cuda.set_device(rank % torch.cuda.device_count())
     load_plugins()
     # A file store needs no port, so there is none to lose to another process.
     parallel_state.init_distributed_environment(
         world_size=world_size,
         rank=rank,
         distributed_init_method=f"file://{folder}/store",
-        local_rank=rank,
+        local_rank=rank % torch.cuda.device_count(),
         backend="nccl",
         timeout=NCCL_TIMEOUT_S,
     )

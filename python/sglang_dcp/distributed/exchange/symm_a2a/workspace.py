@@ -6,6 +6,7 @@ PyTorch's symmetric memory allocates and maps the inboxes. NVLink multicast is n
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import threading
 import weakref
@@ -66,6 +67,11 @@ def _machine() -> str:
         return ""
 
 
+def _may_share_gpus() -> bool:
+    """Whether PyTorch maps the memory of two ranks on one GPU."""
+    return os.environ.get("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES") == "1"
+
+
 def _gpu(device: int) -> str:
     return str(torch.cuda.get_device_properties(device).uuid)
 
@@ -75,7 +81,7 @@ def _first_unreachable(mine: Place, everyone: list[Place]) -> str:
         if other[:2] != mine[:2]:
             return f"{mine.host} and {other.host} are two nodes"
     host, _, device, gpu = mine
-    if everyone.count(mine) > 1:
+    if everyone.count(mine) > 1 and not _may_share_gpus():
         return f"ranks share GPU {device} of {host}"
     visible = torch.cuda.device_count()
     for _, _, number, uuid in everyone:

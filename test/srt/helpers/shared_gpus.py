@@ -1,0 +1,129 @@
+"""Several ranks of a server on one GPU, over NCCL, in CUDA graphs.
+
+`SGLANG_DCP_TEST_RANKS_PER_GPU` says how many ranks may share a GPU. A machine with one GPU
+then runs what asks for two or four. NCCL refuses two ranks on one GPU of a host, so each
+rank is a host of its own for it, and they meet over sockets. PyTorch's symmetric memory takes
+ranks on one GPU if its environment allows them. Results mean what they mean on GPUs of their
+own, times mean nothing.
+
+A kernel that waits for a peer would wait until the GPU gives that peer a turn, some
+milliseconds. CUDA's Multi-Process Service (MPS) runs the kernels of its clients side by side.
+Each server has one of its own, because an MPS serves few clients, and all of them end with
+the first that fails. Each rank gets its part of the GPU. Without that, a kernel that waits may
+fill the GPU, and its peer never starts.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+import torch
+
+from sglang_dcp.demo.server import ServerProcess
+
+FLAGS = "--disable-custom-all-reduce"
+OVER_SOCKETS = {"NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"}
+
+_SHARING = """
+
+def place_process(original, *args, ranks=None, **kwargs):
+    import os
+
+    import msgspec
+    import torch
+
+    if ranks is not None and ranks.gpu_id is not None:
+        launch = os.environ.get("NCCL_HOSTID", "")
+        os.environ["NCCL_HOSTID"] = f"{launch}-rank-{ranks.gpu_id}"
+        shared = ranks.gpu_id % torch.cuda.device_count()
+        ranks = msgspec.structs.replace(ranks, gpu_id=shared)
+    return original(*args, ranks=ranks, **kwargs)
+
+
+def load():
+    load_before_sharing()
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    HookRegistry.register(
+        "sglang.srt.runtime_context.publish", place_process, HookType.AROUND
+    )
+"""
+
+
+def ranks_per_gpu() -> int:
+    return int(os.environ.get("SGLANG_DCP_TEST_RANKS_PER_GPU", "1"))
+
+
+def places() -> int:
+    """Return how many ranks this machine has room for."""
+    return torch.cuda.device_count() * ranks_per_gpu()
+
+
+def environment(ranks: int, nodes: int = 1) -> dict[str, str]:
+    """Return what the `ranks` of a server that share GPUs have in their environment.
+
+    Ranks of several `nodes` are to find that they cannot map each other's memory.
+    """
+    of_one = -(-ranks // torch.cuda.device_count())
+    own = {**OVER_SOCKETS, "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": str(100 // of_one)}
+    if nodes == 1:
+        own["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
+    return own
+
+
+def sharing(plugin: str) -> str:
+    """Return the source of `plugin`, which also lets ranks share the GPUs."""
+    return plugin.replace("def load():", "def load_before_sharing():") + _SHARING
+
+
+class Mps:
+    """One MPS, for the processes that have its `environment`."""
+
+    def __init__(self) -> None:
+        # A socket lies in it, and the path of one is at most 107 bytes long.
+        self._folder = tempfile.mkdtemp(prefix="mps-")
+        own = ("CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY")
+        self.environment = dict.fromkeys(own, self._folder)
+        self._daemon: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        self._daemon = subprocess.Popen(
+            ["nvidia-cuda-mps-control", "-f"],
+            env={**os.environ, **self.environment},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            process_group=0,
+        )
+
+    def stop(self) -> None:
+        if self._daemon is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._daemon.pid, signal.SIGKILL)
+            self._daemon.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class SharingServer(ServerProcess):
+    """A server whose ranks share GPUs, with an MPS of its own."""
+
+    def __init__(self, *args: Any, env: Mapping[str, str], **kwargs: Any) -> None:
+        self._mps = Mps()
+        super().__init__(*args, env={**env, **self._mps.environment}, **kwargs)
+
+    def start(self) -> None:
+        self._mps.start()
+        super().start()
+
+    def stop(self) -> None:
+        try:
+            super().stop()
+        finally:
+            self._mps.stop()
