@@ -300,6 +300,21 @@ HOOKS: tuple[Hook, ...] = (
     )
     + tuple(
         Hook(
+            f"chain-steps-{name}",
+            f"{_SRT}.model_executor.runner.decode_cuda_graph_runner."
+            f"DecodeCudaGraphRunner.{target}",
+            Kind.AROUND,
+            f"sglang_dcp.layers.chain_steps:{ours}",
+            "each new token of a short prefill would read the whole prefix",
+            since="0.5.23",
+        )
+        for name, target, ours in (
+            ("variant", "_capture_one_stream", "capture_all"),
+            ("sizes", "capture_one_shape", "capture_size"),
+        )
+    )
+    + tuple(
+        Hook(
             f"speculation-{name}",
             f"{_SRT}.speculative.{target}",
             Kind.AROUND,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Optional, Union
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
+from sglang_dcp.config import DcpConfig
 from sglang_dcp.context import DcpContext, get_context
 from sglang_dcp.distributed.exchange import Exchange, create_exchange
 from sglang_dcp.distributed.groups import get_dcp_group
@@ -24,14 +25,20 @@ from sglang_dcp.layers.backends.attention_calls import (
     whole_rows,
 )
 from sglang_dcp.layers.backends.base import InnerBackend, Partial
+from sglang_dcp.layers.chain_steps import ChainSteps
 from sglang_dcp.layers.decode import DecodeAttention
+from sglang_dcp.layers.decode_rows import as_one_chain
 from sglang_dcp.layers.kv_pool import write_kv
 from sglang_dcp.layers.kv_prefill import KvPrefill, kv_sizes_of
 from sglang_dcp.layers.local_batch import LocalBatch, LocalBatchBuilder
 from sglang_dcp.layers.mla.prefill import MlaPrefill
 from sglang_dcp.layers.prefix.kv_form import KvSizes
 from sglang_dcp.layers.runner_view import RunnerView
-from sglang_dcp.layers.short_prefill import ShortPrefill, short_prefill_of
+from sglang_dcp.layers.short_prefill import (
+    ShortPrefill,
+    chains_served,
+    short_prefill_of,
+)
 from sglang_dcp.layers.workspace import (
     most_requests,
     tokens_per_request,
@@ -79,6 +86,8 @@ class DcpAttentionBackend(AttentionBackend):
     exchange : Exchange
     short_prefill : ShortPrefill, optional
         Tells which prefills SGLang's runner runs as decode steps. None if none is.
+    chains : ChainSteps, optional
+        Backends of decode steps whose rows are one chain. None if no prefill is one.
     """
 
     # Of the dummy prefills with which SGLang tunes kernels: as many requests at most as
@@ -113,6 +122,7 @@ class DcpAttentionBackend(AttentionBackend):
         self.prefill = MlaPrefill(*parts, self._prefix_in_place)
         self.kv_prefill = KvPrefill(*parts, kv_sizes)
         self.short_prefill: Optional[ShortPrefill] = None
+        self.chains: Optional[ChainSteps] = None
         self._local: Optional[LocalBatch] = None
 
     @classmethod
@@ -121,11 +131,13 @@ class DcpAttentionBackend(AttentionBackend):
         backend: type[InnerBackend],
         runner: Any,
         beside: Optional[DcpAttentionBackend] = None,
+        width: Optional[int] = None,
     ) -> DcpAttentionBackend:
         """Build for SGLang's `ModelRunner`, from the process's context and groups.
 
         Beside another backend of the same runner, both share local table and exchange, so
-        they may not run at once.
+        they may not run at once. `width` is the number of query tokens of each request in
+        a decode step. By default it is SGLang's, and 1 beside another backend.
         """
         context = get_context()
         config = context.config
@@ -139,8 +151,8 @@ class DcpAttentionBackend(AttentionBackend):
             exchange = create_exchange(
                 config.comm_backend, get_dcp_group(), workspace_spec(runner, config)
             )
-        # The steps of a draft are beside another. Each of them has one token.
-        width = tokens_per_request(runner.server_args) if beside is None else 1
+        if width is None:
+            width = tokens_per_request(runner.server_args) if beside is None else 1
         requests = most_requests(runner, config)
         view = RunnerView(
             *(runner, batches.local_table, config, requests, width),
@@ -159,14 +171,33 @@ class DcpAttentionBackend(AttentionBackend):
             width,
         )
         if beside is None:
-            built.short_prefill = short_prefill_of(runner, config)
+            built._add_short_prefills(backend, runner, config)
         return built
+
+    def _add_short_prefills(
+        self, backend: type[InnerBackend], runner: Any, config: DcpConfig
+    ) -> None:
+        """Let short prefills of a runner be decode steps, where that is served."""
+        self.short_prefill = short_prefill_of(runner, config)
+        if self.short_prefill is None or not chains_served(runner):
+            return
+        self.chains = self.short_prefill.chains = ChainSteps(
+            lambda width: self.for_runner(backend, runner, beside=self, width=width)
+        )
+
+    def _chain_of(self, rows: int) -> Optional[DcpAttentionBackend]:
+        """Return the backend of a decode step whose rows are a chain, if they are one."""
+        if self.chains is None or not self.chains.on:
+            return None
+        return self.chains.backend_of(rows)
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Build the local batch and plan, once for all layers."""
         if forward_batch.forward_mode.is_idle():
             # No layer attends then, on any rank of this replica of DP attention.
             return
+        if (chain := self._chain_of(forward_batch.batch_size)) is not None:
+            return chain.init_forward_metadata(as_one_chain(forward_batch))
         batch, width = self.decode.step_of(forward_batch)
         # SGLang's projections of a prefill give a rank its own heads.
         replicated = batch.forward_mode.is_decode()
@@ -181,11 +212,16 @@ class DcpAttentionBackend(AttentionBackend):
         self._batches.init_static(max_bs, self._width)
         # As the inner backend sees it, a verification has one query of each request.
         self.backend.init_cuda_graph_state(max_bs, max_bs)
+        if self.chains is not None:
+            self.chains.init_graphs(max_bs)
 
     def init_forward_metadata_out_graph(
         self, forward_batch: ForwardBatch, in_capture: bool = False
     ) -> None:
         """Refresh what a captured decode step reads, outside the graph."""
+        if (chain := self._chain_of(forward_batch.batch_size)) is not None:
+            one = as_one_chain(forward_batch)
+            return chain.init_forward_metadata_out_graph(one, in_capture)
         batch, width = self.decode.step_of(forward_batch)
         if not batch.forward_mode.is_decode():
             raise NotImplementedError(
@@ -235,6 +271,9 @@ class DcpAttentionBackend(AttentionBackend):
         In a verification there are `width` new tokens of each request. Safe in CUDA-graph
         capture. Raises NotImplementedError for a call that DCP does not support.
         """
+        if (chain := self._chain_of(q.shape[0])) is not None:
+            more = (save_kv_cache, q_rope, k_rope)
+            return chain.forward_decode(q, k, v, layer, forward_batch, *more, **kwargs)
         check_call(layer, k, kwargs)
         local = self._current_batch()
         chains = local.width > 1

@@ -4,7 +4,7 @@
 tokens for each request: a chain. As a decode step over the committed tokens, a request is
 one row, whose query tokens are folded into heads. A prefill brings any number of new
 tokens. As a decode step, each of them is a row with a length of its own
-(`short_prefill.py`).
+(`short_prefill.py`). Those of one request may be a chain as well (`chain_steps.py`).
 
 These functions return shallow copies. SGLang's batch stays as it is.
 """
@@ -12,6 +12,7 @@ These functions return shallow copies. SGLang's batch stays as it is.
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import torch
@@ -76,6 +77,28 @@ def as_prefill_rows(batch: ForwardBatch) -> ForwardBatch:
     rows.orig_seq_lens = lens.to(torch.int32)
     rows.is_extend_in_batch = False
     return rows
+
+
+def as_one_chain(rows: ForwardBatch) -> ForwardBatch:
+    """Return a verification of one request, whose query tokens are the rows of a step.
+
+    `rows` is what `as_prefill_rows` made of a prefill of one request, or a namespace of the
+    same fields in graph replay. There, SGLang may have added rows. They come last, so no
+    other row sees them.
+    """
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    chain = copy.copy(rows)
+    chain.forward_mode = ForwardMode.TARGET_VERIFY
+    chain.spec_info = SimpleNamespace(num_tokens_per_req=rows.batch_size)
+    chain.batch_size = 1
+    chain.req_pool_indices = rows.req_pool_indices[:1]
+    # The first row sees itself too.
+    chain.seq_lens, chain.seq_lens_cpu = (
+        rows.seq_lens[:1] - 1,
+        rows.seq_lens_cpu[:1] - 1,
+    )
+    return chain
 
 
 def as_draft_step(batch: ForwardBatch, step: int) -> ForwardBatch:

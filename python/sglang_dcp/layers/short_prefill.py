@@ -2,8 +2,9 @@
 
 The launches of its layers are what a prefill of a few new tokens takes time for. A captured
 decode step has one launch. So each new token becomes a row of such a step: K and V of all
-rows are written before any of them is read, and a row sees the keys up to its own. Of the
-logits, only those of each request's last row are kept.
+rows are written before any of them is read, and a row sees the keys up to its own. The rows of
+one request may be a chain (`chain_steps.py`). Of the logits, only those of each request's last
+row are kept.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import dataclasses
 import enum
 import logging
 import os
-from typing import TYPE_CHECKING, Any, Callable, Optional
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Optional
 
 from sglang_dcp.context import find_context
+from sglang_dcp.layers.chain_steps import ChainSteps
 from sglang_dcp.layers.decode_rows import as_prefill_rows
 from sglang_dcp.layers.heads import is_mla
 from sglang_dcp.layers.short_prefill_rule import Rule, rule_of
@@ -40,6 +43,8 @@ class Stored(enum.Enum):
 # Attention backends, each with what is in its pool, whose short prefills as decode steps were
 # compared with plain tp on GPUs, and timed. Earlier releases have no hook for them.
 SERVED: frozenset[tuple[str, Stored]] = frozenset({("fa3", Stored.KV_HEADS)})
+# The same of steps that are chains.
+CHAINS_SERVED: frozenset[tuple[str, Stored]] = frozenset()
 SERVED_SINCE = "0.5.23"
 # Turns them off, to compare a server with and without them.
 SWITCH = "SGLANG_DCP_SHORT_PREFILL_STEPS"
@@ -103,9 +108,25 @@ def forward_raw(
     step = short.step_of(batch)
     if step is None:
         return original(runner, batch, *args, **kw)
-    output = original(runner, step, *args, **kw)
+    with nullcontext() if step.chains is None else step.chains.running():
+        output = original(runner, step.batch, *args, **kw)
     output.logits_output = of_last_rows(output.logits_output, batch)
     return output
+
+
+class Step(NamedTuple):
+    """A short prefill as a decode step.
+
+    Attributes
+    ----------
+    batch : ForwardBatch
+        With a row for each new token.
+    chains : ChainSteps, optional
+        If the rows are to run as a chain.
+    """
+
+    batch: ForwardBatch
+    chains: Optional[ChainSteps] = None
 
 
 class ShortPrefill:
@@ -118,14 +139,20 @@ class ShortPrefill:
     runner
         SGLang's `ModelRunner`. Its graphs need not be captured yet.
     rule : Rule
+
+    Attributes
+    ----------
+    chains : ChainSteps, optional
+        None if no step may be a chain.
     """
 
     def __init__(self, runner: Any, rule: Rule) -> None:
         self._runner = runner
         self._rule = rule
+        self.chains: Optional[ChainSteps] = None
         self._logged = False
 
-    def step_of(self, batch: ForwardBatch) -> Optional[ForwardBatch]:
+    def step_of(self, batch: ForwardBatch) -> Optional[Step]:
         """Return the decode step of a short prefill, None for any other batch."""
         if not is_plain(batch):
             return None
@@ -134,7 +161,9 @@ class ShortPrefill:
         # Rows take kernels to build, and most prefills have too many.
         if rows > max(graphs.max_bs if graphs else 0, MOST_EAGER_ROWS):
             return None
-        if not self._rule.pays(batch, eager=self._is_eager(batch)):
+        chains = self._chains_for(batch, rows)
+        eager = self._is_eager(batch)
+        if not self._rule.pays(batch, eager=eager, chain=chains is not None):
             return None
         step = as_prefill_rows(batch)
         captured = graphs is not None and graphs.can_run_graph(step)
@@ -142,8 +171,19 @@ class ShortPrefill:
             return None
         if not self._logged:
             self._logged = True
-            logger.info("DCP prefill of %d tokens is one decode step", step.batch_size)
-        return step
+            logger.info("DCP prefill of %d tokens is one decode step", rows)
+        return Step(step, chains)
+
+    def _chains_for(self, batch: ForwardBatch, rows: int) -> Optional[ChainSteps]:
+        """Return what runs a step of so many rows as a chain, if that is faster."""
+        if self.chains is None or batch.batch_size > 1:
+            return None
+        graphs = self._runner.decode_cuda_graph_runner
+        if graphs is not None:
+            # `step_of` has found that there is one.
+            rows = min(size for size in graphs.capture_bs if size >= rows)
+        served = self.chains.serves(rows, captured=graphs is not None)
+        return self.chains if served and self._rule.chain_is_faster(batch) else None
 
     def _is_eager(self, batch: ForwardBatch) -> bool:
         """Whether no prefill graph fits; for latents there is none."""
@@ -213,6 +253,12 @@ def short_prefill_of(runner: Any, config: DcpConfig) -> Optional[ShortPrefill]:
     if args.enable_lora or args.lora_paths or args.enable_deterministic_inference:
         return None
     return ShortPrefill(runner, rule_of(runner, config))
+
+
+def chains_served(runner: Any) -> bool:
+    """Whether steps of a runner, which serves short prefills as steps, may be chains."""
+    args = sglang_api().resolved(runner.server_args)
+    return (args.attention_backend, stored_in(runner)) in CHAINS_SERVED
 
 
 def stored_in(runner: Any) -> Stored:

@@ -16,7 +16,11 @@ from sglang_dcp.layers.mla.cost import MlaSizes
 from sglang_dcp.layers.mla.dispatch import prefill_batch
 from sglang_dcp.layers.prefix import kv_form
 from sglang_dcp.layers.prefix.cost import Requests
-from sglang_dcp.layers.prefix.decode_step import StepSizes, pays_as_step
+from sglang_dcp.layers.prefix.decode_step import (
+    StepSizes,
+    chain_is_faster,
+    pays_as_step,
+)
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -36,10 +40,14 @@ class Rule(NamedTuple):
     sizes: StepSizes
     added: Callable[[ForwardBatch], float]
 
-    def pays(self, batch: ForwardBatch, *, eager: bool) -> bool:
+    def pays(self, batch: ForwardBatch, *, eager: bool, chain: bool = False) -> bool:
         """Whether a prefill takes less time as a captured step; the same on all ranks."""
-        form_s = self.added(batch)
-        return pays_as_step(Requests.of(batch), self.sizes, form_s, eager=eager)
+        of = Requests.of(batch), self.sizes, self.added(batch)
+        return pays_as_step(*of, eager=eager, chain=chain)
+
+    def chain_is_faster(self, batch: ForwardBatch) -> bool:
+        """Whether the step of a prefill takes less time as a chain than as rows."""
+        return chain_is_faster(Requests.of(batch), self.sizes)
 
 
 def rule_of(runner: Any, config: DcpConfig) -> Rule:

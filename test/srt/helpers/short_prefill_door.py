@@ -19,11 +19,21 @@ import torch
 
 OPENED = ("fa3", "flashinfer", "triton", "torch_native")
 LINE = "short prefill as a step of"
+CHAIN = ", a chain"
 
 
 def steps_in(log: str) -> list[int]:
     """Return the rows of each step that rank 0 logged."""
-    of_first = re.findall(rf"^\[[^]]*TP0[^]]*\] {LINE} (\d+) rows", log, re.M)
+    return _rows_in(log, f"{LINE} (\\d+) rows")
+
+
+def chains_in(log: str) -> list[int]:
+    """Return the rows of each step of these that was a chain (`chain_steps_door`)."""
+    return _rows_in(log, f"{LINE} (\\d+) rows{CHAIN}$")
+
+
+def _rows_in(log: str, line: str) -> list[int]:
+    of_first = re.findall(rf"^\[[^]]*TP0[^]]*\] {line}", log, re.M)
     return [int(rows) for rows in of_first]
 
 
@@ -36,7 +46,8 @@ def open_door() -> None:
     def logged(short: Any, batch: Any) -> Any:
         step = step_of(short, batch)
         if step is not None:
-            short_prefill.logger.info("%s %d rows", LINE, step.batch_size)
+            rows, chain = step.batch.batch_size, step.chains is not None
+            short_prefill.logger.info("%s %d rows%s", LINE, rows, CHAIN * chain)
         return step
 
     setattr(short_prefill.ShortPrefill, "step_of", logged)

@@ -20,7 +20,7 @@ import pytest
 from helpers import request_set
 from helpers.doors import with_door
 from helpers.servers import plugin_folder, server
-from helpers.short_prefill_door import steps_in
+from helpers.short_prefill_door import chains_in, steps_in
 from sglang_dcp.demo.client import Reply, http_json, open_local
 from sglang_dcp.demo.server import ServerProcess
 from sglang_dcp.demo.tiny_model import make_tiny_model
@@ -75,7 +75,7 @@ def load():
 
     kv_prefill.choose_kv_form = lambda requests, sizes: KvForm.IN_PLACE
 """,
-    "step": with_door("def load(): ...\n", "short_prefill_door"),
+    "chain": with_door("def load(): ...\n", "chain_steps_door"),
 }
 
 CASES = {
@@ -133,14 +133,14 @@ CASES = {
         "mla-glm",
         "--tp 2 --dcp-size 2 --dcp-comm-backend a2a --dcp-replicate-q-proj "
         "--chunked-prefill-size 64",
-        form="step",
+        form="chain",
     ),
     "llama-2kv-tp4-attn-tp2-a2a-replicated": Case(
         "llama-2kv",
         "--tp 4 --attn-tp-size 2 --dcp-comm-backend a2a --dcp-replicate-q-proj",
     ),
     "llama-8kv-tp4-attn-tp2-ag_rs-chunk64": Case(
-        "llama-8kv", "--tp 4 --attn-tp-size 2 --chunked-prefill-size 64", form="step"
+        "llama-8kv", "--tp 4 --attn-tp-size 2 --chunked-prefill-size 64", form="chain"
     ),
 }
 
@@ -223,10 +223,12 @@ def test_equal_to_tp1(
     assert f"KV tokens: {case.per_rank} per rank, {logical} in all" in log
     assert "leak" not in log.lower()
     assert ("DCP prefill gathers K and V" in log) == case.gathers
-    assert ("is one decode step" in log) == (case.form == "step")
-    if case.form == "step":
+    assert ("is one decode step" in log) == (case.form == "chain")
+    if case.form == "chain":
         # All tokens of the requests that are not in the cache, and the warm-up's.
         assert sum(steps_in(log)) >= sum(_new_tokens(replies))
+        # Requests alone are chains, requests at once are rows.
+        assert 0 < len(chains_in(log)) < len(steps_in(log))
     print(f"max |d logprob| {request_set.max_difference(replies, want.replies):.2e}")
 
 

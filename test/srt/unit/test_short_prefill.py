@@ -298,8 +298,10 @@ def with_graphs(most: int, *, prefill: bool = True) -> Any:
 def test_a_step_has_a_graph() -> None:
     runner = with_graphs(4)
     short = ShortPrefill(runner, RULE)
-    step = short.step_of(make_batch((3, 1)))
-    assert step is not None and step.forward_mode.is_decode()
+    found = short.step_of(make_batch((3, 1)))
+    assert found is not None and found.chains is None
+    step = found.batch
+    assert step.forward_mode.is_decode()
     assert step.seq_lens.tolist() == [11, 12, 13, 21]
     assert step.req_pool_indices.tolist() == [0, 0, 0, 1]
     assert not step.is_extend_in_batch

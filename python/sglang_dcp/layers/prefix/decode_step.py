@@ -1,9 +1,9 @@
 """When a prefill takes less time as a decode step: pure functions of logical lengths.
 
 Each new token is a row of the step, and reads all keys before its own. That is more work for
-the GPU than a prefill. A captured step has no launches, a prefill has those of its layers and
-of its form. So a step pays for few new tokens. Weights are read in both, and do not count
-here.
+the GPU than a prefill. As a chain, the new tokens of one request read its prefix once. A
+captured step has no launches, a prefill has those of its layers and of its form. So a step
+pays for few new tokens. Weights are read in both, and do not count here.
 """
 
 from __future__ import annotations
@@ -36,16 +36,46 @@ class StepSizes(NamedTuple):
 
 def step_seconds(requests: Requests, sizes: StepSizes, rates: Rates) -> float:
     """Time what the GPU does for a layer when each new token is a row of a decode step."""
-    rows = sum(requests.new)
     pairs = sum(new * (2 * prefix + new + 1) // 2 for new, prefix in zip(*requests))
-    keys = pairs / sizes.dcp_size
-    read = keys * sizes.key_bytes / rates.memory_bytes
+    return _layer_seconds(sum(requests.new), pairs, pairs, sizes, rates)
+
+
+def chain_seconds(requests: Requests, sizes: StepSizes, rates: Rates) -> float:
+    """Time what the GPU does for a layer when the new tokens are a chain.
+
+    The keys of the prefix are read once. Each new token is multiplied with them, and with
+    the new tokens up to itself by the rank's own heads, which another kernel does.
+    """
+    pairs = sum(new * prefix for new, prefix in zip(*requests))
+    of_prefix = _layer_seconds(
+        sum(requests.new), pairs, sum(requests.prefix), sizes, rates
+    )
+    return of_prefix + rates.chain_s
+
+
+def chain_is_faster(
+    requests: Requests, sizes: StepSizes, rates: Rates = HOPPER
+) -> bool:
+    """Whether a step takes less time as a chain than with a row for each new token."""
+    of_rows = step_seconds(requests, sizes, rates)
+    return chain_seconds(requests, sizes, rates) < of_rows
+
+
+def _layer_seconds(
+    rows: int, pairs: int, read: int, sizes: StepSizes, rates: Rates
+) -> float:
+    """Time a layer of `rows` tokens with as many `pairs` of query and key.
+
+    As many positions are `read`. Both numbers are those of all ranks.
+    """
+    bytes_s = read / sizes.dcp_size * sizes.key_bytes / rates.memory_bytes
     heads = sizes.heads * sizes.dcp_size
-    multiplied = FLOPS * keys * heads * sizes.dims / rates.absorbed_split_flops
+    flops = FLOPS * pairs / sizes.dcp_size * heads * sizes.dims
     exchange = exchange_seconds(
         rows * sizes.heads, sizes.dcp_size, sizes.query_bytes, sizes.out_bytes, rates
     )
-    return rows * rates.layer_token_s + max(read, multiplied) + exchange
+    attention_s = max(bytes_s, flops / rates.absorbed_split_flops)
+    return rows * rates.layer_token_s + attention_s + exchange
 
 
 def pays_as_step(
@@ -54,6 +84,7 @@ def pays_as_step(
     form_s: float,
     *,
     eager: bool,
+    chain: bool = False,
     rates: Rates = HOPPER,
 ) -> bool:
     """Whether a prefill takes less time as a captured decode step.
@@ -64,6 +95,8 @@ def pays_as_step(
     ----------
     form_s : seconds that the form of the prefill adds to the launches of a layer
     eager : whether the prefill would run without a CUDA graph
+    chain : whether the step is a chain
     """
     host = rates.eager_layer_host_s if eager else rates.layer_host_s
-    return step_seconds(requests, sizes, rates) <= host + form_s
+    seconds = chain_seconds if chain else step_seconds
+    return seconds(requests, sizes, rates) <= host + form_s

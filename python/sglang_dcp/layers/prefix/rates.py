@@ -30,6 +30,8 @@ class Rates(NamedTuple):
     eager_layer_host_s : seconds of launches of a layer without a graph, beside those of its
         form
     layer_token_s : seconds of the GPU that a layer takes for a new token beside attention
+    chain_s : seconds of the GPU that a layer takes for the new tokens of a chain among
+        themselves
     kv_in_place_host_s, kv_gather_host_s : seconds of launches that a layer adds for a prefix
         of K/V heads, in place and gathered
     """
@@ -50,6 +52,7 @@ class Rates(NamedTuple):
     layer_host_s: float
     eager_layer_host_s: float
     layer_token_s: float
+    chain_s: float
     kv_in_place_host_s: float
     kv_gather_host_s: float
 
@@ -65,6 +68,7 @@ class Rates(NamedTuple):
 #   layer and what the form adds, less the step's GPU work. A turn of 1 token on K/V heads,
 #   gathered, gives one more value. The smallest of the four is 2.65 ms. Longer prefixes and
 #   an earlier day's servers gave less, so the rate is 1.5 ms.
+# Not measured, but estimated: a chain's own kernel takes as long as two launches.
 # Not measured, but taken from the datasheet (4.8 TB/s, 450 GB/s each way): memory at 5/6,
 # links at 7/9 and 2/3. The rate of products is taken from the same prefills.
 # Of K/V heads (Qwen3-30B-A3B/4, 48 layers, 2 H200, tp 2, fa3, prefill graphs):
@@ -92,6 +96,7 @@ HOPPER = Rates(
     layer_host_s=0.67e-3,
     eager_layer_host_s=1.5e-3,
     layer_token_s=0.116e-6,
+    chain_s=10e-6,
     kv_in_place_host_s=1.1e-3,
     kv_gather_host_s=0.3e-3,
 )
