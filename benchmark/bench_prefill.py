@@ -34,7 +34,7 @@ from decode_models import vocab_size, write_model
 from decode_options import add_engine_options, fill_engine_defaults
 from decode_quantization import config_entries
 from decode_report import markdown
-from doors import OPENED, TIMED, add_doors, open_layouts, opened_env
+from doors import OPENED, add_doors, open_layouts, opened_env
 from live_client import Answers, Client, Ids, cache_misses
 from live_servers import (
     add_server_options,
@@ -209,7 +209,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="note what the largest forward takes on each GPU; not with upstream layouts",
     )
-    add_doors(parser, TIMED)
+    add_doors(parser)
     options = parser.parse_args(argv)
     if options.doors and options.peak_memory:
         parser.error("--doors: not with --peak-memory")

@@ -45,7 +45,6 @@ from typing import NamedTuple
 from decode_models import vocab_size, write_model
 from decode_options import add_engine_options, fill_engine_defaults
 from decode_quantization import config_entries
-from doors import OPENED, SPECULATION, add_doors, open_layouts, opened_env
 from live_client import Client, Ids, cache_misses
 from live_servers import log_beside, new_server, record_servers, say, who
 from sglang_dcp.demo.server import ServerProcess
@@ -86,7 +85,6 @@ class Prepared(NamedTuple):
 
     target: Path
     draft: Path
-    folder: Path
     env: Mapping[str, str]
 
 
@@ -167,7 +165,6 @@ def make_server(
         flags,
         {
             **prepared.env,
-            **opened_env(prepared.folder / speculation.name, layout, options.doors),
             **environment_of(speculation, options.draft),
         },
     )
@@ -226,7 +223,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="let CPU servers with DCP speculate, by the plugin of the live tests",
     )
-    add_doors(parser, SPECULATION)
     options = parser.parse_args(argv)
     for name in ("repeats", "at_once"):
         if getattr(options, name) < 1:
@@ -237,9 +233,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     # What `server_flags` takes for the most requests at once.
     options.concurrency = options.batches
     fill_engine_defaults(parser, options, defaults=1)
-    if options.doors and options.tests_plugin:
-        parser.error("--doors: not with --tests-plugin")
-    open_layouts(parser, options)
     options.draft = options.draft or default_draft(options.model)
     reason = impossible_draft(options.draft, options.model)
     if reason:
@@ -251,13 +244,7 @@ def servers(options: argparse.Namespace) -> list[list[Served]]:
     """Return groups of servers that are up together; layouts with one draft come together."""
     layouts = [options.plain] * (not options.without_plain) + options.layouts
     speculations = [Speculation()] * (not options.without_off) + options.drafts
-    every = [
-        Served(layout, one)
-        for one in speculations
-        for layout in layouts
-        # Without a draft there is nothing behind these doors.
-        if one.steps or not layout.name.endswith(OPENED)
-    ]
+    every = [Served(layout, one) for one in speculations for layout in layouts]
     return [
         every[first : first + options.at_once]
         for first in range(0, len(every), options.at_once)
@@ -272,7 +259,7 @@ def prepare(options: argparse.Namespace, root: Path) -> Prepared:
     write_model(target, options.model, longest, config_entries(options.quantization))
     env = open_door(root / "door", options.device) if options.tests_plugin else {}
     draft = write_draft(options.draft, options.model, target, longest)
-    return Prepared(target, draft, root, env)
+    return Prepared(target, draft, env)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

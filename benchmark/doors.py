@@ -15,8 +15,7 @@ from pathlib import Path
 from decode_layouts import Layout
 
 # Doors of what is off until it was timed.
-TIMED = ("prefill_groups_door", "short_prefill_door")
-SPECULATION = ("draft_extension_door",)
+TIMED = ("prefill_groups_door", "short_prefill_door", "chain_steps_door")
 # Ends the names of layouts whose servers open doors.
 OPENED = "+doors"
 TESTS = Path(__file__).resolve().parent.parent / "test" / "srt"
@@ -47,12 +46,12 @@ def source_of(doors: Sequence[str]) -> str:
     return source
 
 
-def add_doors(parser: argparse.ArgumentParser, doors: Sequence[str]) -> None:
+def add_doors(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--doors",
         nargs="*",
         default=[],
-        choices=doors,
+        choices=TIMED,
         help="doors of the live tests; each layout with DCP gets a second server, which "
         "does what is off",
     )

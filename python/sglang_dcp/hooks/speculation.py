@@ -41,13 +41,10 @@ def select_graph_runner(
     not know.
     """
     from sglang_dcp.context import find_context
-    from sglang_dcp.support import speculation
 
     found = original(**choices)
     if found is not None or find_context() is None:
         return found
-    if not speculation.CAPTURES_EXTENSIONS:
-        return None
     from sglang.srt.speculative import eagle_draft_extend_cuda_graph_runner as sglang
 
     return sglang.EAGLEDraftExtendCudaGraphRunner  # type: ignore[no-any-return]

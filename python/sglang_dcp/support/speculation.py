@@ -20,9 +20,6 @@ from sglang_dcp.support.rules import (
 # backend. SGLang has no kernels for a CPU that verify.
 SERVED: tuple[str, ...] = ("EAGLE", "EAGLE3", "NGRAM", "STANDALONE")
 SERVED_ON_CPU: tuple[str, ...] = ()
-# Whether the extension of a draft gets a CUDA graph. Servers with it were not yet compared
-# with tp 1 on GPUs. Without it the extension runs eagerly.
-CAPTURES_EXTENSIONS = False
 
 _TREE = "a token of a verification sees all those before it, so drafts must be chains"
 _UNPROVEN = "servers with it were not compared with tp 1 on such a device"

@@ -366,21 +366,6 @@ def test_the_plugin_of_the_tests_is_in_all_servers_if_asked_for(
     assert prepare(options(), tmp_path / "without").env == {}
 
 
-def test_doors_are_opened_in_second_servers_with_drafts(tmp_path: Path) -> None:
-    run = options("--doors draft_extension_door --drafts 1:2", tmp_path)
-    prepared = prepare(run, tmp_path)
-    paths = {
-        served.name: make_server(run, served, prepared)._env.get("PYTHONPATH", "")
-        for [served] in servers(run)
-    }
-    closed = ["tp off", "2:a2a:q off", "tp k1-a2", "2:a2a:q k1-a2"]
-    assert list(paths) == [*closed, "2:a2a:q+doors k1-a2"]
-    assert not any(str(tmp_path) in paths[name] for name in closed)
-    folder = Path(paths["2:a2a:q+doors k1-a2"].split(os.pathsep)[0])
-    source = (folder / "open_doors.py").read_text()
-    assert "from helpers.draft_extension_door import open_door" in source
-
-
 def test_weights_are_quantized_and_named(tmp_path: Path) -> None:
     prepared = prepare(options("--quantization fp8-tensor"), tmp_path)
     config = json.loads((prepared.target / "config.json").read_text())

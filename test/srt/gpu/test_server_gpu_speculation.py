@@ -17,7 +17,6 @@ Words for pytest -k, beside those of test/srt/README.md:
     eagle-k | eagle3 | mtp | standalone  who drafts; `itself` or `stranger` with `standalone`
     some-of-8, all-of-4, none-of-2     right drafts of NGRAM, and query tokens
     k1 | k3                            steps of a draft model
-    captured                           its extension runs in a CUDA graph
     tp2dcp2 | tp4                      2 or 4 GPUs
 
 A server starts in 30 to 60 s, and several start at once. The two plain servers of a group
@@ -42,7 +41,6 @@ from typing import NamedTuple
 import pytest
 
 from helpers import speculation, teacher_forcing
-from helpers.doors import with_door
 from helpers.gpu_cases import (
     BF16,
     TP2_DCP2,
@@ -201,35 +199,17 @@ RIGHT_HEADS = {
     "eagle3": Drafter("EAGLE3", "@eagle3", "llama-2kv-d128+shallow"),
     "mtp": Drafter("EAGLE", "@seed0", "mla-v3-d512-h512+shallow-mtp"),
 }
-# A draft's extension runs in a CUDA graph behind it, and eagerly without it.
-DOOR = "draft_extension_door"
 PAGE1, PAGE64 = SHAPES[:2]
-EAGER_EXTENSION = ""
-# Each row: layout, backend, exchange with or without replicated Q, shape, steps of the draft,
-# and the door that its server opens.
+# Each row: layout, backend, exchange with or without replicated Q, shape, steps of the draft.
 HEAD_ROWS = (
-    (TP2_DCP2, "fa3", ("symm_a2a", True), PAGE1, 3, DOOR),
-    (TP2_DCP2, "flashinfer", ("a2a", False), PAGE64, 3, DOOR),
-    (TP2_DCP2, "fa3", ("ag_rs", False), PAGE64, 1, EAGER_EXTENSION),
-    (TP2_DCP2, "flashinfer", ("symm_a2a", True), PAGE1, 1, EAGER_EXTENSION),
-    (TP2_DCP2, "triton", ("a2a", True), PAGE64, 3, DOOR),
-    (TP4_ATTN2, "fa3", ("a2a", True), PAGE64, 3, DOOR),
-    (TP4_DCP4, "flashinfer", ("symm_a2a", False), PAGE1, 3, EAGER_EXTENSION),
+    (TP2_DCP2, "fa3", ("symm_a2a", True), PAGE1, 3),
+    (TP2_DCP2, "flashinfer", ("a2a", False), PAGE64, 3),
+    (TP2_DCP2, "fa3", ("ag_rs", False), PAGE64, 1),
+    (TP2_DCP2, "flashinfer", ("symm_a2a", True), PAGE1, 1),
+    (TP2_DCP2, "triton", ("a2a", True), PAGE64, 3),
+    (TP4_ATTN2, "fa3", ("a2a", True), PAGE64, 3),
+    (TP4_DCP4, "flashinfer", ("symm_a2a", False), PAGE1, 3),
 )
-
-
-def suffix(door: str) -> str:
-    return "-captured" * (door == DOOR)
-
-
-def opened(plugin: str, door: str) -> str:
-    """Return the source of `plugin`, which also opens `door` if there is one."""
-    return with_door(plugin, door) if door else plugin
-
-
-def is_captured(name: str) -> bool:
-    """Whether the server of a case captures the extension of its draft."""
-    return name.endswith(suffix(DOOR))
 
 
 def captures(run: Run) -> bool:
@@ -252,16 +232,16 @@ def head_cases() -> Iterator[Case]:
             plain_flags=head.flags(3),
             source=speculation.FORCED,
         )
-        for layout, backend, exchange, shape, steps, door in HEAD_ROWS:
+        for layout, backend, exchange, shape, steps in HEAD_ROWS:
             if backend == "triton" and head.kind.startswith("mla"):
                 continue
             case = exchange_case(head.kind, layout, backend, exchange, shape)
             yield replace(
                 case,
-                label=f"{case.label}-{name}-k{steps}{suffix(door)}",
+                label=f"{case.label}-{name}-k{steps}",
                 flags=f"{case.flags} {head.flags(steps)}",
                 numbers=numbers,
-                plugin=opened(speculation.FORCED, door),
+                plugin=speculation.FORCED,
             )
 
 
@@ -269,7 +249,7 @@ def head_cases() -> Iterator[Case]:
 def test_head_within_the_spread_of_plain_speculation(case: Case, fleet: Fleet) -> None:
     """Where a draft is right by chance, SGLang skips a verification. So each token counts."""
     assert_within_spread(case, fleet)
-    assert captures(fleet.run(case.spec)) == is_captured(case.name)
+    assert captures(fleet.run(case.spec))
     counts = verifications(fleet.run(case.spec))
     tokens = {p.name: p.new_tokens - 1 for wave in WAVES for p in wave}
     print(
@@ -289,19 +269,18 @@ class Drafting:
     width: int
 
 
-def drafting(name: str, case: Case, head: Drafter, steps: int, door: str) -> Drafting:
+def drafting(name: str, case: Case, head: Drafter, steps: int) -> Drafting:
     name = f"{name}-k{steps}"
 
-    def speculating(spec: Spec, door: str) -> Spec:
+    def speculating(spec: Spec) -> Spec:
         return replace(
             spec,
-            name=f"{spec.name}-{name}{suffix(door)}",
+            name=f"{spec.name}-{name}",
             flags=f"{spec.flags} {head.flags(steps)}",
-            plugin=opened(teacher_forcing.NO_PLUGIN, door),
+            plugin=teacher_forcing.NO_PLUGIN,
         )
 
-    ours = speculating(case.spec, door)
-    theirs = speculating(BF16.plain(case.kind, 2), "")
+    ours, theirs = speculating(case.spec), speculating(BF16.plain(case.kind, 2))
     return Drafting(ours.name, ours, theirs, "stranger" not in name, steps + 1)
 
 
@@ -312,24 +291,24 @@ STANDALONE_ROWS = (
     ("mla-moe-d512", "fa3", ("symm_a2a", False)),
     ("mla-moe-d512", "flashinfer", ("a2a", True)),
 )
-STANDALONE_DRAFTS = (("itself", DOOR), ("stranger", EAGER_EXTENSION))
+STANDALONE_DRAFTS = ("itself", "stranger")
 STANDALONE_SHAPE = ("page16", "--page-size 16")
 
 
 def draftings() -> Iterator[Drafting]:
     for kind, backend, exchange in STANDALONE_ROWS:
-        for seed, (name, door) in enumerate(STANDALONE_DRAFTS):
+        for seed, name in enumerate(STANDALONE_DRAFTS):
             head = Drafter("STANDALONE", f"@seed{seed}", f"{kind}+shallow")
             for _, one in chosen({name: head}):
                 row = (head.kind, TP2_DCP2, backend, exchange, STANDALONE_SHAPE)
                 case = exchange_case(*row)
-                yield drafting(f"standalone-{name}", case, one, 3, door)
+                yield drafting(f"standalone-{name}", case, one, 3)
     for name, head in chosen(RIGHT_HEADS):
-        for layout, backend, exchange, shape, steps, door in HEAD_ROWS:
+        for layout, backend, exchange, shape, steps in HEAD_ROWS:
             if backend == "triton" and head.kind.startswith("mla"):
                 continue
             case = exchange_case(head.kind, layout, backend, exchange, shape)
-            yield drafting(name, case, head, steps, door)
+            yield drafting(name, case, head, steps)
 
 
 def accepting_waves() -> Sequence[Wave]:
@@ -366,7 +345,7 @@ def drafters(
 def test_as_many_drafts_accepted_as_by_plain_tp(
     draft: Drafting, drafters: Fleet
 ) -> None:
-    assert captures(drafters.run(draft.ours)) == is_captured(draft.name)
+    assert captures(drafters.run(draft.ours))
     ours, theirs = (accepted(drafters.run(s)) for s in (draft.ours, draft.theirs))
     print(f"{draft.name}: accepted {ours:.3f}, plain tp 2 {theirs:.3f}")
     # Of a right draft, transformers accepts 2.8 of 4 tokens, and 1.75 of 2.

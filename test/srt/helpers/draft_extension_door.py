@@ -1,11 +1,8 @@
-"""A door in what keeps the extension of a draft without a CUDA graph.
+"""A door to the CUDA graph of a draft's extension, on a CPU, which has none.
 
-It is the draft model's pass over what was verified. DCP runs it eagerly until GPU servers
-have shown it right in a graph. The plugin of such a server opens that door in its processes
-only.
-
-A CPU has no graphs. There the plugin makes SGLang's own runner. Where a graph would be
-replayed, its function runs again, on the same static buffers.
+The extension is the draft model's pass over what was verified. The plugin of such a server
+makes SGLang's own runner. Where a graph would be replayed, its function runs again, on the
+same static buffers.
 """
 
 from __future__ import annotations
@@ -60,11 +57,6 @@ class Logits:
 
 def open_door() -> None:
     """Let drafts of this process run their extensions as replays."""
-    from sglang_dcp.support import speculation
-
-    speculation.CAPTURES_EXTENSIONS = True
-    if torch.cuda.is_available():
-        return
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     HookRegistry.register(
