@@ -42,7 +42,9 @@ class Stored(enum.Enum):
 
 # Attention backends, each with what is in its pool, whose short prefills as decode steps were
 # compared with plain tp on GPUs, and timed. Earlier releases have no hook for them.
-SERVED: frozenset[tuple[str, Stored]] = frozenset({("fa3", Stored.KV_HEADS)})
+SERVED: frozenset[tuple[str, Stored]] = frozenset(
+    {("fa3", Stored.KV_HEADS), ("fa3", Stored.LATENTS)}
+)
 # The same of steps that are chains.
 CHAINS_SERVED: frozenset[tuple[str, Stored]] = frozenset()
 SERVED_SINCE = "0.5.23"

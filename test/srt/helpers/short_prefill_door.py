@@ -1,6 +1,6 @@
 """A door in what keeps short prefills from being decode steps.
 
-DCP makes them only where GPU servers have shown it right and fast: on `fa3` with K/V heads.
+DCP makes them only where GPU servers have shown it right and fast: on `fa3`.
 The plugin of a server opens that door for the rest, in its processes only. The rule by lengths
 stays. On a GPU a step runs only where it has a graph, and on a CPU, which has none, without
 one.

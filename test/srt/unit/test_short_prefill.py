@@ -403,7 +403,6 @@ CONFIG = DcpConfig(Layout(2, 1))
 REFUSED: tuple[dict[str, Any], ...] = (
     {"attention_backend": "triton"},
     {"attention_backend": "flashinfer"},
-    {"mla": True},
     {"stored": torch.float8_e4m3fn},
     {"speculative_algorithm": "NGRAM"},
     {"enable_lora": True},
@@ -431,7 +430,7 @@ def test_steps_are_served_where_they_were_compared_and_timed() -> None:
     assert short_prefill_of(make_runner(), CONFIG) is not None
     for args in REFUSED:
         assert short_prefill_of(make_runner(**args), CONFIG) is None, args
-    assert SERVED == {("fa3", Stored.KV_HEADS)}
+    assert SERVED == {("fa3", Stored.KV_HEADS), ("fa3", Stored.LATENTS)}
 
 
 @pytest.mark.usefixtures("models")
