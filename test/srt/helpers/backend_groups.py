@@ -7,6 +7,7 @@ gives it the merged one. Communication is tested elsewhere.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, Optional
@@ -38,6 +39,7 @@ from helpers.backend_ranks import (
     stored_rows,
 )
 from helpers.parallel import attention_width
+from sglang_dcp.layers.decode_rows import as_prefill_rows
 from sglang_dcp.layers.prefix.kv_form import KvForm
 
 ROWS = 9
@@ -76,6 +78,14 @@ REPLAYED_VERIFICATIONS = [
     reject(f=2, a=1),
     verify("adf", WIDTH),
 ]
+# Short prefills of one request, of captured chains of four tokens: on a prefix, on none, full.
+SHORT_PREFILLS = [
+    extend(a=3),
+    extend(g=2),
+    extend(d=4),
+    extend(a=1),
+    extend(g=4),
+]
 DECODES = ("DECODE", "TARGET_VERIFY", "DRAFT_EXTEND_V2")
 
 
@@ -102,7 +112,7 @@ class Group:
         self, case: Case, make_backend: Callable[[Case, Any], Any] = real_backend
     ) -> None:
         self.case, max_len = case, case.max_len
-        pages = 2 + sum(
+        pages = 3 + sum(
             -(-max_len // (case.page_size * case.dcp_size)) for _ in range(ROWS)
         )
         self.served = Served(case.page_size, case.dcp_size, max_len, pages)
@@ -236,13 +246,15 @@ class Group:
 class Graphs:
     """Captured decode of each rank: static inputs, and what the exchange was given.
 
-    Captured verifications end with the rank's own heads. For these the exchange answers
-    with static tensors, which a second replay reads merged.
+    Captured verifications end with the rank's own heads, and so do steps that are one
+    `chain`, a short prefill. For these the exchange answers with static tensors, which a
+    second replay reads merged.
     """
 
-    def __init__(self, group: Group) -> None:
-        self.group, self.width = group, group.case.width
+    def __init__(self, group: Group, *, chain: bool = False) -> None:
+        self.group, self.width, self.chain = group, group.case.width, chain
         self.rows = CAPTURED * self.width
+        self.ends_with_own_heads = chain or self.width > 1
         shape, device = group.case.shape, group.case.device
         sizes = (
             (shape.q_heads, shape.qk_dim),
@@ -256,7 +268,7 @@ class Graphs:
         batch = self._padded(SimpleNamespace(batch_size=0), 0)
         self._replays = []
         for rank in group.ranks:
-            if self.width > 1:
+            if self.ends_with_own_heads:
                 heads = self.rows, rank.local_heads
                 rank.exchange.merged = (
                     torch.zeros(*heads, shape.v_dim, device=device).to(
@@ -264,9 +276,14 @@ class Graphs:
                     ),
                     torch.zeros(heads, device=device),
                 )
+            rank.backend.chains = rank.chains if chain else None
             rank.backend.init_cuda_graph_state(CAPTURED, self.rows)
-            rank.backend.init_forward_metadata_out_graph(batch, in_capture=True)
-            self._replays.append(self._capture(rank, batch))
+            with self._running(rank):
+                rank.backend.init_forward_metadata_out_graph(batch, in_capture=True)
+                self._replays.append(self._capture(rank, batch))
+
+    def _running(self, rank: Rank) -> AbstractContextManager[None]:
+        return rank.chains.running() if self.chain else nullcontext()
 
     def _capture(self, rank: Rank, batch: Any) -> Callable[[], Any]:
         """A replay of one decode step: the rank's partial result, and its output."""
@@ -320,11 +337,14 @@ class Graphs:
     def replay(self, step: Step, where: str) -> None:
         new, batch = self.group.batch(step)
         rows = len(new) * self.width
-        padded = self._padded(batch, len(new))
+        if self.chain:
+            batch = as_prefill_rows(batch)
+            rows = batch.batch_size
+        padded = self._padded(batch, rows // self.width)
         for static, values in zip(self.static, self.group.inputs(new)):
             static[:rows] = values
         outs = self._replayed(padded, rows)
-        if self.width == 1:
+        if not self.ends_with_own_heads:
             self.group.check(self.group.merged()[0], new, where)
             return
         for rank, merged in zip(self.group.ranks, self._merged_for(rows)):
@@ -338,8 +358,9 @@ class Graphs:
         """Replay each rank, and return the output of its heads."""
         outs = []
         for rank, replay in zip(self.group.ranks, self._replays):
-            rank.backend.init_forward_metadata_out_graph(padded)
-            out, lse, own = replay()
+            with self._running(rank):
+                rank.backend.init_forward_metadata_out_graph(padded)
+                out, lse, own = replay()
             rank.exchange.partial = out[:rows], lse[:rows]
             outs.append(own[:rows].clone())
         return outs
@@ -371,8 +392,8 @@ def serve(
 ) -> Group:
     """A life of requests in eager forwards, then in captured decode steps.
 
-    Nothing is captured if `replays` is None. If it `speculates`, another life follows, with
-    verifications, eager and captured.
+    Nothing is captured if `replays` is None. If it `speculates`, short prefills as captured
+    chains come next. Then another life follows, with verifications, eager and captured.
     """
     rule = mock.patch(
         "sglang_dcp.layers.kv_prefill.choose_kv_form",
@@ -387,6 +408,10 @@ def serve(
             if replays is not None:
                 run_steps(group, replays, Graphs(group).replay)
             if speculates:
+                with mock.patch("sglang_dcp.layers.chain_steps.WIDTHS", (CAPTURED,)):
+                    one = Graphs(group, chain=True)
+                run_steps(group, SHORT_PREFILLS, one.replay)
+                run_steps(group, [decode("gadc")], group.eager)
                 chains = Group(replace(case, width=WIDTH), make_backend)
                 before = [step for step in steps if step.mode not in DECODES]
                 run_steps(chains, before, chains.eager)

@@ -103,36 +103,42 @@ class Rank:
         from sglang_dcp.context import DcpContext
         from sglang_dcp.layers.attention import DcpAttentionBackend
         from sglang_dcp.layers.backends.registry import backend_class
+        from sglang_dcp.layers.chain_steps import ChainSteps
         from sglang_dcp.layers.local_batch import LocalBatchBuilder
         from sglang_dcp.layers.prefix.kv_form import KvSizes
         from sglang_dcp.layers.runner_view import RunnerView
 
-        config = DcpConfig(Layout(case.dcp_size, 1), page_size=case.page_size)
         self.shape = shape = case.shape
         self.local_heads = shape.q_heads // case.dcp_size
         first = dcp_rank * self.local_heads
         self.own = slice(first, first + self.local_heads)
         self.pool = make_pool(case, slots)
-        views = LocalBatchBuilder(table, case.dcp_size, dcp_rank, case.page_size)
-        kind = backend_class(case.backend, shape.latent)
-        runner = RunnerView(
-            make_runner(case, table, self.pool),
-            *(views.local_table, config, len(table), case.width),
-            head_tile=kind.head_tile,
-        )
         self.exchange = StashExchange(self.own)
+        config = DcpConfig(Layout(case.dcp_size, 1), page_size=case.page_size)
+        kind = backend_class(case.backend, shape.latent)
         heads = self.local_heads, shape.kv_heads, case.dcp_size
         dims = shape.qk_dim, shape.v_dim, case.dtype.itemsize
-        self.backend = DcpAttentionBackend(
-            make_backend(case, runner),
-            views,
-            self.exchange,  # type: ignore[arg-type]
-            DcpContext(config, dcp_rank),
-            None,
-            self.pool,
-            kv_sizes=KvSizes(*heads, *dims) if case.gathers else None,
-            width=case.width,
-        )
+
+        def build(views: LocalBatchBuilder, width: int) -> DcpAttentionBackend:
+            runner = RunnerView(
+                make_runner(case, table, self.pool),
+                *(views.local_table, config, len(table), width),
+                head_tile=kind.head_tile,
+            )
+            return DcpAttentionBackend(
+                make_backend(case, runner),
+                views,
+                self.exchange,  # type: ignore[arg-type]
+                DcpContext(config, dcp_rank),
+                None,
+                self.pool,
+                kv_sizes=KvSizes(*heads, *dims) if case.gathers else None,
+                width=width,
+            )
+
+        views = LocalBatchBuilder(table, case.dcp_size, dcp_rank, case.page_size)
+        self.backend = build(views, case.width)
+        self.chains = ChainSteps(lambda width: build(views.sibling(), width))
         scaling = shape.qk_dim**-0.5
         self.layer = RadixAttention(
             self.local_heads,
