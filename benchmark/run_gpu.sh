@@ -19,8 +19,7 @@
 #   OUT    folder for logs.tgz (required)
 #   PARTS  which of
 #            kernels exchange symm backends latents    tests of kernels, beside each other
-#            shared server bf16 graphs mla dtypes fused weights quant limits   live servers, one after
-#                                                      the other; `shared` takes one GPU
+#            server bf16 graphs mla dtypes fused weights quant limits   live servers, one after the other
 #            reports sleep long speculation            the same: public reports, memory saver,
 #                                                      prompts of 131,071 to 200,000 tokens,
 #                                                      speculation (choose its cases with K)
@@ -163,7 +162,6 @@ run_servers() {
   wanted "$name" && run_tests "$name" "$limit" -s ${K:+-k "$K"} "${tests}${file}.py"
   pack
 }
-run_servers shared 530 server_gpu_shared
 run_servers server 270 server_gpu
 run_servers bf16 530 server_gpu_bf16
 run_servers graphs 530 server_gpu_prefill_graphs

@@ -19,7 +19,7 @@ from fuzz.compare import Judge
 from fuzz.drive import Result, run_mixes
 from fuzz.mixes import Ask, Mix
 from fuzz.servers import Setting
-from helpers import one_gpu, teacher_forcing
+from helpers import teacher_forcing
 from helpers.gpu_servers import POOL, Spec, make_server
 from helpers.servers import READY_SECONDS
 from sglang_dcp.demo.server import ServerProcess
@@ -62,16 +62,6 @@ SETTINGS: Mapping[str, Setting] = {
         "--dcp-comm-backend a2a --dcp-replicate-q-proj",
         "--chunked-prefill-size 64 --enable-mixed-chunk",
         per_rank=256,
-    ),
-    # For a machine with a single GPU. Decode is eager there, and the exchange goes over gloo.
-    "llama-fa3-a2a-page16-mixed-one-gpu": Setting(
-        "llama-2kv-d128",
-        "--tp 2 --attn-tp-size 1 --attention-backend fa3 "
-        "--dcp-comm-backend a2a --dcp-replicate-q-proj",
-        "--chunked-prefill-size 100 --enable-mixed-chunk",
-        per_rank=1024,
-        page_size=16,
-        one_gpu=True,
     ),
 }
 
@@ -139,23 +129,24 @@ def specs(
     backend = re.findall(r"--attention-backend \S+", setting.layout)
     plain = f"--dtype bfloat16 --disable-prefill-cuda-graph {' '.join(backend)} {flags}"
     own = f"--max-total-tokens {setting.per_rank} --mem-fraction-static 0.7"
-    alone = teacher_forcing.PLUGIN if forced else teacher_forcing.NO_PLUGIN
-    plugin, shared = alone, ""
-    if setting.one_gpu:
-        plugin, shared = one_gpu.sharing(alone), one_gpu.FLAGS
-    tested = f"--dtype bfloat16 {setting.flags} {flags} {shared}"
-    tp2 = f"--tp 2 {plain} --enable-priority-scheduling {shared}"
-    kind, on_one = setting.kind, setting.one_gpu
+    plugin = teacher_forcing.PLUGIN if forced else teacher_forcing.NO_PLUGIN
+    tested = f"--dtype bfloat16 {setting.flags} {flags}"
+    tp2 = f"--tp 2 {plain} --enable-priority-scheduling"
     return (
-        Spec("tested", kind, tested, plugin, own, one_gpu=on_one),
-        Spec("tp1", kind, f"--tp 1 {plain}", alone, POOL),
-        Spec("tp2", kind, tp2, plugin, POOL, one_gpu=on_one),
+        Spec("tested", setting.kind, tested, plugin, own),
+        Spec("tp1", setting.kind, f"--tp 1 {plain}", plugin, POOL),
+        Spec("tp2", setting.kind, tp2, plugin, POOL),
     )
 
 
 @contextmanager
 def live(wanted: Sequence[Spec], folder: Path) -> Iterator[list[ServerProcess]]:
-    """All of these servers, ready. They start side by side."""
+    """All of these servers, ready. They start side by side.
+
+    Their ranks share GPUs only where `SGLANG_DCP_TEST_RANKS_PER_GPU` allows it.
+    """
+    for spec in wanted:
+        assert spec.can_run(), f"{spec.name} needs {spec.gpus} GPUs"
     with ExitStack() as stack:
         servers = [stack.enter_context(make_server(s, folder)) for s in wanted]
         for server in servers:

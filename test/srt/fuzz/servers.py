@@ -40,8 +40,6 @@ class Setting:
         KV tokens of a rank. So small that mixes fill the pool.
     page_size : int
         Tokens of a rank's page.
-    one_gpu : bool
-        Whether all ranks share one GPU (`helpers.one_gpu`).
     door : str
         A module of `helpers` that opens a door of DCP in the server's processes.
     """
@@ -53,7 +51,6 @@ class Setting:
     page_size: int = 1
     dcp_size: int = 2
     ranks: int = 2
-    one_gpu: bool = False
     door: str = ""
 
     @property

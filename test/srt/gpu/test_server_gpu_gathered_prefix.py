@@ -2,7 +2,7 @@
 
 `SERVED` in `layers/prefix/kv_form.py` names the attention backends that passed. Only here do
 kernels over gathered rows, NCCL, prefill graphs and prefixes of earlier chunks meet in one
-server. A machine with one GPU runs `one-gpu` alone, eagerly and over gloo.
+server.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import pytest
 from helpers import teacher_forcing
 from helpers.gpu_cases import (
     BACKENDS,
-    ONE_GPU,
     TP2_DCP2,
     TP4_ATTN2,
     TP4_DCP4,
@@ -37,7 +36,7 @@ from sglang_dcp.layers.prefix import kv_form
 
 pytestmark = [
     pytest.mark.server,
-    needs_gpus(1),
+    needs_gpus(2),
     needs_sglang(
         kv_form.SERVED_SINCE, "DCP gathers K and V on GPUs with SGLang 0.5.23 on"
     ),
@@ -65,17 +64,11 @@ def eager_cases() -> Iterator[Case]:
         yield replace(case, label=f"{case.label}-eager-prefill", flags=flags)
 
 
-def on_one_gpu() -> Iterator[Case]:
-    for case in eager_cases():
-        yield replace(case, label=f"one-gpu-{case.label}", numbers=ONE_GPU)
-
-
 def cases() -> Iterator[Case]:
     for kind in chosen_kinds(KINDS):
         yield from rotated(kind, BACKENDS, EXCHANGES, SHAPES, LAYOUTS, step=2)
     if HAS_PREFILL_GRAPHS:
         yield from eager_cases()
-        yield from on_one_gpu()
 
 
 FP8 = Case(
@@ -98,7 +91,6 @@ def test_within_the_spread_of_tp(case: Case, fleet: Fleet) -> None:
         assert any(batch.cached_tokens for batch in run.prefill_batches(graph=graph))
 
 
-@needs_gpus(2)
 def test_fp8_stays_in_place(fleet: Fleet) -> None:
     assert LINE not in fleet.run(FP8.spec).log
 

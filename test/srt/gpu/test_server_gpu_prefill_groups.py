@@ -3,7 +3,7 @@
 DCP makes no such prefill on GPUs until this file has passed there, and `SERVED` in
 `layers/mla/groups.py` names the attention backend. The plugin of its servers opens that
 door. Only here do both forms of one batch, absorbed weights as SGLang loads them, NCCL and
-mixed chunks meet in one server. A machine with one GPU runs `one-gpu` alone, over gloo.
+mixed chunks meet in one server.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from dataclasses import replace
 import pytest
 
 from helpers.gpu_cases import (
-    ONE_GPU,
     TP2_DCP2,
     TP4_ATTN2,
     TP4_DCP4,
@@ -34,7 +33,7 @@ from helpers.gpu_servers import Fleet
 from helpers.nccl_ranks import needs_gpus
 from helpers.teacher_forcing import Prompt, Wave
 
-pytestmark = [pytest.mark.server, needs_gpus(1)]
+pytestmark = [pytest.mark.server, needs_gpus(2)]
 
 # Without and with a low-rank Q projection; both with experts.
 KINDS = ("mla-moe-d512", "mla-v3-d512")
@@ -86,14 +85,6 @@ def cases() -> Iterator[Case]:
     for kind, backend in itertools.product(chosen_kinds(KINDS), BACKENDS):
         case = exchange_case(kind, TP2_DCP2, backend, ("a2a", True), ("chunks", ""))
         yield behind_door(replace(case, env=(CAPACITY,)), "prefill_groups_door")
-        yield from on_one_gpu(kind, backend)
-
-
-def on_one_gpu(kind: str, backend: str) -> Iterator[Case]:
-    for exchange, shape in zip((("a2a", True), ("ag_rs", False)), SHAPES[1:]):
-        case = exchange_case(kind, TP2_DCP2, backend, exchange, shape)
-        case = replace(case, label=f"one-gpu-{case.label}", numbers=ONE_GPU)
-        yield behind_door(case, "prefill_groups_door")
 
 
 fleet = fleet_fixture(build_waves)

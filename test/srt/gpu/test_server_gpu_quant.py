@@ -3,7 +3,7 @@
 Only here do the kernels of quantized layers run with K/V heads and Q projections that DCP
 cut: weights that were repacked for a kernel, and decode in CUDA graphs on them. Each server
 is measured against plain servers of the same checkpoint. `-k` chooses cases by the words in
-their names (`-k "fp8-block and replicated"`). A machine with one GPU runs `one-gpu` alone.
+their names (`-k "fp8-block and replicated"`).
 
 The plugin opens servers with replicated Q in formats that DCP still refuses. Their pools
 hold infinities before a request writes to them, so padded graphs run over such pages in every
@@ -26,7 +26,6 @@ from helpers.gpu_cases import (
     BF16,
     EXPAND_PREFIXES,
     MARGIN,
-    ONE_GPU,
     TP2_DCP2,
     Case,
     Numbers,
@@ -45,7 +44,7 @@ from helpers.quantized_checkpoint import KV_SCALES, QUANTIZED_KINDS, SCALED_KIND
 from helpers.teacher_forcing import Prompt, Wave
 from helpers.weight_updates import UPDATES, Update, assert_answers_as_loaded
 
-pytestmark = [pytest.mark.server, pytest.mark.long, needs_gpus(1)]
+pytestmark = [pytest.mark.server, pytest.mark.long, needs_gpus(2)]
 
 BATCHES = (1, 3, 5, 8, 64)
 # SGLang's kernels for these experts take the dtype of the scales, which is float16.
@@ -108,17 +107,6 @@ def of_one_form(kind: str, numbers: Numbers) -> Numbers:
     return replace(numbers, name=name, plain_env=EXPAND_PREFIXES)
 
 
-def on_one_gpu() -> Iterator[Case]:
-    """Both ranks on one GPU, eagerly: the kernels of each format, with each Q width."""
-    for turn, kind in enumerate(checkpoints()):
-        exchange = "a2a", turn % 2 == 0
-        shape = "one-gpu", "--page-size 16"
-        case = exchange_case(kind, TP2_DCP2, "fa3", exchange, shape)
-        flags = ONE_GPU.flags.replace("--dtype bfloat16", dtype_of(kind).flags)
-        numbers = replace(ONE_GPU, flags=flags)
-        yield replace(case, numbers=of_one_form(kind, numbers))
-
-
 def kv_scales() -> Iterator[Case]:
     """An fp8 KV cache under quantized weights, on the backends that read one.
 
@@ -137,7 +125,7 @@ def kv_scales() -> Iterator[Case]:
 
 
 def behind_the_door() -> Iterator[Case]:
-    for case in (*cases(), *kv_scales(), *on_one_gpu()):
+    for case in (*cases(), *kv_scales()):
         yield behind_door(case, "replication_door", "infinities_door")
 
 
@@ -160,7 +148,6 @@ def test_within_the_spread_of_tp(case: Case, fleet: Fleet) -> None:
     assert {*BATCHES} <= ran, ran
 
 
-@needs_gpus(2)
 @pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.parametrize("kind", [f"{kind}+fp8-block" for kind in QUANTIZED_KINDS])
 def test_updated_weights_answer_as_loaded_ones(

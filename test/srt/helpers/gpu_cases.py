@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from helpers import one_gpu, teacher_forcing
+from helpers import teacher_forcing
 from helpers.doors import with_door
 from helpers.gpu_servers import PER_RANK, POOL, Fleet, Run, Spec, run_fleet, selected
 from helpers.nccl_ranks import needs_gpus
@@ -41,15 +41,12 @@ class Numbers:
     backend: str = "fa3"
     plain_flags: str = ""
     plain_env: tuple[tuple[str, str], ...] = ()
-    one_gpu: bool = False
     source: str = ""
     loads: tuple[tuple[str, str], ...] = ()
 
     @property
     def plugin(self) -> str:
-        if self.source:
-            return self.source
-        return one_gpu.PLUGIN if self.one_gpu else teacher_forcing.PLUGIN
+        return self.source or teacher_forcing.PLUGIN
 
     def plain(self, kind: str, tp_size: int) -> Spec:
         """SGLang without DCP."""
@@ -64,7 +61,6 @@ class Numbers:
             f"{self.flags} {flags}",
             self.plugin,
             env=self.plain_env,
-            one_gpu=self.one_gpu,
             loads=self.loads,
         )
 
@@ -72,8 +68,6 @@ class Numbers:
 BF16 = Numbers("bf16", "--dtype bfloat16")
 # Plain MLA servers expand any prefix, as ours may, not only those of 8192 positions and more.
 EXPAND_PREFIXES = (("SGLANG_CHUNKED_PREFIX_CACHE_THRESHOLD", "0"),)
-# All ranks on one GPU, eagerly: what a machine with a single GPU can show.
-ONE_GPU = Numbers("one-gpu", f"--dtype bfloat16 {one_gpu.FLAGS}", one_gpu=True)
 
 
 @dataclass(frozen=True)
@@ -128,7 +122,6 @@ class Case:
             self.plugin or self.numbers.plugin,
             self.pool,
             self.env,
-            one_gpu=self.numbers.one_gpu,
             nodes=self.nodes,
             loads=self.numbers.loads,
         )

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import torch
 
 from helpers import gpu_checkpoints, shared_gpus, teacher_forcing
 from helpers.gpu_nodes import make_nodes
@@ -63,11 +62,11 @@ class Spec:
     """One server: model kind, flags beside `COMMON`, a plugin's source, pool size.
 
     `kind` is a word of `helpers.gpu_checkpoints`, and `seed` is of its weights. `env` is
-    more of its environment, by name and value. With `one_gpu` its ranks share GPU 0
-    (`helpers.one_gpu`). With several `nodes` it is as many launches, each of which sees
-    GPUs of its own (`helpers.gpu_nodes`). In `flags`, `@seed1` and `@eagle3` stand for
-    other checkpoints (`gpu_checkpoints.beside`). `loads` are LoRA adapters that it gets
-    while it runs, before its requests, by name and by the word of their checkpoint.
+    more of its environment, by name and value. With several `nodes` it is as many launches,
+    each of which sees GPUs of its own (`helpers.gpu_nodes`). In `flags`, `@seed1` and
+    `@eagle3` stand for other checkpoints (`gpu_checkpoints.beside`). `loads` are LoRA
+    adapters that it gets while it runs, before its requests, by name and by the word of
+    their checkpoint.
     """
 
     name: str
@@ -77,14 +76,11 @@ class Spec:
     pool: str = POOL
     env: tuple[tuple[str, str], ...] = ()
     seed: int = 0
-    one_gpu: bool = False
     nodes: int = 1
     loads: tuple[tuple[str, str], ...] = ()
 
     @property
     def gpus(self) -> int:
-        if self.one_gpu:
-            return 1
         found = re.search(r"--tp (\d+)", self.flags)
         assert found, self.flags
         return int(found[1])
@@ -95,7 +91,7 @@ class Spec:
     @property
     def shares(self) -> bool:
         """Whether its ranks share GPUs of this machine."""
-        return self.gpus > torch.cuda.device_count()
+        return shared_gpus.are_shared_by(self.gpus)
 
     def checkpoint(self, folder: Path) -> Path:
         """Its model, written into `folder` if not there."""

@@ -32,7 +32,7 @@ NCCL_TIMEOUT_S = 60
 
 
 def needs_gpus(count: int) -> pytest.MarkDecorator:
-    """Skip where torch sees fewer GPUs; one spelling of the reason for every count."""
+    """Skip where fewer ranks have room; one spelling of the reason for every count."""
     found = shared_gpus.places()
     return pytest.mark.skipif(
         found < count, reason=f"needs {count} GPUs, found {found}"
@@ -113,7 +113,7 @@ class Ranks:
         """One rank, for tests that watch the processes themselves."""
         place = {"RANK": str(rank), "WORLD_SIZE": str(self._world_size)}
         environment = {**self._environment, **place}
-        if self._world_size > torch.cuda.device_count():
+        if shared_gpus.are_shared_by(self._world_size):
             environment |= {
                 **shared_gpus.environment(self._world_size),
                 "NCCL_HOSTID": f"rank-{rank}",

@@ -66,6 +66,11 @@ def places() -> int:
     return torch.cuda.device_count() * ranks_per_gpu()
 
 
+def are_shared_by(ranks: int) -> bool:
+    """Whether so many ranks share the GPUs of this machine. A CPU has none to share."""
+    return 0 < torch.cuda.device_count() < ranks
+
+
 def environment(ranks: int, nodes: int = 1) -> dict[str, str]:
     """Return what the `ranks` of a server that share GPUs have in their environment.
 
@@ -80,6 +85,7 @@ def environment(ranks: int, nodes: int = 1) -> dict[str, str]:
 
 def sharing(plugin: str) -> str:
     """Return the source of `plugin`, which also lets ranks share the GPUs."""
+    assert "def load():" in plugin
     return plugin.replace("def load():", "def load_before_sharing():") + _SHARING
 
 

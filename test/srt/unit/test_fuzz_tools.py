@@ -332,8 +332,7 @@ def test_plain_gpu_servers_have_the_backend_and_no_dcp_flag(name: str) -> None:
         backend = plain.flags.split("--attention-backend ")[1].split()[0]
         assert f"--attention-backend {backend} " in tested.flags
         assert "--log-level debug" in plain.flags and plain.kind == tested.kind
-    of_two = 1 if cuda.SETTINGS[name].one_gpu else 2
-    assert (tested.gpus, tp1.gpus, tp2.gpus) == (of_two, 1, of_two)
+    assert (tested.gpus, tp1.gpus, tp2.gpus) == (2, 1, 2)
 
 
 # --- soak
