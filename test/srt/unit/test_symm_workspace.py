@@ -63,6 +63,8 @@ def place(host: str, device: int, gpu: str = "", machine: str = "") -> memory.Pl
     return memory.Place(host, machine or host, device, gpu or f"gpu {device}")
 
 
+TWO_ON_ONE = "ranks share GPU 0 of a"
+OVERLAPPING = "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"
 PAIRS = [
     ([place("a", 0), place("a", 1), place("a", 2)], (), ""),
     ([place("a", 0), place("a", 1), place("b", 0)], (), "a and b are two nodes"),
@@ -78,7 +80,7 @@ PAIRS = [
         "GPU 1 cannot access the memory of GPU 2",
     ),
     ([place("a", 0), place("a", 3)], (), "the rank on GPU 0 does not see GPU 3"),
-    ([place("a", 0), place("a", 0)], (), "ranks share GPU 0 of a"),
+    ([place("a", 0), place("a", 0)], (), TWO_ON_ONE),
     # `SGLANG_ONE_VISIBLE_DEVICE_PER_PROCESS`, or two launches with CUDA_VISIBLE_DEVICES.
     (
         [place("a", 0), place("a", 0, gpu="gpu 5")],
@@ -94,10 +96,20 @@ PAIRS = [
 ]
 
 
+@pytest.mark.parametrize("allowed", ["", "0", "1"])
 @pytest.mark.parametrize("places, cut, wanted", PAIRS)
 def test_all_ranks_find_the_same_unreachable_peer(
-    places: list[memory.Place], cut: Any, wanted: str, monkeypatch: pytest.MonkeyPatch
+    places: list[memory.Place],
+    cut: Any,
+    wanted: str,
+    allowed: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Where PyTorch is `allowed` to map one GPU for two ranks, these reach each other."""
+    monkeypatch.setenv(OVERLAPPING, allowed)
+    if allowed == "1" and wanted == TWO_ON_ONE:
+        wanted = ""
+
     def see(mine: memory.Place) -> None:
         """What CUDA and the system tell the rank at this place."""
         names = {number: f"gpu {number}" for number in range(3)}
