@@ -14,8 +14,8 @@
 #   mla 5 server_gpu_mla mla-v3-d512,mla-glm-d512 tp2dcp2 and replicated
 #   ! soak python3 -m fuzz --device cuda --soak 20 --setting llama-fa3-symm_a2a-page16-mixed
 #
-# 16 servers at once kept 32 cores and 2 GPUs busy. SITE and RELEASE are as in run_gpu.sh, which
-# unpacks SGLang before. LANES is the folder of logs (/tmp/gpu-lanes).
+# 16 servers at once kept 32 cores and 2 GPUs busy. SITE, RELEASE and SGLANG_DCP_TEST_RANKS_PER_GPU are
+# as in run_gpu.sh, which unpacks SGLang before. LANES is the folder of logs (/tmp/gpu-lanes).
 set -uo pipefail
 from=$PWD
 cd "$(dirname "$0")/.."

@@ -30,6 +30,8 @@
 #            caches                                    what was compiled on the way, into
 #                                                      $OUT/caches.tar.xz: a next CACHE
 #          none: only unpack; default: the first four
+#   SGLANG_DCP_TEST_RANKS_PER_GPU  2 or 4: so many ranks may share a GPU (test/srt/README.md). Times mean
+#          nothing then
 #   K      words of cases for pytest -k, in the groups of live servers
 #   ACCURACY_ARGS DECODE_ARGS SERVING_ARGS PREFILL_ARGS SPECULATION_ARGS BENCH_ARGS   options of the
 #                                                      benchmarks
