@@ -12,6 +12,7 @@ import itertools
 import random
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -31,7 +32,7 @@ from helpers.gpu_cases import (
 from helpers.gpu_servers import Fleet
 from helpers.nccl_ranks import needs_gpus
 from helpers.needs_sglang import needs_sglang
-from helpers.short_prefill_door import steps_in
+from helpers.short_prefill_door import chains_in, steps_in
 from helpers.teacher_forcing import Prompt, Wave
 
 pytestmark = [
@@ -82,6 +83,9 @@ def cases() -> Iterator[Case]:
         backends = MLA_BACKENDS if kind.startswith("mla") else BACKENDS
         for case in rotated(kind, backends, EXCHANGES, SHAPES, LAYOUTS):
             yield behind_door(case, "short_prefill_door")
+            if "-fa3-" in case.name:
+                chains = replace(case, label=f"{case.label}-chains")
+                yield behind_door(chains, "chain_steps_door")
 
 
 fleet = fleet_fixture(build_waves)
@@ -91,7 +95,11 @@ fleet = fleet_fixture(build_waves)
 def test_within_the_spread_of_tp(case: Case, fleet: Fleet) -> None:
     assert_within_spread(case, fleet)
     # The warm-up is a step too, so the lines of the turns themselves are looked for.
-    assert set(TURNS) <= set(steps_in(fleet.run(case.spec).log))
+    log = fleet.run(case.spec).log
+    assert set(TURNS) <= set(steps_in(log))
+    # By the rule, chains of few tokens do not pay on these prefixes.
+    chains = {17, 64} if case.label.endswith("-chains") else set()
+    assert chains <= set(chains_in(log)) and bool(chains) == bool(chains_in(log))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,324 @@
+"""Short prefills of one request as chains: which are, at which sizes, in which graphs.
+
+That a captured chain attends right is in `test_backends_mla.py`, and on GPUs in
+`test_backends_gpu.py`. That whole servers answer as tp 1 is in
+`server/test_server_equality.py`.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
+from sglang.srt.model_executor.runner_utils.capture_mode import (
+    _set_capture_attention_variant,
+)
+
+from helpers.needs_sglang import needs_sglang
+from sglang_dcp.layers import chain_steps, short_prefill
+from sglang_dcp.layers.chain_steps import (
+    CHAIN,
+    ROWS,
+    WIDTHS,
+    ChainSteps,
+    capture_all,
+    capture_size,
+)
+from sglang_dcp.layers.decode_rows import as_chains, as_one_chain, as_prefill_rows
+from sglang_dcp.layers.prefix.cost import Requests
+from sglang_dcp.layers.prefix.decode_step import (
+    StepSizes,
+    chain_is_faster,
+    chain_seconds,
+    pays_as_step,
+    step_seconds,
+)
+from sglang_dcp.layers.prefix.rates import HOPPER
+from sglang_dcp.layers.short_prefill import ShortPrefill, forward_raw
+from sglang_dcp.layers.short_prefill_rule import Rule
+
+pytestmark = needs_sglang("0.5.23", "older releases have no hook for it")
+
+# Qwen3-30B-A3B/4 and DeepSeek-V2-Lite at tp 2 / dcp 2.
+QUARTER = StepSizes(4, 2, 256 * 2, 256, 256, 256)
+LATENTS = StepSizes(8, 2, 576 * 2, 576 * 2, 512 * 2, 1088)
+LONG = 1 << 30
+
+
+def turn(new: int, prefix: int = LONG, **fields: Any) -> ForwardBatch:
+    """A prefill of one request."""
+    ends = torch.tensor([prefix + new])
+    made: dict[str, Any] = dict(
+        forward_mode=ForwardMode.EXTEND,
+        batch_size=1,
+        input_ids=torch.arange(new),
+        req_pool_indices=torch.tensor([7]),
+        seq_lens=ends,
+        seq_lens_cpu=ends.clone(),
+        seq_lens_sum=prefix + new,
+        out_cache_loc=torch.arange(new) + 50,
+        orig_seq_lens=ends,
+        positions=torch.arange(new) + prefix,
+        extend_num_tokens=new,
+        extend_seq_lens=torch.tensor([new]),
+        extend_seq_lens_cpu=[new],
+        extend_prefix_lens=torch.tensor([prefix]),
+        extend_prefix_lens_cpu=[prefix],
+    )
+    return ForwardBatch(**{**made, **fields})
+
+
+def padded(rows: ForwardBatch, size: int) -> Any:
+    """Rows as SGLang's runner replays them: of row 0 and with one token, where it pads."""
+    more = size - rows.batch_size
+    pad = torch.nn.functional.pad
+    return SimpleNamespace(
+        forward_mode=rows.forward_mode,
+        spec_info=None,
+        batch_size=size,
+        req_pool_indices=pad(rows.req_pool_indices, (0, more)),
+        seq_lens=pad(rows.seq_lens, (0, more), value=1),
+        seq_lens_cpu=pad(rows.seq_lens_cpu, (0, more), value=1),
+        out_cache_loc=pad(rows.out_cache_loc, (0, more)),
+    )
+
+
+@pytest.mark.parametrize("size", [3, 8], ids=["full", "padded"])
+def test_rows_of_a_request_become_a_chain_over_its_prefix(size: int) -> None:
+    rows = padded(as_prefill_rows(turn(3, prefix=10)), size)
+    step, width = as_chains(as_one_chain(rows))
+    assert step.forward_mode.is_decode() and width == size and step.batch_size == 1
+    assert step.seq_lens.tolist() == step.seq_lens_cpu.tolist() == [10]
+    assert step.req_pool_indices.tolist() == [7]
+    assert step.out_cache_loc.tolist() == [50, 51, 52] + [0] * (size - 3)
+    assert rows.batch_size == size and rows.spec_info is None
+
+
+@pytest.mark.parametrize("sizes", [QUARTER, LATENTS], ids=["heads", "latents"])
+def test_a_chain_reads_the_prefix_once(sizes: StepSizes) -> None:
+    long = Requests([64], [524288])
+    of_rows, of_chain = (
+        seconds(long, sizes, HOPPER) for seconds in (step_seconds, chain_seconds)
+    )
+    assert of_chain < of_rows and chain_is_faster(long, sizes)
+    # It multiplies as much, so twice the tokens take more.
+    assert of_chain < chain_seconds(Requests([128], [524288]), sizes, HOPPER)
+    few = Requests([2], [100])
+    assert not chain_is_faster(few, sizes)
+    own = chain_seconds(few, sizes, HOPPER) - HOPPER.chain_s
+    assert own == pytest.approx(step_seconds(few, sizes, HOPPER), rel=0.05)
+
+
+def test_what_does_not_pay_as_rows_may_pay_as_a_chain() -> None:
+    long = Requests([64], [524288])
+    paying = [
+        pays_as_step(long, QUARTER, 0.0, eager=False, chain=chain)
+        for chain in (False, True)
+    ]
+    assert paying == [False, True]
+
+
+class Backend:
+    """Stands in for the backend of a chain."""
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+        self.inits: list[tuple[int, int]] = []
+
+    def init_cuda_graph_state(self, *sizes: int) -> None:
+        self.inits.append(sizes)  # type: ignore[arg-type]
+
+
+def test_backends_are_built_once_and_for_sizes_that_a_runner_has() -> None:
+    built: list[int] = []
+
+    def make(width: int) -> Any:
+        built.append(width)
+        return Backend(width)
+
+    chains = ChainSteps(make)
+    chains.init_graphs(24)
+    assert built == [8, 12, 16, 24]
+    one: Any = chains.backend_of(16)
+    assert one.inits == [(1, 16)] and len(built) == 4
+
+
+def test_a_variant_is_on_only_while_its_step_runs() -> None:
+    chains = ChainSteps(Backend)  # type: ignore[arg-type]
+    assert chains.select(None) == ROWS
+    with chains.running():
+        assert chains.select(None) == CHAIN
+    with pytest.raises(KeyError), chains.running():
+        raise KeyError
+    assert chains.select(None) == ROWS
+    assert set(chains.capture_labels) == {ROWS, CHAIN}
+
+
+class Captures:
+    """Stands in for SGLang's runner, which captures each variant at each size."""
+
+    def __init__(self, chains: Any, **more: Any) -> None:
+        self.attn_backend = SimpleNamespace(chains=chains)
+        self.attention_graph_variants: Any = None
+        self._metadata_glue = None
+        self.capture_bs = (4, 8, 20, 64)
+        self.captured: list[tuple[int, Any, Any]] = []
+        self.__dict__.update(more)
+
+    def capture(self) -> None:
+        capture_all(Captures._capture_all, self)
+
+    def _capture_all(self) -> None:
+        variants = self.attention_graph_variants
+        labels = variants.capture_labels if variants else (None,)
+        for size in self.capture_bs:
+            for label in labels:
+                _set_capture_attention_variant(label)
+                capture_size(Captures._capture_one, self, size, label, more=1)
+        _set_capture_attention_variant(None)
+
+    def _capture_one(self, size: int, label: Any, *, more: int) -> str:
+        chains = self.attn_backend.chains
+        self.captured.append((size, label, chains and chains.on))
+        return "captured"
+
+
+def test_chains_are_captured_at_their_sizes_beside_the_rows() -> None:
+    chains = ChainSteps(Backend)  # type: ignore[arg-type]
+    graphs = Captures(chains)
+    graphs.capture()
+    rows = [(size, ROWS, False) for size in graphs.capture_bs]
+    of_chains = [(8, CHAIN, True), (64, CHAIN, True)]
+    assert sorted(graphs.captured) == sorted(rows + of_chains)
+    assert [size for size in (4, 8, 20, 64) if chains.serves(size, captured=True)] == [
+        8,
+        64,
+    ]
+    assert chains.serves(12, captured=False) and not chains.serves(20, captured=False)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"attn_backend": SimpleNamespace()},
+        {"attn_backend": SimpleNamespace(chains=None)},
+        {"_metadata_glue": object()},
+    ],
+    ids=["another backend", "no chains", "glue"],
+)
+def test_other_runners_capture_as_sglang_does(fields: dict[str, Any]) -> None:
+    chains = ChainSteps(Backend)  # type: ignore[arg-type]
+    graphs = Captures(chains, **fields)
+    capture_all(lambda graphs: None, graphs)
+    assert graphs.attention_graph_variants is None
+    _set_capture_attention_variant(CHAIN)
+    try:
+        found = capture_size(lambda graphs, size: size, graphs, 20)
+    finally:
+        _set_capture_attention_variant(None)
+    assert found == 20 and not chains.serves(8, captured=True)
+
+
+class Decodes:
+    """Stands in for SGLang's captured decode steps."""
+
+    capture_bs = (1, 2, 4, 8, 12, 24, 64)
+    max_bs = 64
+
+    def can_run_graph(self, step: Any) -> bool:
+        return True
+
+
+RULE = Rule(QUARTER, lambda batch: float("inf"))
+
+
+def short_of(*captured: int, graphs: Any = Decodes()) -> ShortPrefill:
+    runner = SimpleNamespace(
+        decode_cuda_graph_runner=graphs, prefill_cuda_graph_runner=None
+    )
+    short = ShortPrefill(runner, RULE)
+    short.chains = ChainSteps(Backend)  # type: ignore[arg-type]
+    for size in captured:
+        short.chains.capture(size, lambda: None)
+    return short
+
+
+def chain_of(short: ShortPrefill, batch: ForwardBatch) -> bool:
+    step = short.step_of(batch)
+    assert step is not None
+    assert step.chains in (None, short.chains)
+    return step.chains is not None
+
+
+def test_a_request_alone_is_a_chain_where_its_graph_is_captured() -> None:
+    short = short_of(8, 24)
+    # SGLang pads to 8, 12, 24 and 64 rows.
+    found = {new: chain_of(short, turn(new)) for new in (4, 5, 8, 9, 13, 24, 25)}
+    want = {4: False, 5: True, 8: True, 9: False, 13: True, 24: True, 25: False}
+    assert found == want
+
+
+def test_several_requests_are_rows() -> None:
+    lens = torch.tensor([3, 5])
+    both = turn(
+        8,
+        batch_size=2,
+        req_pool_indices=torch.tensor([1, 2]),
+        seq_lens=LONG + lens,
+        seq_lens_cpu=LONG + lens,
+        extend_seq_lens=lens,
+        extend_seq_lens_cpu=lens.tolist(),
+        extend_prefix_lens=torch.tensor([LONG, LONG]),
+        extend_prefix_lens_cpu=[LONG, LONG],
+    )
+    assert not chain_of(short_of(8), both)
+
+
+def test_rows_stay_where_a_chain_is_not_faster() -> None:
+    assert not chain_of(short_of(8), turn(8, prefix=0))
+    assert chain_of(short_of(8), turn(8))
+
+
+def test_without_graphs_a_chain_has_one_of_its_sizes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(short_prefill, "MOST_EAGER_ROWS", 64)
+    monkeypatch.setattr(chain_steps, "WIDTHS", (5,))
+    short = short_of(graphs=None)
+    assert chain_of(short, turn(5)) and not chain_of(short, turn(8))
+
+
+@pytest.mark.parametrize("new", [8, 4], ids=["chain", "rows"])
+def test_the_hook_runs_a_chain_as_one(
+    new: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(short_prefill, "find_context", object)
+    monkeypatch.setattr(short_prefill, "of_last_rows", lambda logits, batch: logits)
+    short = short_of(8)
+    assert short.chains is not None
+    chains, seen = short.chains, []
+
+    def ran(runner: Any, step: Any) -> Any:
+        seen.append((step.batch_size, chains.on))
+        return SimpleNamespace(logits_output=None)
+
+    runner = SimpleNamespace(attn_backend=SimpleNamespace(short_prefill=short))
+    forward_raw(ran, runner, turn(new))
+    assert seen == [(new, new == 8)] and not chains.on
+
+
+def test_sizes_are_those_that_sglang_captures(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang.srt.arg_groups import cuda_graph_hook
+
+    monkeypatch.setattr(cuda_graph_hook, "resolving_view", lambda args: args)
+    args = SimpleNamespace(disable_cuda_graph_padding=False, speculative_algorithm=None)
+    sizes = cuda_graph_hook.generate_decode_cuda_graph_batch_sizes(args, 128)
+    assert list(WIDTHS) == [size for size in sizes if WIDTHS[0] <= size <= 64]
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__, "-s"]))
