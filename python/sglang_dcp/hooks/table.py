@@ -297,21 +297,15 @@ HOOKS: tuple[Hook, ...] = (
             "a few new tokens would take as long as the launches of a whole prefill",
             since="0.5.23",
         ),
-    )
-    + tuple(
         Hook(
-            f"chain-steps-{name}",
+            "chain-steps",
             f"{_SRT}.model_executor.runner.decode_cuda_graph_runner."
-            f"DecodeCudaGraphRunner.{target}",
+            "DecodeCudaGraphRunner.capture_one_shape",
             Kind.AROUND,
-            f"sglang_dcp.layers.chain_steps:{ours}",
+            "sglang_dcp.layers.chain_steps:capture_size",
             "each new token of a short prefill would read the whole prefix",
             since="0.5.23",
-        )
-        for name, target, ours in (
-            ("variant", "_capture_one_stream", "capture_all"),
-            ("sizes", "capture_one_shape", "capture_size"),
-        )
+        ),
     )
     + tuple(
         Hook(

@@ -178,10 +178,10 @@ class DcpAttentionBackend(AttentionBackend):
         self, backend: type[InnerBackend], runner: Any, config: DcpConfig
     ) -> None:
         """Let short prefills of a runner be decode steps, where that is served."""
-        self.short_prefill = short_prefill_of(runner, config)
-        if self.short_prefill is None or not chains_served(runner):
+        self.short_prefill = short = short_prefill_of(runner, config)
+        if short is None or not chains_served(runner, short.rule):
             return
-        self.chains = self.short_prefill.chains = ChainSteps(
+        self.chains = short.chains = ChainSteps(
             lambda width: self.for_runner(backend, runner, beside=self, width=width)
         )
 

@@ -16,26 +16,26 @@ from typing import TYPE_CHECKING, Any, Optional
 if TYPE_CHECKING:
     from sglang_dcp.layers.attention import DcpAttentionBackend
 
-# Variants of SGLang's decode graphs. Those of chains are captured last, because their peak is
-# the smaller one.
-ROWS, CHAIN = "rows", "chain"
+# What tells the graph of a chain from the one of the same size that SGLang captures.
+CHAIN = "chain"
 # Sizes of SGLang's decode graphs at which a chain is captured too. With fewer rows, each may
 # read the prefix.
 WIDTHS: tuple[int, ...] = (8, 12, 16, 24, 32, 40, 48, 56, 64)
 
 
 class ChainSteps:
-    """The chains of one `ModelRunner`, and which variant of a decode graph runs.
-
-    It is what SGLang's decode runner calls `AttentionGraphVariants`.
+    """The chains of one `ModelRunner`, and whether its decode steps are chains now.
 
     Parameters
     ----------
     make : Callable
         Builds the backend that attends to a chain of so many tokens.
-    """
 
-    capture_labels = (ROWS, CHAIN)
+    Attributes
+    ----------
+    on : bool
+        Whether decode steps are chains.
+    """
 
     def __init__(self, make: Callable[[int], DcpAttentionBackend]) -> None:
         self._make = make
@@ -68,18 +68,17 @@ class ChainSteps:
         """Whether a step of `size` rows can be a chain, in its CUDA graph or eagerly."""
         return size in (self._captured if captured else WIDTHS)
 
-    def select(self, batch: Any) -> str:
-        """Return the variant of the graph that SGLang replays for a batch."""
-        return CHAIN if self.on else ROWS
+    def variant(self, *asked: Any) -> Optional[str]:
+        """Return which graph of its size SGLang's runner replays, if it is not its own."""
+        return CHAIN if self.on else None
 
-    def capture(self, size: int, call: Callable[[], Any]) -> Any:
+    def capture(self, size: int, call: Callable[[], Any]) -> None:
         """Capture the chain of `size` tokens by `call`, if there is one."""
         if size not in WIDTHS:
-            return None
+            return
         with self.running():
-            captured = call()
+            call()
         self._captured.add(size)
-        return captured
 
 
 def chains_of(graphs: Any) -> Optional[ChainSteps]:
@@ -87,33 +86,24 @@ def chains_of(graphs: Any) -> Optional[ChainSteps]:
 
     A graph of SGLang's own that prepares the attention of a replay does not know variants.
     """
-    chains = getattr(graphs.attn_backend, "chains", None)
-    if chains is None or graphs._metadata_glue is not None:
-        return None
-    return chains if graphs.attention_graph_variants in (None, chains) else None
-
-
-def capture_all(
-    original: Callable[..., Any], graphs: Any, *args: Any, **kw: Any
-) -> Any:
-    """Hook: `DecodeCudaGraphRunner._capture_one_stream`; adds the variant of chains."""
-    chains = chains_of(graphs)
-    if chains is not None:
-        graphs.attention_graph_variants = chains
-    return original(graphs, *args, **kw)
+    chains: Optional[ChainSteps] = getattr(graphs.attn_backend, "chains", None)
+    other = graphs.attention_graph_variants or graphs._metadata_glue
+    return chains if other is None else None
 
 
 def capture_size(
-    original: Callable[..., Any], graphs: Any, size: int, *args: Any, **kw: Any
-) -> Any:
-    """Hook: `DecodeCudaGraphRunner.capture_one_shape`; captures chains where they are."""
+    original: Callable[..., Any],
+    graphs: Any,
+    size: int,
+    forward: Any,
+    stream: Optional[int] = None,
+    lora: Optional[str] = None,
+    attention: Optional[str] = None,
+) -> None:
+    """Hook: `DecodeCudaGraphRunner.capture_one_shape`; captures a chain beside the rows."""
+    original(graphs, size, forward, stream, lora, attention)
     chains = chains_of(graphs)
     if chains is None:
-        return original(graphs, size, *args, **kw)
-    from sglang.srt.model_executor.runner_utils.capture_mode import (
-        get_capture_attention_variant,
-    )
-
-    if get_capture_attention_variant() != CHAIN:
-        return original(graphs, size, *args, **kw)
-    return chains.capture(size, lambda: original(graphs, size, *args, **kw))
+        return
+    graphs._resolve_attention_variant = chains.variant
+    chains.capture(size, lambda: original(graphs, size, forward, stream, lora, CHAIN))

@@ -17,7 +17,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Optional
 
 from sglang_dcp.context import find_context
-from sglang_dcp.layers.chain_steps import ChainSteps
+from sglang_dcp.layers.chain_steps import WIDTHS, ChainSteps
 from sglang_dcp.layers.decode_rows import as_prefill_rows
 from sglang_dcp.layers.heads import is_mla
 from sglang_dcp.layers.short_prefill_rule import Rule, rule_of
@@ -144,13 +144,14 @@ class ShortPrefill:
 
     Attributes
     ----------
+    rule : Rule
     chains : ChainSteps, optional
         None if no step may be a chain.
     """
 
     def __init__(self, runner: Any, rule: Rule) -> None:
         self._runner = runner
-        self._rule = rule
+        self.rule = rule
         self.chains: Optional[ChainSteps] = None
         self._logged = False
 
@@ -163,9 +164,8 @@ class ShortPrefill:
         # Rows take kernels to build, and most prefills have too many.
         if rows > max(graphs.max_bs if graphs else 0, MOST_EAGER_ROWS):
             return None
-        chains = self._chains_for(batch, rows)
-        eager = self._is_eager(batch)
-        if not self._rule.pays(batch, eager=eager, chain=chains is not None):
+        chain = self._chain_of(batch, rows)
+        if not self.rule.pays(batch, eager=self._is_eager(batch), chain=chain):
             return None
         step = as_prefill_rows(batch)
         captured = graphs is not None and graphs.can_run_graph(step)
@@ -174,18 +174,19 @@ class ShortPrefill:
         if not self._logged:
             self._logged = True
             logger.info("DCP prefill of %d tokens is one decode step", rows)
-        return Step(step, chains)
+        return Step(step, None if chain is None else self.chains)
 
-    def _chains_for(self, batch: ForwardBatch, rows: int) -> Optional[ChainSteps]:
-        """Return what runs a step of so many rows as a chain, if that is faster."""
+    def _chain_of(self, batch: ForwardBatch, rows: int) -> Optional[int]:
+        """Return of how many tokens a chain of so many rows is, if that is faster."""
         if self.chains is None or batch.batch_size > 1:
             return None
-        graphs = self._runner.decode_cuda_graph_runner
+        graphs, width = self._runner.decode_cuda_graph_runner, rows
         if graphs is not None:
-            # `step_of` has found that there is one.
-            rows = min(size for size in graphs.capture_bs if size >= rows)
-        served = self.chains.serves(rows, captured=graphs is not None)
-        return self.chains if served and self._rule.chain_is_faster(batch) else None
+            width = min((size for size in graphs.capture_bs if size >= rows), default=0)
+        if not self.chains.serves(width, captured=graphs is not None):
+            return None
+        (prefix,) = batch.extend_prefix_lens_cpu
+        return width if self.rule.chain_is_faster(rows, prefix, width) else None
 
     def _is_eager(self, batch: ForwardBatch) -> bool:
         """Whether no prefill graph fits; for latents there is none."""
@@ -239,7 +240,8 @@ def of_last_rows(logits: Any, batch: ForwardBatch) -> Any:
 def short_prefill_of(runner: Any, config: DcpConfig) -> Optional[ShortPrefill]:
     """Return what decides for a runner; None where no prefill is a decode step.
 
-    With speculation, a captured step has several query tokens of each request. With LoRA,
+    With speculation, a captured step has several query tokens of each request. With DP
+    attention each batch has the tokens of other replicas beside it, and stays. With LoRA,
     adapters are set up for the requests of a batch, not for rows. In deterministic inference
     a token may not depend on the other requests of its batch.
     """
@@ -250,17 +252,24 @@ def short_prefill_of(runner: Any, config: DcpConfig) -> Optional[ShortPrefill]:
     args = sglang_api().resolved(runner.server_args)
     if (args.attention_backend, stored_in(runner)) not in SERVED:
         return None
-    if args.speculative_algorithm:
+    if args.speculative_algorithm or config.layout.replicas > 1:
         return None
     if args.enable_lora or args.lora_paths or args.enable_deterministic_inference:
         return None
     return ShortPrefill(runner, rule_of(runner, config))
 
 
-def chains_served(runner: Any) -> bool:
-    """Whether steps of a runner, which serves short prefills as steps, may be chains."""
+def chains_served(runner: Any, rule: Rule) -> bool:
+    """Whether steps of a runner, which serves short prefills as steps, may be chains.
+
+    Where multiplications take longer than reads, as with many heads over latents, a chain
+    is never faster.
+    """
     args = sglang_api().resolved(runner.server_args)
-    return (args.attention_backend, stored_in(runner)) in CHAINS_SERVED
+    if (args.attention_backend, stored_in(runner)) not in CHAINS_SERVED:
+        return False
+    longest, context = WIDTHS[-1], runner.model_config.context_len
+    return rule.chain_is_faster(longest, context, longest)
 
 
 def stored_in(runner: Any) -> Stored:

@@ -7,7 +7,7 @@ The estimates themselves are pure functions (`prefix/decode_step.py`, `prefix/kv
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 from sglang_dcp.layers.heads import is_mla, kv_head_counts
 from sglang_dcp.layers.kv_prefill import kv_sizes, kv_sizes_of
@@ -40,14 +40,19 @@ class Rule(NamedTuple):
     sizes: StepSizes
     added: Callable[[ForwardBatch], float]
 
-    def pays(self, batch: ForwardBatch, *, eager: bool, chain: bool = False) -> bool:
-        """Whether a prefill takes less time as a captured step; the same on all ranks."""
+    def pays(
+        self, batch: ForwardBatch, *, eager: bool, chain: Optional[int] = None
+    ) -> bool:
+        """Whether a prefill takes less time as a captured step; the same on all ranks.
+
+        `chain` is the number of tokens of the chain that the step is, if it is one.
+        """
         of = Requests.of(batch), self.sizes, self.added(batch)
         return pays_as_step(*of, eager=eager, chain=chain)
 
-    def chain_is_faster(self, batch: ForwardBatch) -> bool:
-        """Whether the step of a prefill takes less time as a chain than as rows."""
-        return chain_is_faster(Requests.of(batch), self.sizes)
+    def chain_is_faster(self, new: int, prefix: int, width: int) -> bool:
+        """Whether the step of a request takes less time as a chain of `width` tokens."""
+        return chain_is_faster(new, prefix, width, self.sizes)
 
 
 def rule_of(runner: Any, config: DcpConfig) -> Rule:

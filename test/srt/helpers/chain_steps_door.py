@@ -24,4 +24,4 @@ def open_door() -> None:
     short_prefill.CHAINS_SERVED = frozenset(served)  # type: ignore[misc]
     if not torch.cuda.is_available():
         chain_steps.WIDTHS = tuple(range(2, short_prefill.MOST_EAGER_ROWS + 1))
-        setattr(Rule, "chain_is_faster", lambda rule, batch: True)
+        setattr(Rule, "chain_is_faster", lambda rule, new, prefix, width: True)

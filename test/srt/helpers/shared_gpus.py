@@ -29,6 +29,8 @@ import torch
 from sglang_dcp.demo.server import ServerProcess
 
 FLAGS = "--disable-custom-all-reduce"
+# An MPS that cannot serve says so and ends. Its clients would run by turns then.
+ENDS_EARLY_S = 0.5
 OVER_SOCKETS = {"NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"}
 
 _SHARING = """
@@ -100,14 +102,19 @@ class Mps:
         self._daemon: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
+        environment = {**os.environ, **self.environment}
+        # It would number the GPUs anew, and its clients name them as this machine does.
+        environment.pop("CUDA_VISIBLE_DEVICES", None)
         self._daemon = subprocess.Popen(
             ["nvidia-cuda-mps-control", "-f"],
-            env={**os.environ, **self.environment},
+            env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
             process_group=0,
         )
+        with suppress(subprocess.TimeoutExpired):
+            ended = self._daemon.wait(timeout=ENDS_EARLY_S)
+            raise RuntimeError(f"nvidia-cuda-mps-control ended with status {ended}")
 
     def stop(self) -> None:
         if self._daemon is not None:
@@ -126,7 +133,11 @@ class SharingServer(ServerProcess):
 
     def start(self) -> None:
         self._mps.start()
-        super().start()
+        try:
+            super().start()
+        except BaseException:
+            self._mps.stop()
+            raise
 
     def stop(self) -> None:
         try:

@@ -7,6 +7,7 @@ That a captured chain attends right is in `test_backends_mla.py`, and on GPUs in
 
 from __future__ import annotations
 
+import inspect
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -14,20 +15,10 @@ from typing import Any
 import pytest
 import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
-from sglang.srt.model_executor.runner_utils.capture_mode import (
-    _set_capture_attention_variant,
-)
 
 from helpers.needs_sglang import needs_sglang
 from sglang_dcp.layers import chain_steps, short_prefill
-from sglang_dcp.layers.chain_steps import (
-    CHAIN,
-    ROWS,
-    WIDTHS,
-    ChainSteps,
-    capture_all,
-    capture_size,
-)
+from sglang_dcp.layers.chain_steps import CHAIN, WIDTHS, ChainSteps, capture_size
 from sglang_dcp.layers.decode_rows import as_chains, as_one_chain, as_prefill_rows
 from sglang_dcp.layers.prefix.cost import Requests
 from sglang_dcp.layers.prefix.decode_step import (
@@ -100,26 +91,35 @@ def test_rows_of_a_request_become_a_chain_over_its_prefix(size: int) -> None:
 
 @pytest.mark.parametrize("sizes", [QUARTER, LATENTS], ids=["heads", "latents"])
 def test_a_chain_reads_the_prefix_once(sizes: StepSizes) -> None:
-    long = Requests([64], [524288])
-    of_rows, of_chain = (
-        seconds(long, sizes, HOPPER) for seconds in (step_seconds, chain_seconds)
-    )
-    assert of_chain < of_rows and chain_is_faster(long, sizes)
+    of_rows = step_seconds(Requests([64], [524288]), sizes, HOPPER)
+    of_chain = chain_seconds(64, 524288, sizes, HOPPER)
+    assert of_chain < of_rows and chain_is_faster(64, 524288, 64, sizes)
     # It multiplies as much, so twice the tokens take more.
-    assert of_chain < chain_seconds(Requests([128], [524288]), sizes, HOPPER)
-    few = Requests([2], [100])
-    assert not chain_is_faster(few, sizes)
-    own = chain_seconds(few, sizes, HOPPER) - HOPPER.chain_s
-    assert own == pytest.approx(step_seconds(few, sizes, HOPPER), rel=0.05)
+    assert of_chain < chain_seconds(128, 524288, sizes, HOPPER)
+    assert not chain_is_faster(2, 100, 2, sizes)
+    own = chain_seconds(2, 100, sizes, HOPPER) - HOPPER.chain_s
+    few = step_seconds(Requests([2], [100]), sizes, HOPPER)
+    assert own == pytest.approx(few, rel=0.05)
+
+
+def test_tokens_that_fill_a_chain_are_multiplied_too() -> None:
+    assert chain_is_faster(5, 131072, 5, LATENTS)
+    assert not chain_is_faster(5, 131072, 8, LATENTS)
+
+
+def test_many_heads_over_latents_are_never_faster_as_a_chain() -> None:
+    many = LATENTS._replace(heads=64)
+    for width in WIDTHS:
+        assert not chain_is_faster(width, 1 << 20, width, many)
 
 
 def test_what_does_not_pay_as_rows_may_pay_as_a_chain() -> None:
     long = Requests([64], [524288])
     paying = [
         pays_as_step(long, QUARTER, 0.0, eager=False, chain=chain)
-        for chain in (False, True)
+        for chain in (None, 64, 512)
     ]
-    assert paying == [False, True]
+    assert paying == [False, True, False]
 
 
 class Backend:
@@ -147,58 +147,57 @@ def test_backends_are_built_once_and_for_sizes_that_a_runner_has() -> None:
     assert one.inits == [(1, 16)] and len(built) == 4
 
 
-def test_a_variant_is_on_only_while_its_step_runs() -> None:
+def test_steps_are_chains_only_while_one_runs() -> None:
     chains = ChainSteps(Backend)  # type: ignore[arg-type]
-    assert chains.select(None) == ROWS
+    assert chains.variant(None, 8) is None
     with chains.running():
-        assert chains.select(None) == CHAIN
+        assert chains.variant(None, 8) == CHAIN
     with pytest.raises(KeyError), chains.running():
         raise KeyError
-    assert chains.select(None) == ROWS
-    assert set(chains.capture_labels) == {ROWS, CHAIN}
+    assert chains.variant(None, 8) is None
 
 
 class Captures:
-    """Stands in for SGLang's runner, which captures each variant at each size."""
+    """Stands in for SGLang's runner, which captures each of its sizes."""
 
     def __init__(self, chains: Any, **more: Any) -> None:
         self.attn_backend = SimpleNamespace(chains=chains)
         self.attention_graph_variants: Any = None
-        self._metadata_glue = None
-        self.capture_bs = (4, 8, 20, 64)
-        self.captured: list[tuple[int, Any, Any]] = []
+        self._metadata_glue: Any = None
+        self.captured: list[tuple[Any, ...]] = []
         self.__dict__.update(more)
 
-    def capture(self) -> None:
-        capture_all(Captures._capture_all, self)
+    def _resolve_attention_variant(self, batch: Any, size: int) -> Any:
+        return "as SGLang says"
 
-    def _capture_all(self) -> None:
-        variants = self.attention_graph_variants
-        labels = variants.capture_labels if variants else (None,)
-        for size in self.capture_bs:
-            for label in labels:
-                _set_capture_attention_variant(label)
-                capture_size(Captures._capture_one, self, size, label, more=1)
-        _set_capture_attention_variant(None)
+    def capture(self, *sizes: int) -> None:
+        for size in sizes:
+            capture_size(Captures._capture, self, size, "forward", 3, "lora", None)
 
-    def _capture_one(self, size: int, label: Any, *, more: int) -> str:
-        chains = self.attn_backend.chains
-        self.captured.append((size, label, chains and chains.on))
-        return "captured"
+    def _capture(self, size: int, *rest: Any) -> None:
+        chains = getattr(self.attn_backend, "chains", None)
+        self.captured.append((size, *rest, bool(chains and chains.on)))
 
 
 def test_chains_are_captured_at_their_sizes_beside_the_rows() -> None:
     chains = ChainSteps(Backend)  # type: ignore[arg-type]
     graphs = Captures(chains)
-    graphs.capture()
-    rows = [(size, ROWS, False) for size in graphs.capture_bs]
-    of_chains = [(8, CHAIN, True), (64, CHAIN, True)]
-    assert sorted(graphs.captured) == sorted(rows + of_chains)
-    assert [size for size in (4, 8, 20, 64) if chains.serves(size, captured=True)] == [
-        8,
-        64,
+    graphs.capture(64, 20, 8, 4)
+    of = "forward", 3, "lora"
+    assert graphs.captured == [
+        (64, *of, None, False),
+        (64, *of, CHAIN, True),
+        (20, *of, None, False),
+        (8, *of, None, False),
+        (8, *of, CHAIN, True),
+        (4, *of, None, False),
     ]
+    captured = [size for size in (4, 8, 20, 64) if chains.serves(size, captured=True)]
+    assert captured == [8, 64]
     assert chains.serves(12, captured=False) and not chains.serves(20, captured=False)
+    assert graphs._resolve_attention_variant(None, 8) is None
+    with chains.running():
+        assert graphs._resolve_attention_variant(None, 8) == CHAIN
 
 
 @pytest.mark.parametrize(
@@ -207,20 +206,26 @@ def test_chains_are_captured_at_their_sizes_beside_the_rows() -> None:
         {"attn_backend": SimpleNamespace()},
         {"attn_backend": SimpleNamespace(chains=None)},
         {"_metadata_glue": object()},
+        {"attention_graph_variants": object()},
     ],
-    ids=["another backend", "no chains", "glue"],
+    ids=["another backend", "no chains", "glue", "variants"],
 )
 def test_other_runners_capture_as_sglang_does(fields: dict[str, Any]) -> None:
     chains = ChainSteps(Backend)  # type: ignore[arg-type]
     graphs = Captures(chains, **fields)
-    capture_all(lambda graphs: None, graphs)
-    assert graphs.attention_graph_variants is None
-    _set_capture_attention_variant(CHAIN)
-    try:
-        found = capture_size(lambda graphs, size: size, graphs, 20)
-    finally:
-        _set_capture_attention_variant(None)
-    assert found == 20 and not chains.serves(8, captured=True)
+    graphs.capture(8)
+    assert graphs.captured == [(8, "forward", 3, "lora", None, False)]
+    assert graphs._resolve_attention_variant(None, 8) == "as SGLang says"
+    assert not chains.serves(8, captured=True)
+
+
+def test_the_hook_takes_what_sglang_gives() -> None:
+    from sglang.srt.model_executor.runner import decode_cuda_graph_runner as sglang
+
+    theirs = inspect.signature(sglang.DecodeCudaGraphRunner.capture_one_shape)
+    ours = inspect.signature(capture_size)
+    assert len(ours.parameters) == len(theirs.parameters) + 1
+    assert list(theirs.parameters)[-1] == "attention_variant"
 
 
 class Decodes:
@@ -260,6 +265,8 @@ def test_a_request_alone_is_a_chain_where_its_graph_is_captured() -> None:
     found = {new: chain_of(short, turn(new)) for new in (4, 5, 8, 9, 13, 24, 25)}
     want = {4: False, 5: True, 8: True, 9: False, 13: True, 24: True, 25: False}
     assert found == want
+    # No graph is as large, so nothing is a step.
+    assert short.step_of(turn(65)) is None
 
 
 def test_several_requests_are_rows() -> None:

@@ -8,7 +8,7 @@ pays for few new tokens. Weights are read in both, and do not count here.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 from sglang_dcp.layers.prefix.cost import FLOPS, Requests, exchange_seconds
 from sglang_dcp.layers.prefix.rates import HOPPER, Rates
@@ -40,25 +40,26 @@ def step_seconds(requests: Requests, sizes: StepSizes, rates: Rates) -> float:
     return _layer_seconds(sum(requests.new), pairs, pairs, sizes, rates)
 
 
-def chain_seconds(requests: Requests, sizes: StepSizes, rates: Rates) -> float:
+def chain_seconds(width: int, prefix: int, sizes: StepSizes, rates: Rates) -> float:
     """Time what the GPU does for a layer when the new tokens are a chain.
 
-    The keys of the prefix are read once. Each new token is multiplied with them, and with
-    the new tokens up to itself by the rank's own heads, which another kernel does.
+    The keys of the prefix are read once. Each token of the chain is multiplied with them,
+    also those that only fill its `width`. The rank's own heads attend to the tokens
+    themselves, which another kernel does.
     """
-    pairs = sum(new * prefix for new, prefix in zip(*requests))
-    of_prefix = _layer_seconds(
-        sum(requests.new), pairs, sum(requests.prefix), sizes, rates
-    )
+    of_prefix = _layer_seconds(width, width * prefix, prefix, sizes, rates)
     return of_prefix + rates.chain_s
 
 
 def chain_is_faster(
-    requests: Requests, sizes: StepSizes, rates: Rates = HOPPER
+    new: int, prefix: int, width: int, sizes: StepSizes, rates: Rates = HOPPER
 ) -> bool:
-    """Whether a step takes less time as a chain than with a row for each new token."""
-    of_rows = step_seconds(requests, sizes, rates)
-    return chain_seconds(requests, sizes, rates) < of_rows
+    """Whether a step of one request takes less time as a chain than as rows.
+
+    `width` is the number of tokens of the chain, those that fill it included.
+    """
+    of_rows = step_seconds(Requests([new], [prefix]), sizes, rates)
+    return chain_seconds(width, prefix, sizes, rates) < of_rows
 
 
 def _layer_seconds(
@@ -84,7 +85,7 @@ def pays_as_step(
     form_s: float,
     *,
     eager: bool,
-    chain: bool = False,
+    chain: Optional[int] = None,
     rates: Rates = HOPPER,
 ) -> bool:
     """Whether a prefill takes less time as a captured decode step.
@@ -95,8 +96,11 @@ def pays_as_step(
     ----------
     form_s : seconds that the form of the prefill adds to the launches of a layer
     eager : whether the prefill would run without a CUDA graph
-    chain : whether the step is a chain
+    chain : tokens of the chain that the step of one request is, if it is one
     """
     host = rates.eager_layer_host_s if eager else rates.layer_host_s
-    seconds = chain_seconds if chain else step_seconds
-    return seconds(requests, sizes, rates) <= host + form_s
+    if chain is None:
+        seconds = step_seconds(requests, sizes, rates)
+    else:
+        seconds = chain_seconds(chain, requests.prefix[0], sizes, rates)
+    return seconds <= host + form_s
