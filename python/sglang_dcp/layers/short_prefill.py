@@ -157,12 +157,14 @@ class ShortPrefill:
 
     def step_of(self, batch: ForwardBatch) -> Optional[Step]:
         """Return the decode step of a short prefill, None for any other batch."""
-        if not is_plain(batch):
+        if not _is_prefill(batch):
             return None
         graphs = self._runner.decode_cuda_graph_runner
         rows = sum(batch.extend_seq_lens_cpu)
-        # Rows take kernels to build, and most prefills have too many.
+        # Most prefills have too many. To look at all fields and to build rows takes the host time.
         if rows > max(graphs.max_bs if graphs else 0, MOST_EAGER_ROWS):
+            return None
+        if not is_plain(batch):
             return None
         chain = self._chain_of(batch, rows)
         if not self.rule.pays(batch, eager=self._is_eager(batch), chain=chain):
@@ -200,9 +202,7 @@ def is_plain(batch: ForwardBatch) -> bool:
     Any field that a plain prefill leaves alone makes it another one: embeddings, images,
     adapters, replicas of DP attention, fields of later releases.
     """
-    from sglang.srt.model_executor.forward_batch_info import ForwardMode
-
-    if batch.forward_mode not in (ForwardMode.EXTEND, ForwardMode.MIXED):
+    if not _is_prefill(batch):
         return False
     if (
         batch.capture_hidden_mode is not None
@@ -214,6 +214,12 @@ def is_plain(batch: ForwardBatch) -> bool:
     if any(_is_set(getattr(batch, name)) for name in others):
         return False
     return not _wants_input_logprobs(batch)
+
+
+def _is_prefill(batch: ForwardBatch) -> bool:
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    return batch.forward_mode in (ForwardMode.EXTEND, ForwardMode.MIXED)
 
 
 def _is_set(value: Any) -> bool:

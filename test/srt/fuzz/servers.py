@@ -122,11 +122,11 @@ SETTINGS: Mapping[str, Setting] = {
         page_size=4,
         door="short_prefill_door",
     ),
-    "mla-ag_rs-page1-steps": Setting(
+    "mla-ag_rs-page1-chains": Setting(
         "mla-moe",
         "--tp-size 2 --dcp-size 2 --dcp-comm-backend ag_rs",
         "--chunked-prefill-size 16",
-        door="short_prefill_door",
+        door="chain_steps_door",
     ),
     # Not ours: what a mix does here, SGLang does by itself.
     "plain-tp2": Setting(
