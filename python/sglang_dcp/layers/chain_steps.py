@@ -9,6 +9,7 @@ come last in the chain, where no other row sees them.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Optional
@@ -87,23 +88,21 @@ def chains_of(graphs: Any) -> Optional[ChainSteps]:
     A graph of SGLang's own that prepares the attention of a replay does not know variants.
     """
     chains: Optional[ChainSteps] = getattr(graphs.attn_backend, "chains", None)
+    if chains is None:
+        return None
     other = graphs.attention_graph_variants or graphs._metadata_glue
     return chains if other is None else None
 
 
 def capture_size(
-    original: Callable[..., Any],
-    graphs: Any,
-    size: int,
-    forward: Any,
-    stream: Optional[int] = None,
-    lora: Optional[str] = None,
-    attention: Optional[str] = None,
-) -> None:
+    original: Callable[..., Any], graphs: Any, size: int, *args: Any, **kw: Any
+) -> Any:
     """Hook: `DecodeCudaGraphRunner.capture_one_shape`; captures a chain beside the rows."""
-    original(graphs, size, forward, stream, lora, attention)
+    captured = original(graphs, size, *args, **kw)
     chains = chains_of(graphs)
-    if chains is None:
-        return
-    graphs._resolve_attention_variant = chains.variant
-    chains.capture(size, lambda: original(graphs, size, forward, stream, lora, CHAIN))
+    if chains is not None:
+        graphs._resolve_attention_variant = chains.variant
+        given = inspect.signature(original).bind(graphs, size, *args, **kw)
+        given.arguments["attention_variant"] = CHAIN
+        chains.capture(size, lambda: original(*given.args, **given.kwargs))
+    return captured
