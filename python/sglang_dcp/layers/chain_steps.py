@@ -70,7 +70,11 @@ class ChainSteps:
         return size in (self._captured if captured else WIDTHS)
 
     def variant(self, *asked: Any) -> Optional[str]:
-        """Return which graph of its size SGLang's runner replays, if it is not its own."""
+        """Return which graph of its size SGLang's runner replays, if it is not its own.
+
+        It stands for `_resolve_attention_variant` of that runner, whose arguments do not
+        matter here.
+        """
         return CHAIN if self.on else None
 
     def capture(self, size: int, call: Callable[[], Any]) -> None:

@@ -161,7 +161,7 @@ class ShortPrefill:
             return None
         graphs = self._runner.decode_cuda_graph_runner
         rows = sum(batch.extend_seq_lens_cpu)
-        # Most prefills have too many. To look at all fields and to build rows takes the host time.
+        # Most prefills have too many, which is cheap to see. `is_plain` looks at all fields.
         if rows > max(graphs.max_bs if graphs else 0, MOST_EAGER_ROWS):
             return None
         if not is_plain(batch):

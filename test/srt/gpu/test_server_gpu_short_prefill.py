@@ -3,7 +3,8 @@
 DCP makes such prefills on GPUs only where they were compared and timed (`SERVED` in
 `layers/short_prefill.py`). The plugin of these servers opens the door for the rest, and logs
 each step. Only here are the rows of a captured step new tokens of a few requests, padded to
-the size of a graph, and between steps of decode.
+the size of a graph, and between steps of decode. In cases named `chains`, requests alone are
+chains, by `chain_steps_door`.
 """
 
 from __future__ import annotations

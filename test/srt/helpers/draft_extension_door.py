@@ -1,7 +1,7 @@
 """A door to the CUDA graph of a draft's extension, on a CPU, which has none.
 
-The extension is the draft model's pass over what was verified. The plugin of such a server
-makes SGLang's own runner. Where a graph would be replayed, its function runs again, on the
+The extension is the draft model's pass over what was verified. The plugin of a server makes
+SGLang's own graph runner. Where a graph would be replayed, its function runs again, on the
 same static buffers.
 """
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from helpers.shared_gpus import Mps, ranks_per_gpu
+from helpers.shared_gpus import OVER_SOCKETS, Mps, ranks_per_gpu
 from sglang_dcp.demo.server import ServerProcess, free_port
 
 
@@ -27,9 +27,13 @@ class FirstNode(ServerProcess):
     def start(self) -> None:
         if self._mps is not None:
             self._mps.start()
-        super().start()
-        for node in self.others:
-            node.start()
+        try:
+            super().start()
+            for node in self.others:
+                node.start()
+        except BaseException:
+            self.stop()
+            raise
 
     def stop(self) -> None:
         try:
@@ -67,8 +71,7 @@ def make_nodes(
         own = {
             "CUDA_VISIBLE_DEVICES": ",".join(dict.fromkeys(own_gpus)),
             "NCCL_HOSTID": f"node-{rank}",
-            "NCCL_SOCKET_IFNAME": "lo",
-            "NCCL_IB_DISABLE": "1",
+            **OVER_SOCKETS,
         }
         name = "server.log" if rank == 0 else f"node-{rank}.log"
         return {

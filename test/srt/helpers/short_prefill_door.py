@@ -1,9 +1,9 @@
 """A door in what keeps short prefills from being decode steps.
 
-DCP makes them only where GPU servers have shown it right and fast: on `fa3`.
-The plugin of a server opens that door for the rest, in its processes only. The rule by lengths
-stays. On a GPU a step runs only where it has a graph, and on a CPU, which has none, without
-one.
+DCP makes them only where GPU servers have shown it right and fast: on `fa3`, in the model's
+dtype. The plugin of a server opens that door for the rest, in its processes only. The rule by
+lengths stays. On a GPU a step runs only where it has a graph, and on a CPU, which has none,
+without one.
 
 Its servers log each step. DCP itself logs the first one only, and that may be the warm-up.
 """

@@ -65,9 +65,13 @@ def chain_is_faster(
 def _layer_seconds(
     rows: int, pairs: int, read: int, sizes: StepSizes, rates: Rates
 ) -> float:
-    """Time a layer of `rows` tokens with as many `pairs` of query and key.
+    """Return what the GPU takes for a layer, in seconds.
 
-    As many positions are `read`. Both numbers are those of all ranks.
+    Parameters
+    ----------
+    rows : tokens of the step
+    pairs : pairs of a query and a key that are multiplied, on all ranks
+    read : positions that are read, on all ranks
     """
     bytes_s = read / sizes.dcp_size * sizes.key_bytes / rates.memory_bytes
     heads = sizes.heads * sizes.dcp_size

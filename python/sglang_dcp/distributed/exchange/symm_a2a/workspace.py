@@ -68,7 +68,10 @@ def _machine() -> str:
 
 
 def _may_share_gpus() -> bool:
-    """Whether PyTorch maps the memory of two ranks on one GPU."""
+    """Whether PyTorch maps the memory of two ranks on one GPU.
+
+    Live tests let it. A kernel that waits for a peer may keep the peer from running there.
+    """
     return os.environ.get("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES") == "1"
 
 
