@@ -73,11 +73,17 @@ def serve(
 ) -> list[Drafted]:
     """Ask one server; None is plain tp 1, which does not speculate."""
     name, flags, env = FIRST, server_flags(options, layout), {}
+    kind: type[ServerProcess] = ServerProcess
     if layout:
         name = layout.name
         flags += flags_of(SPECULATION, "eagle3", options.draft)
-        env = open_door(door, options.device)
-    with ServerProcess(
+        env = open_door(door, options.device, options.shared_by)
+        if options.shared_by:
+            from helpers import shared_gpus
+
+            kind = shared_gpus.SharingServer
+            flags += shared_gpus.FLAGS.split()
+    with kind(
         options.target,
         flags,
         log_path=log_beside(options.json, name),
@@ -126,7 +132,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("json", type=Path, help="where the replies go; server logs beside it")
     add("pair", type=Path, help="folder that distil_draft.py wrote")
     add("--device", choices=("cuda", "cpu"), default=device)
-    add("--tp", type=int, default=gpus or 2, help="default: all GPUs, on a CPU 2")
+    add(
+        "--tp",
+        type=int,
+        default=gpus or 2,
+        help="default: all GPUs, on a CPU 2; more share",
+    )
     add("--layouts", type=Layout.parse, nargs="+", metavar="DCP:COMM[:q][@BACKEND]")
     add("--attention-backend", help="default: fa3, on a CPU torch_native")
     add("--page-size", type=int, default=4)
@@ -136,6 +147,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--new-tokens", type=int, default=64)
     options = parser.parse_args(argv)
     on_cpu = options.device == "cpu"
+    options.shared_by = 0 if on_cpu or options.tp <= gpus else options.tp
     options.json = options.json.absolute()
     options.target, options.draft = (
         (options.pair / name).absolute() for name in ("target", "draft")

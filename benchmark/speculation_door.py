@@ -13,13 +13,20 @@ from doors import add_tests, plugin_env
 from speculation_drafts import ALGORITHMS
 
 
-def open_door(folder: Path, device: str) -> dict[str, str]:
-    """Return the environment of servers that may speculate; the plugin goes to `folder`."""
-    add_tests()
-    from helpers import speculation
+def open_door(folder: Path, device: str, shared_by: int = 0) -> dict[str, str]:
+    """Return the environment of servers that may speculate; the plugin goes to `folder`.
 
+    With `shared_by` ranks, these share the GPUs (`test/srt/helpers/shared_gpus.py`).
+    """
+    add_tests()
+    from helpers import shared_gpus, speculation
+
+    source = speculation.DOOR
+    if shared_by:
+        source = shared_gpus.sharing(source)
     env = {
-        **plugin_env(folder, "speculation_door", speculation.DOOR),
+        **(shared_gpus.environment(shared_by) if shared_by else {}),
+        **plugin_env(folder, "speculation_door", source),
         speculation.SERVED: ",".join(ALGORITHMS.values()),
     }
     if device == "cpu":

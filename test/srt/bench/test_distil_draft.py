@@ -7,6 +7,7 @@ a comparison that passes whatever is accepted.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from draft_head import FEATURES, DraftHead, feature_layers, save_head
 from eval_draft import drafted, parse
 from head_oracle import agreeing, load_head, verifications
 from real_text import chapters, split_chapters
+from speculation_door import open_door
 
 HIDDEN, WORDS = 16, 12
 CONFIG = {
@@ -199,6 +201,8 @@ def test_verifications_of_a_reply(counts: list[int], wanted: int) -> None:
     assert verifications(counts, 2, 5) == wanted
 
 
+# Of one GPU: two ranks, the default, and a CPU.
+SHARED = ("cuda --tp 2", "cuda", "cpu --tp 2")
 LAYOUTS = [Layout.parse(name) for name in ("tp", "2:a2a:q")]
 IDS = list(range(65))
 
@@ -261,6 +265,21 @@ def test_a_reply_without_speculation_has_no_verifications() -> None:
     meta: dict[str, Any] = {"spec_verify_ct": 3, "spec_accept_length": 2.0}
     assert drafted({"output_ids": [1, 2], "meta_info": meta}) == ([1, 2], 3, 2.0)
     assert drafted({"output_ids": [1, 2], "meta_info": {}}) == ([1, 2], 0, 1.0)
+
+
+def test_more_ranks_than_gpus_share_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    asked = [str(tmp_path / "out.json"), str(tmp_path), "--device"]
+    shared = [parse([*asked, *more.split()]).shared_by for more in SHARED]
+    assert shared == [2, 0, 0]
+    env = open_door(tmp_path / "door", "cuda", 2)
+    assert env["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] == "50"
+    folder = Path(env["PYTHONPATH"].split(os.pathsep)[0])
+    assert "NCCL_HOSTID" in (folder / "speculation_door.py").read_text()
+    alone = open_door(tmp_path / "alone", "cuda")
+    assert "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE" not in alone
 
 
 if __name__ == "__main__":
