@@ -2,6 +2,9 @@
 
 A kernel copies words, whatever they stand for: of 8 bytes where all rows divide into them,
 else of one number. ``kv_rows`` checks the arguments. ``kv_rows_torch`` has the references.
+
+Numbers of rows and of layers change with the length of a prefix. Triton compiles a kernel
+anew for each value of a constant, so none of these is one.
 """
 
 from __future__ import annotations
@@ -20,11 +23,10 @@ _TILE, _WARPS = 1024, 4
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "layers"])
 def _pack_kernel(
-    pools, slots, heads, packed, rows,
-    k_slot, v_slot, LAYERS: tl.constexpr, WINDOW: tl.constexpr,
-    QK: tl.constexpr, V: tl.constexpr,
+    pools, slots, heads, packed, rows, layers,
+    k_slot, v_slot, WINDOW: tl.constexpr, QK: tl.constexpr, V: tl.constexpr,
     K_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -34,8 +36,8 @@ def _pack_kernel(
     first = tl.load(heads + rank * WINDOW).to(tl.int64)
     word = packed.dtype.element_ty
     key = tl.load(pools + layer).to(tl.pointer_type(word))
-    value = tl.load(pools + LAYERS + layer).to(tl.pointer_type(word))
-    place = (rank.to(tl.int64) * LAYERS + layer) * rows + row
+    value = tl.load(pools + layers + layer).to(tl.pointer_type(word))
+    place = (rank.to(tl.int64) * layers + layer) * rows + row
     out = packed + (place * WINDOW * (QK + V))[:, None]
 
     offs = tl.arange(0, K_BLOCK)[None, :]
@@ -49,10 +51,10 @@ def _pack_kernel(
     tl.store(out + WINDOW * QK + offs, found, mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows", "positions"])
+@triton.jit(do_not_specialize=["rows", "positions", "layers"])
 def _order_kernel(
-    packed, order, keys, values, rows, positions,
-    LAYERS: tl.constexpr, K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
+    packed, order, keys, values, rows, positions, layers,
+    K_WIDTH: tl.constexpr, V_WIDTH: tl.constexpr,
     K_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     position = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -61,7 +63,7 @@ def _order_kernel(
     inside = place >= 0
     place = tl.maximum(place, 0).to(tl.int64)
     rank, row = place // rows, place % rows
-    source = (rank * LAYERS + layer) * rows + row
+    source = (rank * layers + layer) * rows + row
     source = packed + (source * (K_WIDTH + V_WIDTH))[:, None]
     place = layer.to(tl.int64) * positions + position
 
@@ -92,8 +94,8 @@ def pack(
     grid = (triton.cdiv(rows, blocks["ROWS"]), len(keys), len(heads))
     _pack_kernel[grid](
         pools.to(packed.device, non_blocking=True), slots, heads, packed, rows,
-        keys[0].shape[1] * qk, values[0].shape[1] * v,
-        LAYERS=len(keys), WINDOW=window, QK=qk, V=v, **blocks, num_warps=_WARPS,
+        len(keys), keys[0].shape[1] * qk, values[0].shape[1] * v,
+        WINDOW=window, QK=qk, V=v, **blocks, num_warps=_WARPS,
     )  # fmt: skip
 
 
@@ -106,8 +108,8 @@ def order(packed: Tensor, order: Tensor, keys: Tensor, values: Tensor) -> None:
     blocks = _blocks(window * qk // shrink, window * v // shrink)
     grid = (triton.cdiv(len(order), blocks["ROWS"]), layers)
     _order_kernel[grid](
-        packed, order, keys, values, rows, len(order),
-        LAYERS=layers, K_WIDTH=window * qk // shrink, V_WIDTH=window * v // shrink,
+        packed, order, keys, values, rows, len(order), layers,
+        K_WIDTH=window * qk // shrink, V_WIDTH=window * v // shrink,
         **blocks, num_warps=_WARPS,
     )  # fmt: skip
 

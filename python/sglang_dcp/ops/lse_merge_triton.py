@@ -108,7 +108,8 @@ def _correct_kernel(
     tl.store(lse + t * tl.num_programs(1) + h, merged_lse(peak, total, BASE_E))
 
 
-@triton.jit
+# In an LSE of [heads, tokens] the stride of a head is the number of tokens, which changes.
+@triton.jit(do_not_specialize=["la_h", "lb_h"])
 def _merge_two_kernel(
     o_a, lse_a, o_b, lse_b, out, lse,
     a_t, a_h, a_d, la_t, la_h, b_t, b_h, b_d, lb_t, lb_h,

@@ -31,6 +31,8 @@ class Sizes(NamedTuple):
     dtype: torch.dtype
 
 
+CHANGING = ("rows", "positions", "layers")
+OF_A_MODEL = {"WINDOW", "QK", "V", "K_WIDTH", "V_WIDTH", "K_BLOCK", "V_BLOCK", "ROWS"}
 CASES = {
     "one-head": Sizes(3, 2, 7, 1, 1, 128, 128, torch.bfloat16),
     "windows": Sizes(2, 3, 33, 4, 2, 64, 64, torch.float16),
@@ -141,6 +143,21 @@ def test_interpreted_kernels(name: str, interpreted: dict[str, int]) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_compiled_kernels(name: str) -> None:
     assert differ(name, "cuda") == 0
+
+
+def test_no_length_of_a_prefix_compiles_a_kernel_anew() -> None:
+    """Rows, positions and the layers of one gather change while a server runs."""
+    pytest.importorskip("triton", reason="needs triton")
+    from sglang_dcp.ops import kv_rows_triton as kernels
+
+    for kernel in (kernels._pack_kernel, kernels._order_kernel):
+        changing = [p for p in kernel.params if p.name in CHANGING]
+        assert len(changing) >= 2
+        for parameter in changing:
+            assert parameter.do_not_specialize and not parameter.is_constexpr
+        # Sizes of the model and of its blocks.
+        constant = {p.name for p in kernel.params if p.is_constexpr}
+        assert constant <= OF_A_MODEL
 
 
 def test_wrong_arguments() -> None:
