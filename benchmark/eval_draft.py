@@ -37,12 +37,12 @@ from accepted_report import Drafted, accepted, faults, table
 from accuracy_report import FIRST
 from decode_layouts import Layout
 from distil_draft import STEPS
+from doors import add_tests
 from eval_accuracy import Size, server_flags
 from head_oracle import HeadOracle
 from live_servers import FAILURES, log_beside, say
 from real_text import Ids, Sample, draw_sample, split_chapters
 from sglang_dcp.demo.client import http_json
-from sglang_dcp.demo.server import ServerProcess
 from speculation_door import open_door
 from speculation_drafts import Speculation, flags_of
 
@@ -72,24 +72,24 @@ def serve(
     options: argparse.Namespace, layout: Layout | None, sample: Sample, door: Path
 ) -> list[Drafted]:
     """Ask one server; None is plain tp 1, which does not speculate."""
-    name, flags, env = FIRST, server_flags(options, layout), {}
-    kind: type[ServerProcess] = ServerProcess
+    from helpers import shared_gpus
+
+    name, flags, env, mps = FIRST, server_flags(options, layout), {}, None
     if layout:
         name = layout.name
         flags += flags_of(SPECULATION, "eagle3", options.draft)
         env = open_door(door, options.device, options.shared_by)
         if options.shared_by:
-            from helpers import shared_gpus
-
-            kind = shared_gpus.SharingServer
+            mps = shared_gpus.Mps()
             flags += shared_gpus.FLAGS.split()
-    with kind(
+    with shared_gpus.SharingServer(
         options.target,
         flags,
         log_path=log_beside(options.json, name),
         env={**env, "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0"},
         device=options.device,
         grace=0.0,
+        mps=mps,
     ) as server:
         say(f"{name}: ready after {server.wait_ready(options.ready_s):.0f} s")
         replies = ask(server.base_url, sample.prompts, options.size.new_tokens)
@@ -147,7 +147,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--new-tokens", type=int, default=64)
     options = parser.parse_args(argv)
     on_cpu = options.device == "cpu"
-    options.shared_by = 0 if on_cpu or options.tp <= gpus else options.tp
+    add_tests()
+    from helpers.shared_gpus import are_shared_by
+
+    shares = not on_cpu and are_shared_by(options.tp)
+    options.shared_by = options.tp if shares else 0
     options.json = options.json.absolute()
     options.target, options.draft = (
         (options.pair / name).absolute() for name in ("target", "draft")

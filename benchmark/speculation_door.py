@@ -20,10 +20,11 @@ def open_door(folder: Path, device: str, shared_by: int = 0) -> dict[str, str]:
     """
     add_tests()
     from helpers import shared_gpus, speculation
+    from helpers.doors import with_door
 
     source = speculation.DOOR
     if shared_by:
-        source = shared_gpus.sharing(source)
+        source = with_door(source, "shared_gpus")
     env = {
         **(shared_gpus.environment(shared_by) if shared_by else {}),
         **plugin_env(folder, "speculation_door", source),

@@ -277,7 +277,7 @@ def test_more_ranks_than_gpus_share_them(
     env = open_door(tmp_path / "door", "cuda", 2)
     assert env["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] == "50"
     folder = Path(env["PYTHONPATH"].split(os.pathsep)[0])
-    assert "NCCL_HOSTID" in (folder / "speculation_door.py").read_text()
+    assert "helpers.shared_gpus" in (folder / "speculation_door.py").read_text()
     alone = open_door(tmp_path / "alone", "cuda")
     assert "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE" not in alone
 

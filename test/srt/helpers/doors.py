@@ -17,5 +17,6 @@ def load():
 
 def with_door(plugin: str, door: str) -> str:
     """Return the source of `plugin`, which also opens `door`."""
+    assert "def load():" in plugin
     inner = plugin.replace("def load():", f"def load_before_{door}():")
     return inner + _OPENING.format(door=door)

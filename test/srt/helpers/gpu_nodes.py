@@ -7,42 +7,30 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from helpers.shared_gpus import OVER_SOCKETS, Mps, ranks_per_gpu
+from helpers.shared_gpus import OVER_SOCKETS, Mps, SharingServer, ranks_per_gpu
 from sglang_dcp.demo.server import ServerProcess, free_port
 
 
-class FirstNode(ServerProcess):
+class FirstNode(SharingServer):
     """Node 0, which has the HTTP server. The other nodes start and stop with it."""
 
     def __init__(
-        self,
-        *args: Any,
-        others: Sequence[ServerProcess],
-        mps: Mps | None,
-        **kwargs: Any,
+        self, *args: Any, others: Sequence[ServerProcess], **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.others, self._mps = tuple(others), mps
+        self.others = tuple(others)
 
-    def start(self) -> None:
-        if self._mps is not None:
-            self._mps.start()
-        try:
-            super().start()
-            for node in self.others:
-                node.start()
-        except BaseException:
-            self.stop()
-            raise
+    def start_launches(self) -> None:
+        super().start_launches()
+        for node in self.others:
+            node.start()
 
-    def stop(self) -> None:
+    def stop_launches(self) -> None:
         try:
-            super().stop()
+            super().stop_launches()
         finally:
             for node in self.others:
                 node.stop()
-            if self._mps is not None:
-                self._mps.stop()
 
 
 def make_nodes(

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from helpers import gpu_checkpoints, shared_gpus, teacher_forcing
+from helpers.doors import with_door
 from helpers.gpu_nodes import make_nodes
 from helpers.servers import READY_SECONDS, plugin_folder
 from helpers.teacher_forcing import CountedReply
@@ -145,7 +146,7 @@ def make_server(spec: Spec, folder: Path) -> ServerProcess:
     """Not started yet; its log and its plugin lie in `folder`, under its name."""
     own = folder / spec.name
     own.mkdir()
-    source = shared_gpus.sharing(spec.plugin) if spec.shares else spec.plugin
+    source = with_door(spec.plugin, "shared_gpus") if spec.shares else spec.plugin
     plugin = plugin_folder(own, "forced_tokens", source)["PYTHONPATH"]
     path = os.pathsep.join(filter(None, (plugin, os.environ.get("PYTHONPATH"))))
     # What this machine needs, whatever the case (`benchmark/run_gpu.sh`).
@@ -165,8 +166,10 @@ def make_server(spec: Spec, folder: Path) -> ServerProcess:
     options: dict[str, Any] = dict(
         log_path=own / "server.log", env=env, grace=0.0, device="cuda"
     )
-    kind = shared_gpus.SharingServer if spec.shares else ServerProcess
-    return kind(model, flags.split(), **options)
+    if spec.shares:
+        mps = shared_gpus.Mps()
+        return shared_gpus.SharingServer(model, flags.split(), mps=mps, **options)
+    return ServerProcess(model, flags.split(), **options)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -32,31 +32,6 @@ FLAGS = "--disable-custom-all-reduce"
 # An MPS that cannot serve says so and ends. Its clients would run by turns then.
 ENDS_EARLY_S = 0.5
 OVER_SOCKETS = {"NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"}
-
-_SHARING = """
-
-def place_process(original, *args, ranks=None, **kwargs):
-    import os
-
-    import msgspec
-    import torch
-
-    if ranks is not None and ranks.gpu_id is not None:
-        launch = os.environ.get("NCCL_HOSTID", "")
-        os.environ["NCCL_HOSTID"] = f"{launch}-rank-{ranks.gpu_id}"
-        shared = ranks.gpu_id % torch.cuda.device_count()
-        ranks = msgspec.structs.replace(ranks, gpu_id=shared)
-    return original(*args, ranks=ranks, **kwargs)
-
-
-def load():
-    load_before_sharing()
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
-    HookRegistry.register(
-        "sglang.srt.runtime_context.publish", place_process, HookType.AROUND
-    )
-"""
 
 
 def ranks_per_gpu() -> int:
@@ -85,10 +60,27 @@ def environment(ranks: int, nodes: int = 1) -> dict[str, str]:
     return own
 
 
-def sharing(plugin: str) -> str:
-    """Return the source of `plugin`, which also lets ranks share the GPUs."""
-    assert "def load():" in plugin
-    return plugin.replace("def load():", "def load_before_sharing():") + _SHARING
+def open_door() -> None:
+    """Let the ranks of this process's server share GPUs (`helpers.doors`)."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    HookRegistry.register(
+        "sglang.srt.runtime_context.publish", place_process, HookType.AROUND
+    )
+
+
+def place_process(
+    original: Callable[..., Any], *args: Any, ranks: Any = None, **kwargs: Any
+) -> Any:
+    """Hook: give a rank a GPU that is there, and make it a host of its own for NCCL."""
+    import msgspec
+
+    if ranks is not None and ranks.gpu_id is not None:
+        launch = os.environ.get("NCCL_HOSTID", "")
+        os.environ["NCCL_HOSTID"] = f"{launch}-rank-{ranks.gpu_id}"
+        shared = ranks.gpu_id % torch.cuda.device_count()
+        ranks = msgspec.structs.replace(ranks, gpu_id=shared)
+    return original(*args, ranks=ranks, **kwargs)
 
 
 class Mps:
@@ -125,22 +117,33 @@ class Mps:
 
 
 class SharingServer(ServerProcess):
-    """A server whose ranks share GPUs, with an MPS of its own."""
+    """A server, and the MPS of its own that it has if its ranks share GPUs."""
 
-    def __init__(self, *args: Any, env: Mapping[str, str], **kwargs: Any) -> None:
-        self._mps = Mps()
-        super().__init__(*args, env={**env, **self._mps.environment}, **kwargs)
+    def __init__(
+        self, *args: Any, mps: Mps | None, env: Mapping[str, str], **kwargs: Any
+    ) -> None:
+        self._mps = mps
+        shared = mps.environment if mps is not None else {}
+        super().__init__(*args, env={**env, **shared}, **kwargs)
 
     def start(self) -> None:
-        self._mps.start()
+        if self._mps is not None:
+            self._mps.start()
         try:
-            super().start()
+            self.start_launches()
         except BaseException:
-            self._mps.stop()
+            self.stop()
             raise
 
     def stop(self) -> None:
         try:
-            super().stop()
+            self.stop_launches()
         finally:
-            self._mps.stop()
+            if self._mps is not None:
+                self._mps.stop()
+
+    def start_launches(self) -> None:
+        super().start()
+
+    def stop_launches(self) -> None:
+        super().stop()

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from helpers import gpu_checkpoints, shared_gpus, teacher_forcing
+from helpers.doors import with_door
 from helpers.gpu_nodes import make_nodes
 from helpers.gpu_servers import Spec, make_server
 from helpers.nccl_ranks import needs_gpus
@@ -98,6 +99,10 @@ class Ranks(msgspec.Struct, frozen=True):
     gpu_id: int | None
 
 
+def sharing(plugin: str) -> str:
+    return with_door(plugin, "shared_gpus")
+
+
 def loaded(source: str) -> dict[str, Any]:
     names: dict[str, Any] = {}
     exec(compile(source, "plugin", "exec"), names)
@@ -109,20 +114,20 @@ def test_the_plugin_loads_what_it_had_first(monkeypatch: pytest.MonkeyPatch) -> 
 
     order: list[Any] = []
     monkeypatch.setattr(HookRegistry, "register", lambda *hook: order.append(hook))
-    names = loaded(shared_gpus.sharing("def load():\n    order.append('own')\n"))
+    names = loaded(sharing("def load():\n    order.append('own')\n"))
     names["order"] = order
     names["load"]()
     target = "sglang.srt.runtime_context.publish"
-    assert order == ["own", (target, names["place_process"], HookType.AROUND)]
+    assert order == ["own", (target, shared_gpus.place_process, HookType.AROUND)]
 
 
 def test_every_plugin_of_gpu_servers_can_share() -> None:
     for source in (teacher_forcing.PLUGIN, teacher_forcing.NO_PLUGIN):
-        both = shared_gpus.sharing(source)
+        both = sharing(source)
         compile(both, "plugin", "exec")
         assert both.count("def load():") == 1
     with pytest.raises(AssertionError):
-        shared_gpus.sharing("def loads(): ...")
+        sharing("def loads(): ...")
 
 
 @pytest.mark.parametrize("launch", ["", "node-1"])
@@ -130,7 +135,7 @@ def test_each_rank_is_a_host_for_nccl_and_has_a_gpu_that_is_there(
     launch: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine(2, 2)
-    place = loaded(shared_gpus.sharing("def load(): ..."))["place_process"]
+    place = shared_gpus.place_process
 
     def published(role: str, *, ranks: Ranks | None) -> tuple[str, Ranks | None]:
         return role, ranks
@@ -182,7 +187,7 @@ def test_ranks_that_share_a_gpu_have_an_mps_of_their_server(
     pipe = Path(server._env["CUDA_MPS_PIPE_DIRECTORY"])
     assert len(f"{pipe}/control_privileged") < 108 and not pipe.exists()
     plugin = tmp_path / "two" / "forced_tokens.py"
-    assert "place_process" in plugin.read_text()
+    assert plugin.read_text() == sharing(SPEC.plugin)
 
 
 def test_ranks_with_gpus_of_their_own_have_none(
