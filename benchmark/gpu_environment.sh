@@ -17,3 +17,5 @@ if [[ -n $overlay ]]; then
 fi
 # By default in /tmp, from where `caches` would not take it.
 export TORCHINDUCTOR_CACHE_DIR=$HOME/.cache/torchinductor
+# As of 0.5.23 SGLang has FlashInfer look elsewhere than CACHE was unpacked to.
+export FLASHINFER_WORKSPACE_BASE=$HOME

@@ -22,6 +22,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -74,13 +75,27 @@ def place_process(
 ) -> Any:
     """Hook: give a rank a GPU that is there, and make it a host of its own for NCCL."""
     import msgspec
+    from sglang.srt.platforms import current_platform
 
     if ranks is not None and ranks.gpu_id is not None:
         launch = os.environ.get("NCCL_HOSTID", "")
         os.environ["NCCL_HOSTID"] = f"{launch}-rank-{ranks.gpu_id}"
+        uuid = partial(uuid_of, ranks.gpu_id)
+        setattr(current_platform, "get_device_uuid", lambda device: uuid())
         shared = ranks.gpu_id % torch.cuda.device_count()
         ranks = msgspec.structs.replace(ranks, gpu_id=shared)
     return original(*args, ranks=ranks, **kwargs)
+
+
+def uuid_of(rank: int) -> str:
+    """Return the UUID by which SGLang knows the GPU of a rank.
+
+    Ranks that share a GPU have UUIDs of their own. SGLang tells ranks apart by them
+    (`helpers.weight_updates.from_ipc`).
+    """
+    device = rank % torch.cuda.device_count()
+    uuid = str(torch.cuda.get_device_properties(device).uuid)
+    return uuid if device == rank else f"{uuid}-rank-{rank}"
 
 
 class Mps:
@@ -117,14 +132,21 @@ class Mps:
 
 
 class SharingServer(ServerProcess):
-    """A server, and the MPS of its own that it has if its ranks share GPUs."""
+    """A server, and the MPS of its own that it has if its ranks share GPUs.
+
+    Attributes
+    ----------
+    shared_environment : dict
+        What a process needs to share memory of the GPU with its ranks.
+    """
 
     def __init__(
         self, *args: Any, mps: Mps | None, env: Mapping[str, str], **kwargs: Any
     ) -> None:
         self._mps = mps
-        shared = mps.environment if mps is not None else {}
-        super().__init__(*args, env={**env, **shared}, **kwargs)
+        self.shared_environment = mps.environment if mps is not None else {}
+        env = {**env, **self.shared_environment}
+        super().__init__(*args, env=env, **kwargs)
 
     def start(self) -> None:
         if self._mps is not None:

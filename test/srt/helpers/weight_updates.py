@@ -8,6 +8,9 @@ imports come with SGLang.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,15 +19,15 @@ from pathlib import Path
 from urllib.error import HTTPError
 
 import pytest
-import torch
 
-from helpers import ipc_weights, teacher_forcing
+from helpers import ipc_weights, shared_gpus, teacher_forcing
 from helpers.generate import flush_cache
 from helpers.gpu_cases import TP2_DCP2
 from helpers.gpu_servers import Spec, make_server
 from helpers.ipc_weights import Named, Shared
 from helpers.servers import READY_SECONDS
 from sglang_dcp.demo.client import http_json
+from sglang_dcp.demo.server import ServerProcess
 from sglang_dcp.releases.installed import in_range, sglang_version
 
 Update = Callable[[str, Path], None]
@@ -65,9 +68,11 @@ def from_tensors(base_url: str, checkpoint: Path) -> None:
 def from_ipc(base_url: str, checkpoint: Path) -> None:
     """In several buckets, as checkpoint-engine sends them. Each rank reads its own GPU."""
     named = stored(checkpoint)
-    room, of = ipc_weights.room(named), torch.cuda.get_device_properties
-    ranks = range(TP2_DCP2.tp_size)
-    shared = {f"GPU-{of(r).uuid}": ipc_weights.on_gpu(r, room) for r in ranks}
+    room = ipc_weights.room(named)
+    shared = {
+        f"GPU-{shared_gpus.uuid_of(rank)}": ipc_weights.on_gpu(rank, room)
+        for rank in range(TP2_DCP2.tp_size)
+    }
     send_over_ipc(base_url, named, shared)
 
 
@@ -134,6 +139,23 @@ UPDATES = (
 )
 
 
+def send(update: Update, server: ServerProcess, checkpoint: Path) -> None:
+    """Run `update` in a process of its own, which can share memory with the ranks.
+
+    Raises
+    ------
+    subprocess.CalledProcessError
+        The update failed. What it says is in the output of the test.
+    """
+    shared = getattr(server, "shared_environment", {})
+    command = [sys.executable, "-m", __name__, update.__name__]
+    subprocess.run(
+        [*command, server.base_url, str(checkpoint)],
+        env={**os.environ, **shared},
+        check=True,
+    )
+
+
 def assert_answers_as_loaded(
     old: Spec, new: Spec, update: Update, folder: Path
 ) -> None:
@@ -145,10 +167,15 @@ def assert_answers_as_loaded(
         before = teacher_forcing.ask(updated.base_url, waves)
         # An update that finds the last request not yet put away fails.
         flush_cache(updated.base_url)
-        update(updated.base_url, new.checkpoint(folder))
+        send(update, updated, new.checkpoint(folder))
         after = teacher_forcing.ask(updated.base_url, waves)
         wanted = teacher_forcing.ask(loaded.base_url, waves)
     far, near = (teacher_forcing.distance(found, wanted) for found in (before, after))
     print(f"{old.kind}, {update.__name__}: |d logprob| before {far}; after {near}")
     assert near.mean < far.mean / 100
     assert near.worst_request < far.worst_request / 20
+
+
+if __name__ == "__main__":
+    name, url, new_weights = sys.argv[1:]
+    globals()[name](url, Path(new_weights))
