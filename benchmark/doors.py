@@ -15,7 +15,12 @@ from pathlib import Path
 from decode_layouts import Layout
 
 # Doors of what is off until it was timed.
-TIMED = ("prefill_groups_door", "short_prefill_door", "chain_steps_door")
+TIMED = (
+    "prefill_groups_door",
+    "short_prefill_door",
+    "chain_steps_door",
+    "latents_in_graphs_door",
+)
 # Ends the names of layouts whose servers open doors.
 OPENED = "+doors"
 TESTS = Path(__file__).resolve().parent.parent / "test" / "srt"

@@ -30,7 +30,7 @@ def model_config_from_server_args(
         if config.replicate_q_proj:
             check_replicated_q(model, server_args.device)
         scale_kv_heads(model, config)
-        if needs_eager_prefill(model, config):
+        if needs_eager_prefill(model, config, server_args):
             drop_prefill_graphs(server_args)
     return model
 

@@ -236,7 +236,7 @@ def finish(args: Any) -> None:
     check_experts_of(resolved, (model.hf_config.architectures or ["?"])[0])
     _check_replicas(args.dcp, Replicas(*api.attention_replicas(resolved)))
     _check_draft_model(args, resolved)
-    eager_model = needs_eager_prefill(model, args.dcp)
+    eager_model = needs_eager_prefill(model, args.dcp, resolved)
     _settle_prefill_graphs(args, resolved, eager_model=eager_model)
     _keep_nccl_graph_mixing(resolved, args.dcp)
     page_size = resolved.page_size or 1

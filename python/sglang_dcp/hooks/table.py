@@ -257,6 +257,14 @@ HOOKS: tuple[Hook, ...] = (
             for verb, what in (("set", "write"), ("get", "read"))
         ),
         Hook(
+            "mla-eager-region",
+            f"{_SRT}.models.deepseek_v2.DeepseekV2AttentionMLA.forward",
+            Kind.AROUND,
+            "sglang_dcp.layers.mla.eager_region:attention_forward",
+            "a prefill graph would replay the form of its capture, whatever the prefix",
+            since="0.5.23",
+        ),
+        Hook(
             "metrics-start",
             f"{_SRT}.managers.scheduler.Scheduler.init_metrics_reporter",
             Kind.AFTER,

@@ -191,9 +191,13 @@ class ShortPrefill:
         return width if self.rule.chain_is_faster(rows, prefix, width) else None
 
     def _is_eager(self, batch: ForwardBatch) -> bool:
-        """Whether no prefill graph fits; for latents there is none."""
+        """Whether the launches are those of an eager prefill: no prefill graph fits.
+
+        The attention of latents is outside of such a graph, with most of the launches.
+        """
         graphs = self._runner.prefill_cuda_graph_runner
-        return graphs is None or not graphs.can_run_graph(batch)
+        latents = is_mla(self._runner.model_config)
+        return latents or graphs is None or not graphs.can_run_graph(batch)
 
 
 def is_plain(batch: ForwardBatch) -> bool:

@@ -2,7 +2,8 @@
 
 SGLang 0.5.23 cuts a breakable graph at each attention layer. Attention then runs eagerly
 between two segments, with the metadata of the real batch. So DCP attention over K/V heads
-runs there as in an eager prefill. All other servers prefill eagerly.
+runs there as in an eager prefill. For latents, DCP cuts around the attention module
+(`layers/mla/eager_region.py`). All other servers prefill eagerly.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from sglang_dcp.support.rules import Value, above, below, given, other_graph
 
 # Attention backends whose servers with prefill graphs were compared with tp 1 on GPUs.
 SERVED = frozenset({"fa3", "flashinfer", "triton"})
+# The same of models with latents.
+SERVED_LATENTS: frozenset[str] = frozenset()
 
 # First release whose breakable graphs run attention with the metadata of the real batch.
 _SINCE = "0.5.23"
@@ -34,10 +37,13 @@ class EagerPrefill(NamedTuple):
     reason: str
 
 
-def _unserved_backend(args: Any) -> Optional[str]:
+def _named_backends(args: Any) -> frozenset[str]:
     """A backend that is not chosen yet may turn out to be served."""
-    named = {args.attention_backend, args.prefill_attention_backend} - {None}
-    return min(named - SERVED, default=None)
+    return frozenset({args.attention_backend, args.prefill_attention_backend} - {None})
+
+
+def _unserved_backend(args: Any) -> Optional[str]:
+    return min(_named_backends(args) - SERVED, default=None)
 
 
 def _replicas(args: Any) -> Optional[int]:
@@ -110,15 +116,17 @@ EAGER_PREFILL: tuple[EagerPrefill, ...] = (
 )
 
 
-def needs_eager_prefill(model: Any, config: DcpConfig) -> bool:
-    """Whether a model prefills eagerly, whatever the server arguments say.
+def needs_eager_prefill(model: Any, config: DcpConfig, args: Any) -> bool:
+    """Whether a server prefills eagerly because of its model.
 
-    SGLang chooses the form of a prefill of latents in Python, which a segment would freeze.
-    Quantized weights with a replicated Q projection were not compared in such graphs.
-    `model` is SGLang's `ModelConfig`.
+    Latents, and quantized weights with a replicated Q projection, were not compared in such
+    graphs. `model` is SGLang's `ModelConfig`, `args` a `ServerArgs`, resolved or not.
     """
-    quantized = format_of(model) is not None
-    return is_mla(model) or (config.replicate_q_proj and quantized)
+    if config.replicate_q_proj and format_of(model) is not None:
+        return True
+    if not is_mla(model):
+        return False
+    return not SERVED_LATENTS or bool(_named_backends(args) - SERVED_LATENTS)
 
 
 def keeps_prefill_graphs(

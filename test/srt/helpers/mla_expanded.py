@@ -13,11 +13,13 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple, Optional
 from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from helpers.attention_oracle import (
     Served,
@@ -31,8 +33,14 @@ from helpers.attention_oracle import (
 from helpers.backend_groups import merge_all
 from helpers.backend_ranks import Case, Rank, real_backend, sglang_context
 from helpers.parallel import attention_width
+from helpers.prefill_graph import (
+    HAS_PREFILL_GRAPHS,
+    padded,
+    replay,
+    static_batch,
+)
 from sglang_dcp.distributed.exchange.base import mask_empty_rows
-from sglang_dcp.layers.mla import dispatch
+from sglang_dcp.layers.mla import dispatch, eager_region
 from sglang_dcp.layers.mla.form import PrefillForm, expanded_form
 from sglang_dcp.layers.mla.groups import Groups
 
@@ -69,7 +77,8 @@ class Prefill:
     """A case; `capacity` is how many positions a prefix chunk has at most.
 
     Each batch ends with `padding` tokens of no request, as DP attention has it. Requests
-    that `in_place` names keep their prefix in place, in a prefill by group.
+    that `in_place` names keep their prefix in place, in a prefill by group. With `replayed`,
+    attention is an eager region of a prefill graph, whose rows are so many more.
     """
 
     backend: str
@@ -83,6 +92,7 @@ class Prefill:
     capacity: int = 1 << 17
     padding: int = 0
     in_place: str = ""
+    replayed: int = 0
 
     @property
     def case(self) -> Case:
@@ -182,6 +192,7 @@ def deepseek(rank: Rank, prefill: Prefill, truth: Truth) -> Any:
     module: Any = Attention()
     sizes, heads = prefill.sizes, rank.local_heads
     module.num_local_heads, module.kv_lora_rank = heads, sizes.latent
+    module.q_lora_rank = None
     module.qk_nope_head_dim, module.qk_rope_head_dim = sizes.nope, sizes.rope
     module.qk_head_dim, module.v_head_dim = sizes.nope + sizes.rope, sizes.v
     module.current_attention_backend = prefill.backend
@@ -377,40 +388,82 @@ class Group:
         batch: Any,
         stays: Sequence[bool] = (),
     ) -> Tensor:
-        """From behind the projections of `forward_normal_prepare` on."""
+        """[tokens, local heads, v_dim] of a rank, in a prefill graph or not."""
         from sglang.srt.model_executor.forward_context import (
             ForwardContext,
             forward_context,
         )
 
+        hidden = torch.cat([q.flatten(1), latent, rope], -1)
+        attend = partial(self._attend, rank, stays)
+        with forward_context(ForwardContext(rank.backend)):
+            rank.backend.init_forward_metadata(batch)
+            if self.prefill.replayed:
+                out = self._replay(rank, attend, module, hidden, batch)
+            else:
+                out = attend(module, None, hidden, batch, None)
+        sizes = rank.local_heads, self.prefill.sizes.v
+        return out[:, : math.prod(sizes)].view(-1, *sizes)
+
+    def _replay(
+        self,
+        rank: Rank,
+        attend: Callable[..., Tensor],
+        module: Any,
+        hidden: Tensor,
+        batch: Any,
+    ) -> Tensor:
+        """The rows of `hidden` from between two segments, which have more."""
+        tokens = len(hidden)
+        rows = tokens + self.prefill.replayed
+        static = static_batch(batch, rows)
+        positions = torch.zeros(rows, dtype=torch.int64, device=hidden.device)
+        given = module, positions, padded(hidden, rows), static, None
+        with replay(rank.backend, static):
+            out: Tensor = eager_region.attention_forward(attend, *given)
+        assert not out[tokens:].any()
+        return out[:tokens]
+
+    def _attend(
+        self,
+        rank: Rank,
+        stays: Sequence[bool],
+        module: Any,
+        positions: Optional[Tensor],
+        hidden: Tensor,
+        batch: Any,
+        zero_allocator: Any,
+    ) -> Tensor:
+        """As the attention module, from behind its projections on. As wide as `hidden`."""
         sizes = self.prefill.sizes
+        dims = sizes.heads * (sizes.nope + sizes.rope), sizes.latent, sizes.rope
+        q, latent, rope = hidden.split(dims, dim=-1)
         latent = latent.clone()
         # As in SGLang, views of wider rows.
         k_pe = torch.cat([latent, rope], -1)[:, None, sizes.latent :]
-        with forward_context(ForwardContext(rank.backend)):
-            rank.backend.init_forward_metadata(batch)
-            # As the hook of the forward method does, and then the method.
-            form = expanded_form(dispatch.prefill_batch(batch))
-            if any(stays):
-                form = PrefillForm.BY_GROUP
-                groups = Groups(stays, 0.0)
-                rank.backend.prefill.prepare_groups(batch, module, lambda: groups)
-            else:
-                rank.backend.prefill.prepare(batch, form)
-            if form is PrefillForm.ONE_SHOT:
-                batch.mha_one_shot, core = True, module.forward_normal_one_shot_core
-            else:
-                core = module.forward_normal_chunked_kv_core
-            module._set_mla_kv_buffer(None, latent, k_pe, batch)
-            if batch.mha_one_shot:
-                latent, k_pe = module._get_mla_kv_buffer(
-                    batch.fetch_mha_one_shot_kv_indices(), q.dtype, batch
-                )
-            kv = module.kv_b_proj(latent)[0].view(len(latent), rank.local_heads, -1)
-            k_nope, v = kv.split([sizes.nope, sizes.v], dim=-1)
-            k = module._concat_and_cast_mha_k(k_nope, k_pe, batch)
-            out = core(q[:, rank.own].contiguous(), k, v, batch)
-        return out.view(len(q), rank.local_heads, sizes.v)
+        # As the hook of the forward method does, and then the method.
+        form = expanded_form(dispatch.prefill_batch(batch))
+        if any(stays):
+            form = PrefillForm.BY_GROUP
+            groups = Groups(stays, 0.0)
+            rank.backend.prefill.prepare_groups(batch, module, lambda: groups)
+        else:
+            rank.backend.prefill.prepare(batch, form)
+        if form is PrefillForm.ONE_SHOT:
+            batch.mha_one_shot, core = True, module.forward_normal_one_shot_core
+        else:
+            core = module.forward_normal_chunked_kv_core
+        module._set_mla_kv_buffer(None, latent, k_pe, batch)
+        if batch.mha_one_shot:
+            latent, k_pe = module._get_mla_kv_buffer(
+                batch.fetch_mha_one_shot_kv_indices(), q.dtype, batch
+            )
+        kv = module.kv_b_proj(latent)[0].view(len(latent), rank.local_heads, -1)
+        k_nope, v = kv.split([sizes.nope, sizes.v], dim=-1)
+        k = module._concat_and_cast_mha_k(k_nope, k_pe, batch)
+        q = q.view(len(q), sizes.heads, -1)
+        out = core(q[:, rank.own].contiguous(), k, v, batch)
+        return pad(out.flatten(1), (0, hidden.shape[1] - out[0].numel()))
 
     def _check_pools(self) -> None:
         """Every position that a rank owns lies at its slot, bit for bit."""
@@ -442,6 +495,7 @@ def surroundings(prefill: Prefill) -> Iterator[None]:
         sglang_context(prefill.device, **prefill.case.arguments),
         attention_width(prefill.dcp_size),
         mock.patch.object(dispatch, "find_context", object),
+        mock.patch.object(eager_region, "find_context", object),
         mock.patch.dict("os.environ", {CAPACITY: str(prefill.capacity)}),
     ):
         yield
@@ -479,4 +533,8 @@ def cases_of(base: Prefill, capacity: int) -> dict[str, Prefill]:
     # In one shot and in prefix chunks.
     for most in (base.capacity, capacity):
         named[f"padded-{most}"] = replace(base, padding=3, capacity=most)
+        if HAS_PREFILL_GRAPHS:
+            replayed = replace(base, replayed=5, capacity=most)
+            named[f"in-graph-{most}"] = replayed
+            named[f"in-graph-by-group-{most}"] = replace(replayed, in_place="abfc")
     return named

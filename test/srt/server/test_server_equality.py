@@ -19,6 +19,7 @@ import pytest
 
 from helpers import request_set
 from helpers.doors import with_door
+from helpers.latents_in_graphs_door import tokens_in
 from helpers.servers import plugin_folder, server
 from helpers.short_prefill_door import chains_in, steps_in
 from sglang_dcp.demo.client import Reply, http_json, open_local
@@ -76,6 +77,7 @@ def load():
     kv_prefill.choose_kv_form = lambda requests, sizes: KvForm.IN_PLACE
 """,
     "chain": with_door("def load(): ...\n", "chain_steps_door"),
+    "in-graph": with_door("def load(): ...\n", "latents_in_graphs_door"),
 }
 
 CASES = {
@@ -128,6 +130,7 @@ CASES = {
         "--tp 2 --dcp-size 2 --dcp-replicate-q-proj --page-size 4 "
         "--chunked-prefill-size 64 --enable-mixed-chunk",
         page_size=4,
+        form="in-graph",
     ),
     "mla-glm-tp2-dcp2-a2a-replicated-chunk64": Case(
         "mla-glm",
@@ -229,6 +232,9 @@ def test_equal_to_tp1(
         assert sum(steps_in(log)) >= sum(_new_tokens(replies))
         # Requests alone are chains, requests at once are rows.
         assert 0 < len(chains_in(log)) < len(steps_in(log))
+    if case.form == "in-graph":
+        # A line for each layer.
+        assert sum(tokens_in(log)) >= 2 * sum(_new_tokens(replies))
     print(f"max |d logprob| {request_set.max_difference(replies, want.replies):.2e}")
 
 

@@ -161,7 +161,23 @@ def test_models_that_prefill_eagerly(
         hf_config=SimpleNamespace(),
     )
     config = DcpConfig(Layout(4, 2), replicate_q_proj=replicated)
-    assert needs_eager_prefill(model, config) == eager
+    assert needs_eager_prefill(model, config, fine()) == eager
+
+
+@pytest.mark.parametrize(
+    "named, eager", [("fa3", False), (None, False), ("flashinfer", True)]
+)
+def test_latents_in_graphs_where_they_are_served(
+    named: Any, eager: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sglang.srt.configs.model_config import AttentionArch
+
+    monkeypatch.setattr(prefill_graphs, "SERVED_LATENTS", frozenset({"fa3"}))
+    model = SimpleNamespace(
+        attention_arch=AttentionArch.MLA, quantization=None, hf_config=None
+    )
+    args = fine(attention_backend=named)
+    assert needs_eager_prefill(model, DcpConfig(Layout(4, 2)), args) == eager
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -346,7 +362,7 @@ def test_the_hook_of_the_model_config_tells_the_kind_of_attention(
     monkeypatch.setattr(heads, "is_scaled", lambda model: False)
     monkeypatch.setattr(heads, "scale_kv_heads", lambda model, config: None)
     monkeypatch.setattr(
-        prefill_graphs, "needs_eager_prefill", lambda model, config: model == "latents"
+        prefill_graphs, "needs_eager_prefill", lambda model, *_: model == "latents"
     )
     for model in ("heads", "latents"):
         args = fine()

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from sglang.srt.configs.model_config import AttentionArch
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.model_executor.forward_batch_info import (
     CaptureHiddenMode,
@@ -292,6 +293,7 @@ def with_graphs(most: int, *, prefill: bool = True) -> Any:
     return SimpleNamespace(
         decode_cuda_graph_runner=Graphs(most),
         prefill_cuda_graph_runner=PrefillGraphs(prefill),
+        model_config=SimpleNamespace(attention_arch=AttentionArch.MHA),
     )
 
 
@@ -328,6 +330,10 @@ def test_the_rule_hears_whether_a_prefill_graph_fits() -> None:
         assert (short.step_of(batch) is None) == fits
     runner = with_graphs(64)
     runner.prefill_cuda_graph_runner = None
+    assert ShortPrefill(runner, Rule(QUARTER, lambda b: 0.0)).step_of(batch)
+    # The attention of latents is launched eagerly, whatever fits.
+    runner = with_graphs(64)
+    runner.model_config.attention_arch = AttentionArch.MLA
     assert ShortPrefill(runner, Rule(QUARTER, lambda b: 0.0)).step_of(batch)
 
 
