@@ -53,6 +53,7 @@ from helpers.gpu_cases import (
     chosen_kinds,
     exchange_case,
     fleet_fixture,
+    marks_of,
     params,
 )
 from helpers.gpu_servers import Fleet, Run, Spec, run_fleet, selected
@@ -338,7 +339,7 @@ def drafters(
 @pytest.mark.parametrize(
     "draft",
     [
-        pytest.param(draft, id=draft.name, marks=needs_gpus(draft.ours.gpus))
+        pytest.param(draft, id=draft.name, marks=marks_of(draft.ours))
         for draft in draftings()
     ],
 )

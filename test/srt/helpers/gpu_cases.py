@@ -202,9 +202,15 @@ def behind_door(case: Case, *doors: str) -> Case:
 def params(cases: Iterable[Case]) -> list[object]:
     """For `pytest.mark.parametrize`: named, skipped where GPUs are too few."""
     return [
-        pytest.param(case, id=case.name, marks=needs_gpus(case.spec.gpus))
-        for case in cases
+        pytest.param(case, id=case.name, marks=marks_of(case.spec)) for case in cases
     ]
+
+
+def marks_of(spec: Spec) -> list[pytest.MarkDecorator]:
+    """Skip where its server cannot run."""
+    reason = "needs a GPU for each rank: FlashInfer's kernel for latents"
+    own = pytest.mark.skipif(spec.needs_own_gpus, reason=reason)
+    return [needs_gpus(spec.gpus), own]
 
 
 def servers_of(cases: Iterable[Case]) -> list[Spec]:

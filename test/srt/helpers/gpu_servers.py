@@ -87,12 +87,22 @@ class Spec:
         return int(found[1])
 
     def can_run(self) -> bool:
-        return self.gpus <= shared_gpus.places()
+        return self.gpus <= shared_gpus.places() and not self.needs_own_gpus
 
     @property
     def shares(self) -> bool:
         """Whether its ranks share GPUs of this machine."""
         return shared_gpus.are_shared_by(self.gpus)
+
+    @property
+    def needs_own_gpus(self) -> bool:
+        """Whether it cannot be relied on here, because its ranks share GPUs.
+
+        FlashInfer attends to latents with a cooperative kernel, whose blocks all run at once
+        or not at all. A kernel of a peer that waits may hold room that it needs.
+        """
+        cooperative = "--attention-backend flashinfer" in self.flags
+        return self.shares and cooperative and self.kind.startswith("mla")
 
     def checkpoint(self, folder: Path) -> Path:
         """Its model, written into `folder` if not there."""

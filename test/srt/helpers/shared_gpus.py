@@ -22,7 +22,6 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import partial
 from typing import Any
 
 import torch
@@ -80,8 +79,8 @@ def place_process(
     if ranks is not None and ranks.gpu_id is not None:
         launch = os.environ.get("NCCL_HOSTID", "")
         os.environ["NCCL_HOSTID"] = f"{launch}-rank-{ranks.gpu_id}"
-        uuid = partial(uuid_of, ranks.gpu_id)
-        setattr(current_platform, "get_device_uuid", lambda device: uuid())
+        rank = ranks.gpu_id
+        setattr(current_platform, "get_device_uuid", lambda device: uuid_of(rank))
         shared = ranks.gpu_id % torch.cuda.device_count()
         ranks = msgspec.structs.replace(ranks, gpu_id=shared)
     return original(*args, ranks=ranks, **kwargs)

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -18,6 +19,7 @@ import torch
 
 from helpers import gpu_checkpoints, shared_gpus, teacher_forcing
 from helpers.doors import with_door
+from helpers.gpu_cases import marks_of
 from helpers.gpu_nodes import make_nodes
 from helpers.gpu_servers import Spec, make_server
 from helpers.nccl_ranks import needs_gpus
@@ -130,22 +132,30 @@ def test_every_plugin_of_gpu_servers_can_share() -> None:
         sharing("def loads(): ...")
 
 
+@needs_sglang("0.5.23", "older releases publish no place of a process")
 @pytest.mark.parametrize("launch", ["", "node-1"])
 def test_each_rank_is_a_host_for_nccl_and_has_a_gpu_that_is_there(
     launch: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from sglang.srt.platforms import current_platform
+
     machine(2, 2)
+    gpus = [SimpleNamespace(uuid=name) for name in ("A", "B")]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", gpus.__getitem__)
+    monkeypatch.setattr(current_platform, "get_device_uuid", None, raising=False)
     place = shared_gpus.place_process
 
     def published(role: str, *, ranks: Ranks | None) -> tuple[str, Ranks | None]:
         return role, ranks
 
-    hosts = set()
+    hosts, uuids = set(), []
     for rank, gpu in enumerate((0, 1, 0, 1)):
         monkeypatch.setenv("NCCL_HOSTID", launch)
         found = place(published, "scheduler", ranks=Ranks(rank, rank))
         assert found == ("scheduler", Ranks(rank, gpu))
         hosts.add(os.environ["NCCL_HOSTID"])
+        uuids.append(current_platform.get_device_uuid(gpu))
+    assert uuids == ["A", "B", "A-rank-2", "B-rank-3"]
     assert len(hosts) == 4 and all(host.startswith(launch) for host in hosts)
     # A process without a GPU, such as the tokenizer's.
     for ranks in (None, Ranks(0, None)):
@@ -162,6 +172,24 @@ def test_sglang_publishes_the_place_that_the_plugin_changes() -> None:
     assert "SpawnRanks" in str(annotations["ranks"])
     ranks = runtime_context.SpawnRanks(3, gpu_id=3)
     assert msgspec.structs.replace(ranks, gpu_id=1).gpu_id == 1
+
+
+@pytest.mark.parametrize(
+    "kind, backend, own",
+    [
+        ("mla-v3-d512", "flashinfer", True),
+        ("mla-v3-d512", "fa3", False),
+        ("llama-2kv-d128", "flashinfer", False),
+    ],
+)
+def test_a_cooperative_kernel_needs_gpus_of_its_own(
+    kind: str, backend: str, own: bool, machine: Machine
+) -> None:
+    spec = Spec("", kind, f"--tp 2 --attention-backend {backend}")
+    for gpus in (1, 2):
+        machine(gpus, 2)
+        skips = [mark.args[0] for mark in marks_of(spec)]
+        assert any(skips) == (not spec.can_run()) == (own and gpus == 1)
 
 
 def server_of(spec: Spec, folder: Path, patch: pytest.MonkeyPatch) -> ServerProcess:
