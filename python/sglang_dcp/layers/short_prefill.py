@@ -193,7 +193,8 @@ class ShortPrefill:
     def _is_eager(self, batch: ForwardBatch) -> bool:
         """Whether the launches are those of an eager prefill: no prefill graph fits.
 
-        The attention of latents is outside of such a graph, with most of the launches.
+        The attention of latents is launched eagerly in such a graph too. What is left of
+        the launches was not timed.
         """
         graphs = self._runner.prefill_cuda_graph_runner
         latents = is_mla(self._runner.model_config)

@@ -119,14 +119,13 @@ EAGER_PREFILL: tuple[EagerPrefill, ...] = (
 def needs_eager_prefill(model: Any, config: DcpConfig, args: Any) -> bool:
     """Whether a server prefills eagerly because of its model.
 
-    Latents, and quantized weights with a replicated Q projection, were not compared in such
-    graphs. `model` is SGLang's `ModelConfig`, `args` a `ServerArgs`, resolved or not.
+    Quantized weights were not compared in such graphs where Q is replicated or latents are
+    cached. `model` is SGLang's `ModelConfig`, `args` a `ServerArgs`, resolved or not.
     """
-    if config.replicate_q_proj and format_of(model) is not None:
-        return True
     if not is_mla(model):
-        return False
-    return not SERVED_LATENTS or bool(_named_backends(args) - SERVED_LATENTS)
+        return config.replicate_q_proj and format_of(model) is not None
+    unserved = _named_backends(args) - SERVED_LATENTS
+    return not SERVED_LATENTS or bool(unserved) or format_of(model) is not None
 
 
 def keeps_prefill_graphs(

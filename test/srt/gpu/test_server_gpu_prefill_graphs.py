@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -27,6 +28,7 @@ from helpers.gpu_cases import (
     rotated,
 )
 from helpers.gpu_servers import Fleet, Run
+from helpers.latents_in_graphs_door import BACKENDS as BACKENDS_OF_LATENTS
 from helpers.nccl_ranks import needs_gpus
 from helpers.prefill_graph import HAS_PREFILL_GRAPHS
 
@@ -39,9 +41,12 @@ pytestmark = [
     ),
 ]
 
-KINDS = ("llama-2kv-d128", "qwen3-moe-d128", "mla-v3-d512", "mla-moe-d512")
+KINDS = ("llama-2kv-d128", "qwen3-moe-d128")
 # DCP turns off the graphs of latents until these cases have passed.
-LATENTS = ("fa3",)
+ABSORBED_KIND = "mla-glm-d512"
+LATENTS = ("mla-v3-d512", "mla-moe-d512", ABSORBED_KIND)
+# A prefix of more positions is taken in chunks of so many.
+CAPACITY = ("SGLANG_MAX_KV_CHUNK_CAPACITY", "700")
 EXCHANGES = tuple(itertools.product(("a2a", "symm_a2a"), (False, True)))
 MIXED = "--enable-mixed-chunk"
 # Both chunks have a graph of their size. SGLang takes `llama-2kv` for a Llama 2 and captures
@@ -58,10 +63,6 @@ SHAPES = (
 def cases() -> Iterator[Case]:
     for kind in chosen_kinds(KINDS):
         layouts = TP2_DCP2, TP4_ATTN2
-        if kind.startswith("mla"):
-            for case in rotated(kind, LATENTS, EXCHANGES, SHAPES, layouts):
-                yield behind_door(case, "latents_in_graphs_door")
-            continue
         yield from rotated(kind, BACKENDS, EXCHANGES, SHAPES, layouts, step=2)
         if kind.startswith("qwen3-moe"):
             # Groups of experts whose communicator has captured and eager calls. DCP turns
@@ -72,15 +73,29 @@ def cases() -> Iterator[Case]:
             yield behind_door(case, "prefill_graph_door")
 
 
+def of_latents() -> Iterator[Case]:
+    layouts = TP2_DCP2, TP4_ATTN2
+    for kind in chosen_kinds(LATENTS):
+        for case in rotated(kind, BACKENDS_OF_LATENTS, EXCHANGES, SHAPES[1:], layouts):
+            if case.label.endswith(SHAPES[1][0]):
+                case = replace(case, env=(CAPACITY,))
+            yield behind_door(case, "latents_in_graphs_door")
+
+
 EAGER = Case("mla-moe-d512", TP2_DCP2, "eager-latents", "--attention-backend fa3")
 
 fleet = fleet_fixture(teacher_forcing.build_waves)
 
 
-@pytest.mark.parametrize("case", params(cases()))
+@pytest.mark.parametrize("case", params((*cases(), *of_latents())))
 def test_within_the_spread_of_tp(case: Case, fleet: Fleet) -> None:
     assert_within_spread(case, fleet)
-    assert_prefilled_in_graphs(fleet.run(case.spec), mixed=MIXED in case.flags)
+    run = fleet.run(case.spec)
+    assert_prefilled_in_graphs(run, mixed=MIXED in case.flags)
+    # The form of a prefill is chosen for each replay.
+    form = "prefix chunks" if case.env else "in one shot"
+    expands = case.kind in LATENTS and case.kind != ABSORBED_KIND
+    assert (f"positions, {form}" in run.log) == expands
 
 
 def assert_prefilled_in_graphs(run: Run, *, mixed: bool) -> None:

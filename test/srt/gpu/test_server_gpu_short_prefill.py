@@ -98,7 +98,7 @@ def test_within_the_spread_of_tp(case: Case, fleet: Fleet) -> None:
     # The warm-up is a step too, so the lines of the turns themselves are looked for.
     log = fleet.run(case.spec).log
     assert set(TURNS) <= set(steps_in(log))
-    # By the rule, chains of few tokens do not pay on these prefixes. Nor do 17 on latents.
+    # By the rule, chains of few tokens do not pay on these prefixes. On latents, 17 are few.
     paying = {64} if case.spec.kind.startswith("mla") else {17, 64}
     chains = paying if case.label.endswith("-chains") else set()
     assert chains == set(chains_in(log))

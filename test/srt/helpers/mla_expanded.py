@@ -192,7 +192,7 @@ def deepseek(rank: Rank, prefill: Prefill, truth: Truth) -> Any:
     module: Any = Attention()
     sizes, heads = prefill.sizes, rank.local_heads
     module.num_local_heads, module.kv_lora_rank = heads, sizes.latent
-    module.q_lora_rank = None
+    module.q_lora_rank = module.alt_stream = None
     module.qk_nope_head_dim, module.qk_rope_head_dim = sizes.nope, sizes.rope
     module.qk_head_dim, module.v_head_dim = sizes.nope + sizes.rope, sizes.v
     module.current_attention_backend = prefill.backend

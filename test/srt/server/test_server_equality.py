@@ -124,6 +124,7 @@ CASES = {
         "mla-moe",
         "--tp 2 --dcp-size 2 --dcp-comm-backend a2a --dcp-replicate-q-proj "
         "--chunked-prefill-size 64",
+        form="chain",
     ),
     "mla-v3-tp2-dcp2-ag_rs-replicated-page4-chunk64-mixed": Case(
         "mla-v3",
@@ -136,7 +137,7 @@ CASES = {
         "mla-glm",
         "--tp 2 --dcp-size 2 --dcp-comm-backend a2a --dcp-replicate-q-proj "
         "--chunked-prefill-size 64",
-        form="chain",
+        form="in-graph",
     ),
     "llama-2kv-tp4-attn-tp2-a2a-replicated": Case(
         "llama-2kv",

@@ -49,6 +49,7 @@ class Attention:
         from sglang.srt.layers.radix_attention import RadixAttention
 
         self.q_lora_rank = q_lora_rank
+        self.alt_stream = "second"
         self.attn_mha = RadixAttention(1, HIDDEN, 1.0, 1, 0)
         self.attn_mqa = RadixAttention(1, HIDDEN, 1.0, 1, 0)
         self.calls: list[tuple[Any, ...]] = []
@@ -61,6 +62,7 @@ class Attention:
     ) -> Tensor:
         from sglang.srt.layers.layer_boundary import get_attn_tp_context
 
+        assert self.alt_stream is None
         # A call of attention, which would end the segment once more.
         q = hidden.clone()
         self.attn_mha(q, q, q, batch, save_kv_cache=False)
@@ -118,6 +120,7 @@ def test_a_region_replays_with_the_batch_that_is_served(
     with replay(Backend(), made_up), capturing(capture):
         out = run(attention, positions, hidden, made_up, "spent", "more")
     assert capture.open and len(capture.cuda_graph._break_fns) == 1
+    assert attention.alt_stream == "second"
     for tokens in (3, ROWS, 1):
         served = batch_of(tokens)
         hidden.fill_(float("nan"))
@@ -135,6 +138,10 @@ def test_a_region_replays_with_the_batch_that_is_served(
 
 
 def test_elsewhere_it_is_sglangs_own_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang.srt.model_executor.runner_backend_utils.breakable_cuda_graph import (
+        enable_breakable_cuda_graph,
+    )
+
     attention, batch = Attention(None), batch_of(2)
     given = torch.ones(2, dtype=torch.int64), torch.ones(2, HIDDEN), batch, "zeros"
 
@@ -151,9 +158,12 @@ def test_elsewhere_it_is_sglangs_own_forward(monkeypatch: pytest.MonkeyPatch) ->
     with replay(Backend(), decode):
         given = *given[:2], decode, "zeros"
         assert called() == "own"
+    given = *given[:2], batch, "zeros"
+    # A decode graph may be breakable too, and a verification in it extends.
+    with enable_breakable_cuda_graph():
+        assert called() == "own"
     monkeypatch.setattr(eager_region, "find_context", lambda: None)
     with replay(Backend(), batch):
-        given = *given[:2], batch, "zeros"
         assert called() == "own"
 
 

@@ -165,16 +165,24 @@ def test_models_that_prefill_eagerly(
 
 
 @pytest.mark.parametrize(
-    "named, eager", [("fa3", False), (None, False), ("flashinfer", True)]
+    "named, quantization, eager",
+    [
+        ("fa3", None, False),
+        (None, None, False),
+        ("flashinfer", None, True),
+        ("fa3", "fp8", True),
+    ],
 )
 def test_latents_in_graphs_where_they_are_served(
-    named: Any, eager: bool, monkeypatch: pytest.MonkeyPatch
+    named: Any, quantization: Any, eager: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sglang.srt.configs.model_config import AttentionArch
 
     monkeypatch.setattr(prefill_graphs, "SERVED_LATENTS", frozenset({"fa3"}))
     model = SimpleNamespace(
-        attention_arch=AttentionArch.MLA, quantization=None, hf_config=None
+        attention_arch=AttentionArch.MLA,
+        quantization=quantization,
+        hf_config=SimpleNamespace(),
     )
     args = fine(attention_backend=named)
     assert needs_eager_prefill(model, DcpConfig(Layout(4, 2)), args) == eager

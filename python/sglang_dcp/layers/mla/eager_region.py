@@ -1,16 +1,17 @@
 """MLA attention in SGLang's prefill graphs: a layer's whole attention is an eager region.
 
-SGLang cuts a breakable graph at the attention call, so a segment holds the projections of
-one form of a prefill. The form depends on the prefix, and it is chosen in Python. So here
-the graph is cut around the attention module. Its projections, its form and its collectives
-run between two segments, on the real tokens, as in an eager prefill. What is captured is the
-rest of a layer: norms, the MLP or the experts, and the all-reduces.
+SGLang cuts a breakable graph at the attention call, so a segment holds the projections of one
+form of a prefill (`form.py`). The form depends on the prefix, and it is chosen in Python. So
+here the graph is cut around the attention module. Its projections, its form and its
+collectives run between two segments, on the real tokens, as in an eager prefill. What is
+captured is the rest of a layer: norms, the MLP or the experts, and the all-reduces.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Callable
 
 import torch
@@ -51,8 +52,7 @@ def attention_forward(
         more = (hidden_states, forward_batch, zero_allocator)
         return original(attention, positions, *more, *args, **kwargs)
     out = torch.empty_like(hidden_states)
-    forward = functools.partial(original, attention)
-    _eager_region()(forward, attention, positions, hidden_states, out, args, kwargs)
+    _eager_region()(original, attention, positions, hidden_states, out, args, kwargs)
     return out
 
 
@@ -82,7 +82,7 @@ def _eager_region() -> Callable[..., None]:
 
 
 def _attend(
-    forward: Callable[..., torch.Tensor],
+    original: Callable[..., torch.Tensor],
     attention: Any,
     positions: torch.Tensor,
     hidden_states: torch.Tensor,
@@ -98,16 +98,33 @@ def _attend(
     batch = get_forward_batch()
     tokens = batch.global_num_token_non_padded_cpu
     given = hidden_states[:tokens]
-    # The calls of attention are in an eager region already.
-    for layer in (attention.attn_mha, attention.attn_mqa):
-        layer.use_prefill_attention_wrapper = False
-    _offer_latents(attention, given, batch)
-    # The one of the capture has given away what it had.
+    # The allocator of the capture is used up. Absorbed products in fp8 take from it.
     zeros = BumpAllocator(_SCALES, torch.float32, given.device)
-    found = forward(positions[:tokens], given, batch, zeros, *args, **kwargs)
+    _offer_latents(attention, given, batch)
+    with _uncut(attention):
+        more = (given, batch, zeros)
+        found = original(attention, positions[:tokens], *more, *args, **kwargs)
+    # The projected latents of a layer must not outlive it.
     get_attn_tp_context().clear_attn_inputs()
     out[:tokens].copy_(found)
     out[tokens:].zero_()
+
+
+@contextmanager
+def _uncut(attention: Any) -> Iterator[None]:
+    """Within it, the attention module takes no notice of the graph around it.
+
+    Its calls of attention would end a segment that has ended. Its second stream would be
+    joined to a capture that has stopped.
+    """
+    stream, attention.alt_stream = attention.alt_stream, None
+    # For good: no call of these layers is in a segment.
+    for layer in (attention.attn_mha, attention.attn_mqa):
+        layer.use_prefill_attention_wrapper = False
+    try:
+        yield
+    finally:
+        attention.alt_stream = stream
 
 
 def _offer_latents(
