@@ -53,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--mix", type=Path, help="file with one mix, as it was printed")
     parser.add_argument("--no-grammar", action="store_true", help="no regex, no JSON")
     parser.add_argument("--no-shrink", action="store_true")
+    parser.add_argument("--door", help="door for the tested server, on a CPU")
     parser.add_argument("--flags", default="", help="more flags for the tested server")
     parser.add_argument("--folder", type=Path, default=Path(".cache/fuzz"))
     return parser
@@ -89,7 +90,8 @@ def _live(setting: Setting, args: argparse.Namespace) -> Iterator[list[ServerPro
     count = 1 if args.soak else None
     if args.device == "cpu":
         commands = (f"{setting.flags} {args.flags}", servers.REFERENCE)
-        made = setting.kind, commands[:count], args.folder, setting.door
+        door = args.door or setting.door
+        made = setting.kind, commands[:count], args.folder, door
         with servers.live(*made) as running:
             yield running
         return
