@@ -197,8 +197,9 @@ class ShortPrefill:
         the launches was not timed.
         """
         graphs = self._runner.prefill_cuda_graph_runner
-        latents = is_mla(self._runner.model_config)
-        return latents or graphs is None or not graphs.can_run_graph(batch)
+        if graphs is None or is_mla(self._runner.model_config):
+            return True
+        return not graphs.can_run_graph(batch)
 
 
 def is_plain(batch: ForwardBatch) -> bool:

@@ -394,50 +394,56 @@ class Group:
             forward_context,
         )
 
-        hidden = torch.cat([q.flatten(1), latent, rope], -1)
-        attend = partial(self._attend, rank, stays)
+        attend = partial(self._attend, rank, module, stays)
         with forward_context(ForwardContext(rank.backend)):
             rank.backend.init_forward_metadata(batch)
             if self.prefill.replayed:
-                out = self._replay(rank, attend, module, hidden, batch)
-            else:
-                out = attend(module, None, hidden, batch, None)
-        sizes = rank.local_heads, self.prefill.sizes.v
-        return out[:, : math.prod(sizes)].view(-1, *sizes)
+                return self._replay(rank, module, attend, (q, latent, rope), batch)
+            return attend(q, latent, rope, batch)
 
     def _replay(
         self,
         rank: Rank,
-        attend: Callable[..., Tensor],
         module: Any,
-        hidden: Tensor,
+        attend: Callable[..., Tensor],
+        projected: tuple[Tensor, Tensor, Tensor],
         batch: Any,
     ) -> Tensor:
-        """The rows of `hidden` from between two segments, which have more."""
-        tokens = len(hidden)
+        """The same from between two segments, which have more rows and one tensor of them."""
+        hidden = torch.cat([part.flatten(1) for part in projected], -1)
+        tokens, width = hidden.shape
+        dims = [part[0].numel() for part in projected]
+        sizes = rank.local_heads, self.prefill.sizes.v
+
+        def forward(
+            module: Any, at: Tensor, rows: Tensor, batch: Any, _: Any
+        ) -> Tensor:
+            q, latent, rope = rows.split(dims, dim=-1)
+            q = q.view(len(q), *projected[0].shape[1:])
+            out = attend(q, latent, rope, batch).flatten(1)
+            return pad(out, (0, width - out.shape[1]))
+
         rows = tokens + self.prefill.replayed
         static = static_batch(batch, rows)
         positions = torch.zeros(rows, dtype=torch.int64, device=hidden.device)
         given = module, positions, padded(hidden, rows), static, None
         with replay(rank.backend, static):
-            out: Tensor = eager_region.attention_forward(attend, *given)
+            out: Tensor = eager_region.attention_forward(forward, *given)
         assert not out[tokens:].any()
-        return out[:tokens]
+        return out[:tokens, : math.prod(sizes)].view(-1, *sizes)
 
     def _attend(
         self,
         rank: Rank,
-        stays: Sequence[bool],
         module: Any,
-        positions: Optional[Tensor],
-        hidden: Tensor,
+        stays: Sequence[bool],
+        q: Tensor,
+        latent: Tensor,
+        rope: Tensor,
         batch: Any,
-        zero_allocator: Any,
     ) -> Tensor:
-        """As the attention module, from behind its projections on. As wide as `hidden`."""
+        """From behind the projections of `forward_normal_prepare` on."""
         sizes = self.prefill.sizes
-        dims = sizes.heads * (sizes.nope + sizes.rope), sizes.latent, sizes.rope
-        q, latent, rope = hidden.split(dims, dim=-1)
         latent = latent.clone()
         # As in SGLang, views of wider rows.
         k_pe = torch.cat([latent, rope], -1)[:, None, sizes.latent :]
@@ -461,9 +467,8 @@ class Group:
         kv = module.kv_b_proj(latent)[0].view(len(latent), rank.local_heads, -1)
         k_nope, v = kv.split([sizes.nope, sizes.v], dim=-1)
         k = module._concat_and_cast_mha_k(k_nope, k_pe, batch)
-        q = q.view(len(q), sizes.heads, -1)
-        out = core(q[:, rank.own].contiguous(), k, v, batch)
-        return pad(out.flatten(1), (0, hidden.shape[1] - out[0].numel()))
+        out: Tensor = core(q[:, rank.own].contiguous(), k, v, batch)
+        return out.view(len(q), rank.local_heads, sizes.v)
 
     def _check_pools(self) -> None:
         """Every position that a rank owns lies at its slot, bit for bit."""
