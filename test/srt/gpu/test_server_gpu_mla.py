@@ -18,7 +18,9 @@ import pytest
 
 from helpers import teacher_forcing
 from helpers.gpu_cases import (
+    ABSORBED_KIND,
     BF16,
+    CAPACITY,
     EXPAND_PREFIXES,
     TP2_DCP2,
     TP4_ATTN2,
@@ -40,15 +42,10 @@ pytestmark = [pytest.mark.server, needs_gpus(2)]
 
 # Without and with a low-rank Q projection; both with experts.
 KINDS = ("mla-moe-d512", "mla-v3-d512")
-# Heads of other sizes than our prefill by MHA takes, and 10 or 5 a rank, which FlashInfer
-# does not.
-ABSORBED_KIND = "mla-glm-d512"
 BACKENDS = ("fa3", "flashinfer")
 # Their prefill leaves every prefix in place, or is absorbed altogether.
 IN_PLACE = "--disable-chunked-prefix-cache"
 ABSORBED = "--flashinfer-mla-disable-ragged"
-# A prefill of more positions takes its prefixes in chunks of so many.
-CAPACITY = ("SGLANG_MAX_KV_CHUNK_CAPACITY", "700")
 FP16 = Numbers("fp16", "--dtype float16")
 # Where any request of a batch has a prefix, be it of one token, new tokens are read back
 # from the pool, rounded: so all servers must find the same prefixes, in pages of 2 x 64.

@@ -91,8 +91,6 @@ fleet = fleet_fixture(teacher_forcing.build_waves)
 
 @pytest.mark.parametrize("case", params(cases()))
 def test_within_the_spread_of_tp(case: Case, fleet: Fleet) -> None:
-    if case.spec.shares and "symm_a2a" in case.flags:
-        pytest.skip("needs a GPU for each rank: the reason why symm_a2a cannot serve")
     run = fleet.run(case.spec)
     inside = case.layout.tp_size // case.nodes % case.layout.dcp_size == 0
     where = "lies inside a node" if inside else "ranks lie across nodes"

@@ -15,7 +15,9 @@ import pytest
 
 from helpers import teacher_forcing
 from helpers.gpu_cases import (
+    ABSORBED_KIND,
     BACKENDS,
+    CAPACITY,
     TP2_DCP2,
     TP4_ATTN2,
     Case,
@@ -43,10 +45,7 @@ pytestmark = [
 
 KINDS = ("llama-2kv-d128", "qwen3-moe-d128")
 # DCP turns off the graphs of latents until these cases have passed.
-ABSORBED_KIND = "mla-glm-d512"
 LATENTS = ("mla-v3-d512", "mla-moe-d512", ABSORBED_KIND)
-# A prefix of more positions is taken in chunks of so many.
-CAPACITY = ("SGLANG_MAX_KV_CHUNK_CAPACITY", "700")
 EXCHANGES = tuple(itertools.product(("a2a", "symm_a2a"), (False, True)))
 MIXED = "--enable-mixed-chunk"
 # Both chunks have a graph of their size. SGLang takes `llama-2kv` for a Llama 2 and captures

@@ -17,6 +17,7 @@ from dataclasses import replace
 import pytest
 
 from helpers.gpu_cases import (
+    CAPACITY,
     TP2_DCP2,
     TP4_ATTN2,
     TP4_DCP4,
@@ -44,8 +45,6 @@ SHAPES = (
     ("page64-chunks", "--page-size 64 --chunked-prefill-size 4096"),
     ("page16-mixed", "--page-size 16 --chunked-prefill-size 1024 --enable-mixed-chunk"),
 )
-# A gathered prefix is cut into prefix chunks of so many positions.
-CAPACITY = ("SGLANG_MAX_KV_CHUNK_CAPACITY", "700")
 # Tokens of the prefixes, and new tokens of the turns on them. The last turn is a chunk.
 PREFIXES = (130, 1023, 4096, 16384)
 TURNS = (1, 5, 17, 64, 3000)

@@ -68,6 +68,11 @@ class Numbers:
 BF16 = Numbers("bf16", "--dtype bfloat16")
 # Plain MLA servers expand any prefix, as ours may, not only those of 8192 positions and more.
 EXPAND_PREFIXES = (("SGLANG_CHUNKED_PREFIX_CACHE_THRESHOLD", "0"),)
+# Heads of other sizes than our prefill by MHA takes, and 10 or 5 a rank, which FlashInfer
+# does not.
+ABSORBED_KIND = "mla-glm-d512"
+# An expanded prefill of more positions takes its prefixes in chunks of so many.
+CAPACITY = ("SGLANG_MAX_KV_CHUNK_CAPACITY", "700")
 
 
 @dataclass(frozen=True)
@@ -208,8 +213,8 @@ def params(cases: Iterable[Case]) -> list[object]:
 
 def marks_of(spec: Spec) -> list[pytest.MarkDecorator]:
     """Skip where its server cannot run."""
-    reason = "needs a GPU for each rank: FlashInfer's kernel for latents"
-    own = pytest.mark.skipif(spec.needs_own_gpus, reason=reason)
+    why = spec.needs_own_gpus
+    own = pytest.mark.skipif(bool(why), reason=f"needs a GPU for each rank: {why}")
     return [needs_gpus(spec.gpus), own]
 
 

@@ -95,14 +95,21 @@ class Spec:
         return shared_gpus.are_shared_by(self.gpus)
 
     @property
-    def needs_own_gpus(self) -> bool:
-        """Whether it cannot be relied on here, because its ranks share GPUs.
+    def needs_own_gpus(self) -> str:
+        """What makes it of no use here, because its ranks share GPUs; empty if nothing does.
 
         FlashInfer attends to latents with a cooperative kernel, whose blocks all run at once
-        or not at all. A kernel of a peer that waits may hold room that it needs.
+        or not at all. A kernel of a peer that waits may hold room that it needs. Between
+        nodes, ranks on one GPU have another reason why `symm_a2a` cannot serve.
         """
-        cooperative = "--attention-backend flashinfer" in self.flags
-        return self.shares and cooperative and self.kind.startswith("mla")
+        if not self.shares:
+            return ""
+        if self.nodes > 1 and "symm_a2a" in self.flags:
+            return "the reason why symm_a2a cannot serve"
+        latents = self.kind.startswith("mla")
+        if latents and "--attention-backend flashinfer" in self.flags:
+            return "FlashInfer's kernel for latents"
+        return ""
 
     def checkpoint(self, folder: Path) -> Path:
         """Its model, written into `folder` if not there."""

@@ -116,12 +116,11 @@ def on_cpu(file: Path, size: int) -> Shared:
     return (mapped, (str(file), size)), mapped(str(file), size)
 
 
-def on_gpu(rank: int, size: int) -> Shared:
-    """Return a handle for CUDA IPC and a buffer of [size] bytes on the GPU of a rank."""
+def on_gpu(index: int, size: int) -> Shared:
+    """Return a handle for CUDA IPC and a buffer of [size] bytes on that GPU."""
     from torch.multiprocessing.reductions import reduce_tensor
 
-    device = f"cuda:{rank % torch.cuda.device_count()}"
-    buffer = torch.empty(size, dtype=torch.uint8, device=device)
+    buffer = torch.empty(size, dtype=torch.uint8, device=f"cuda:{index}")
     return (rebuilt, reduce_tensor(buffer)[1]), buffer
 
 

@@ -77,13 +77,16 @@ def place_process(
     from sglang.srt.platforms import current_platform
 
     if ranks is not None and ranks.gpu_id is not None:
-        launch = os.environ.get("NCCL_HOSTID", "")
-        os.environ["NCCL_HOSTID"] = f"{launch}-rank-{ranks.gpu_id}"
-        rank = ranks.gpu_id
+        rank, launch = ranks.gpu_id, os.environ.get("NCCL_HOSTID", "")
+        os.environ["NCCL_HOSTID"] = f"{launch}-rank-{rank}"
         setattr(current_platform, "get_device_uuid", lambda device: uuid_of(rank))
-        shared = ranks.gpu_id % torch.cuda.device_count()
-        ranks = msgspec.structs.replace(ranks, gpu_id=shared)
+        ranks = msgspec.structs.replace(ranks, gpu_id=device_of(rank))
     return original(*args, ranks=ranks, **kwargs)
+
+
+def device_of(rank: int) -> int:
+    """Return the number of the GPU that a rank has, which others may have too."""
+    return rank % torch.cuda.device_count()
 
 
 def uuid_of(rank: int) -> str:
@@ -92,7 +95,7 @@ def uuid_of(rank: int) -> str:
     Ranks that share a GPU have UUIDs of their own. SGLang tells ranks apart by them
     (`helpers.weight_updates.from_ipc`).
     """
-    device = rank % torch.cuda.device_count()
+    device = device_of(rank)
     uuid = str(torch.cuda.get_device_properties(device).uuid)
     return uuid if device == rank else f"{uuid}-rank-{rank}"
 

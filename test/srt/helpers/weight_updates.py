@@ -20,12 +20,13 @@ from urllib.error import HTTPError
 
 import pytest
 
-from helpers import ipc_weights, shared_gpus, teacher_forcing
+from helpers import ipc_weights, teacher_forcing
 from helpers.generate import flush_cache
 from helpers.gpu_cases import TP2_DCP2
 from helpers.gpu_servers import Spec, make_server
 from helpers.ipc_weights import Named, Shared
 from helpers.servers import READY_SECONDS
+from helpers.shared_gpus import SharingServer, device_of, uuid_of
 from sglang_dcp.demo.client import http_json
 from sglang_dcp.demo.server import ServerProcess
 from sglang_dcp.releases.installed import in_range, sglang_version
@@ -70,7 +71,7 @@ def from_ipc(base_url: str, checkpoint: Path) -> None:
     named = stored(checkpoint)
     room = ipc_weights.room(named)
     shared = {
-        f"GPU-{shared_gpus.uuid_of(rank)}": ipc_weights.on_gpu(rank, room)
+        f"GPU-{uuid_of(rank)}": ipc_weights.on_gpu(device_of(rank), room)
         for rank in range(TP2_DCP2.tp_size)
     }
     send_over_ipc(base_url, named, shared)
@@ -147,7 +148,7 @@ def send(update: Update, server: ServerProcess, checkpoint: Path) -> None:
     subprocess.CalledProcessError
         The update failed. What it says is in the output of the test.
     """
-    shared = getattr(server, "shared_environment", {})
+    shared = server.shared_environment if isinstance(server, SharingServer) else {}
     command = [sys.executable, "-m", __name__, update.__name__]
     subprocess.run(
         [*command, server.base_url, str(checkpoint)],

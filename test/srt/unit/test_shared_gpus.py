@@ -175,17 +175,20 @@ def test_sglang_publishes_the_place_that_the_plugin_changes() -> None:
 
 
 @pytest.mark.parametrize(
-    "kind, backend, own",
+    "kind, flags, nodes, own",
     [
-        ("mla-v3-d512", "flashinfer", True),
-        ("mla-v3-d512", "fa3", False),
-        ("llama-2kv-d128", "flashinfer", False),
+        ("mla-v3-d512", "--attention-backend flashinfer", 1, True),
+        ("mla-v3-d512", "--attention-backend fa3", 1, False),
+        ("llama-2kv-d128", "--attention-backend flashinfer", 1, False),
+        ("llama-2kv-d128", "--dcp-comm-backend symm_a2a", 2, True),
+        ("llama-2kv-d128", "--dcp-comm-backend symm_a2a", 1, False),
+        ("llama-2kv-d128", "--dcp-comm-backend a2a", 2, False),
     ],
 )
-def test_a_cooperative_kernel_needs_gpus_of_its_own(
-    kind: str, backend: str, own: bool, machine: Machine
+def test_some_servers_need_gpus_of_their_own(
+    kind: str, flags: str, nodes: int, own: bool, machine: Machine
 ) -> None:
-    spec = Spec("", kind, f"--tp 2 --attention-backend {backend}")
+    spec = Spec("", kind, f"--tp 2 {flags}", nodes=nodes)
     for gpus in (1, 2):
         machine(gpus, 2)
         skips = [mark.args[0] for mark in marks_of(spec)]
