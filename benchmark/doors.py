@@ -18,7 +18,6 @@ from decode_layouts import Layout
 TIMED = (
     "prefill_groups_door",
     "short_prefill_door",
-    "chain_steps_door",
     "latents_in_graphs_door",
 )
 # Ends the names of layouts whose servers open doors.

@@ -34,11 +34,7 @@ from sglang_dcp.layers.local_batch import LocalBatch, LocalBatchBuilder
 from sglang_dcp.layers.mla.prefill import MlaPrefill
 from sglang_dcp.layers.prefix.kv_form import KvSizes
 from sglang_dcp.layers.runner_view import RunnerView
-from sglang_dcp.layers.short_prefill import (
-    ShortPrefill,
-    chains_served,
-    short_prefill_of,
-)
+from sglang_dcp.layers.short_prefill import ShortPrefill, short_prefill_of
 from sglang_dcp.layers.workspace import (
     most_requests,
     tokens_per_request,
@@ -179,7 +175,7 @@ class DcpAttentionBackend(AttentionBackend):
     ) -> None:
         """Let short prefills of a runner be decode steps, where that is served."""
         self.short_prefill = short = short_prefill_of(runner, config)
-        if short is None or not chains_served(runner, short.rule):
+        if short is None or not short.rule.has_chains(runner.model_config.context_len):
             return
         self.chains = short.chains = ChainSteps(
             lambda width: self.for_runner(backend, runner, beside=self, width=width)

@@ -17,7 +17,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Callable, NamedTuple, Optional
 
 from sglang_dcp.context import find_context
-from sglang_dcp.layers.chain_steps import WIDTHS, ChainSteps
+from sglang_dcp.layers.chain_steps import ChainSteps
 from sglang_dcp.layers.decode_rows import as_prefill_rows
 from sglang_dcp.layers.heads import is_mla
 from sglang_dcp.layers.short_prefill_rule import Rule, rule_of
@@ -41,12 +41,11 @@ class Stored(enum.Enum):
 
 
 # Attention backends, each with what is in its pool, whose short prefills as decode steps were
-# compared with plain tp on GPUs, and timed. Earlier releases have no hook for them.
+# compared with plain tp on GPUs, and timed. Their steps of one request may be chains. Earlier
+# releases have no hook for them.
 SERVED: frozenset[tuple[str, Stored]] = frozenset(
     {("fa3", Stored.KV_HEADS), ("fa3", Stored.LATENTS)}
 )
-# The same of steps that are chains.
-CHAINS_SERVED: frozenset[tuple[str, Stored]] = frozenset()
 SERVED_SINCE = "0.5.23"
 # Turns them off, to compare a server with and without them.
 SWITCH = "SGLANG_DCP_SHORT_PREFILL_STEPS"
@@ -269,19 +268,6 @@ def short_prefill_of(runner: Any, config: DcpConfig) -> Optional[ShortPrefill]:
     if args.enable_lora or args.lora_paths or args.enable_deterministic_inference:
         return None
     return ShortPrefill(runner, rule_of(runner, config))
-
-
-def chains_served(runner: Any, rule: Rule) -> bool:
-    """Whether steps of a runner, which serves short prefills as steps, may be chains.
-
-    Where multiplications take longer than reads, as with many heads over latents, a chain
-    is never faster.
-    """
-    args = sglang_api().resolved(runner.server_args)
-    if (args.attention_backend, stored_in(runner)) not in CHAINS_SERVED:
-        return False
-    longest, context = WIDTHS[-1], runner.model_config.context_len
-    return rule.chain_is_faster(longest, context, longest)
 
 
 def stored_in(runner: Any) -> Stored:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
+from sglang_dcp.layers.chain_steps import WIDTHS
 from sglang_dcp.layers.heads import is_mla, kv_head_counts
 from sglang_dcp.layers.kv_prefill import kv_sizes, kv_sizes_of
 from sglang_dcp.layers.mla import form
@@ -53,6 +54,14 @@ class Rule(NamedTuple):
     def chain_is_faster(self, new: int, prefix: int, width: int) -> bool:
         """Whether the step of a request takes less time as a chain of `width` tokens."""
         return chain_is_faster(new, prefix, width, self.sizes)
+
+    def has_chains(self, context: int) -> bool:
+        """Whether any step is faster as a chain, if requests have up to `context` tokens.
+
+        With many heads over latents none is. Attention multiplies for longer than it reads.
+        """
+        longest = WIDTHS[-1]
+        return self.chain_is_faster(longest, context, longest)
 
 
 def rule_of(runner: Any, config: DcpConfig) -> Rule:
@@ -101,6 +110,7 @@ def step_sizes(runner: Any, config: DcpConfig) -> StepSizes:
         numbers = qk + v
     return StepSizes(
         heads=model.num_attention_heads // config.tp_size,
+        kv_heads=kv_heads,
         dcp_size=config.dcp_size,
         key_bytes=kv_heads * numbers * stored,
         query_bytes=qk * runner.dtype.itemsize,

@@ -18,7 +18,7 @@ from sglang_dcp.support.rules import Value, above, below, given, other_graph
 
 # Attention backends whose servers with prefill graphs were compared with tp 1 on GPUs.
 SERVED = frozenset({"fa3", "flashinfer", "triton"})
-# The same of models with latents.
+# The same of models with latents. `fa3` was compared, but not timed with a GPU for each rank.
 SERVED_LATENTS: frozenset[str] = frozenset()
 
 # First release whose breakable graphs run attention with the metadata of the real batch.

@@ -28,7 +28,7 @@ def steps_in(log: str) -> list[int]:
 
 
 def chains_in(log: str) -> list[int]:
-    """Return the rows of each step of these that was a chain (`chain_steps_door`)."""
+    """Return the rows of each step of these that was a chain."""
     return _rows_in(log, f"{LINE} (\\d+) rows{CHAIN}$")
 
 

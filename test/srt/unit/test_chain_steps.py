@@ -7,8 +7,10 @@ That a captured chain attends right is in `test_backends_mla.py`, and on GPUs in
 
 from __future__ import annotations
 
+import csv
 import inspect
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +22,7 @@ from helpers.needs_sglang import needs_sglang
 from sglang_dcp.layers import chain_steps, short_prefill
 from sglang_dcp.layers.chain_steps import CHAIN, WIDTHS, ChainSteps, capture_size
 from sglang_dcp.layers.decode_rows import as_chains, as_one_chain, as_prefill_rows
-from sglang_dcp.layers.prefix.cost import Requests
+from sglang_dcp.layers.prefix.cost import Requests, exchange_seconds
 from sglang_dcp.layers.prefix.decode_step import (
     StepSizes,
     chain_is_faster,
@@ -35,9 +37,17 @@ from sglang_dcp.layers.short_prefill_rule import Rule
 pytestmark = needs_sglang("0.5.23", "older releases have no hook for it")
 
 # Qwen3-30B-A3B/4 and DeepSeek-V2-Lite at tp 2 / dcp 2.
-QUARTER = StepSizes(4, 2, 256 * 2, 256, 256, 256)
-LATENTS = StepSizes(8, 2, 576 * 2, 576 * 2, 512 * 2, 1088)
+QUARTER = StepSizes(4, 1, 2, 256 * 2, 256, 256, 256)
+LATENTS = StepSizes(8, 1, 2, 576 * 2, 576 * 2, 512 * 2, 1088)
+MEASURED = {"Qwen3-30B-A3B/4": QUARTER, "DeepSeek-V2-Lite": LATENTS}
+RESULTS = Path(__file__).resolve().parents[3] / "benchmark" / "results"
 LONG = 1 << 30
+
+
+def measured() -> list[dict[str, str]]:
+    """Rows of `bench_verification.py`: microseconds of kernels on one H200."""
+    with (RESULTS / "2026-11-30-chains-h200.csv").open() as lines:
+        return list(csv.DictReader(lines))
 
 
 def turn(new: int, prefix: int = LONG, **fields: Any) -> ForwardBatch:
@@ -103,14 +113,49 @@ def test_a_chain_reads_the_prefix_once(sizes: StepSizes) -> None:
 
 
 def test_tokens_that_fill_a_chain_are_multiplied_too() -> None:
-    assert chain_is_faster(5, 131072, 5, LATENTS)
-    assert not chain_is_faster(5, 131072, 8, LATENTS)
+    assert chain_is_faster(5, 131072, 8, LATENTS)
+    assert not chain_is_faster(5, 131072, 64, LATENTS)
+
+
+@pytest.mark.parametrize("row", measured(), ids="{model}-{context}-{width}".format_map)
+def test_estimates_agree_with_kernels_that_were_timed(row: dict[str, str]) -> None:
+    """Attention of one rank, which the estimates tell with tokens and exchange besides.
+
+    A call takes 20 to 40 us more than its keys, and that is no part of an estimate.
+    """
+    sizes = MEASURED[row["model"]]
+    width, context = int(row["width"]), int(row["context"])
+    turn = Requests([width], [context])
+    rest = width * HOPPER.layer_token_s
+    rest += exchange_seconds(
+        width * sizes.heads, sizes.dcp_size, sizes.query_bytes, sizes.out_bytes, HOPPER
+    )
+    told = {
+        "rows": step_seconds(turn, sizes, HOPPER) - rest,
+        "chain": chain_seconds(width, context, sizes, HOPPER) - rest,
+    }
+    timed = {
+        "rows": float(row["rows"]),
+        "chain": float(row["folded"]) + float(row["chain"]),
+    }
+    for name, microseconds in timed.items():
+        assert told[name] * 1e6 == pytest.approx(microseconds, rel=0.2, abs=40), name
+    if abs(timed["rows"] - timed["chain"]) > 2:
+        faster = timed["chain"] < timed["rows"]
+        assert chain_is_faster(width, context, width, sizes) == faster
 
 
 def test_many_heads_over_latents_are_never_faster_as_a_chain() -> None:
     many = LATENTS._replace(heads=64)
     for width in WIDTHS:
         assert not chain_is_faster(width, 1 << 20, width, many)
+    assert not Rule(many, lambda batch: 0.0).has_chains(1 << 20)
+
+
+@pytest.mark.parametrize("sizes", [QUARTER, LATENTS], ids=["heads", "latents"])
+def test_chains_are_made_where_requests_may_be_long(sizes: StepSizes) -> None:
+    rule = Rule(sizes, lambda batch: 0.0)
+    assert rule.has_chains(32768) and not rule.has_chains(100)
 
 
 def test_what_does_not_pay_as_rows_may_pay_as_a_chain() -> None:

@@ -55,11 +55,11 @@ from sglang_dcp.layers.short_prefill_rule import (
 pytestmark = needs_sglang("0.5.23", "older releases have no hook for it")
 
 # Qwen3-30B-A3B at tp 2 / dcp 2, and DeepSeek-V2-Lite at the same: bytes of bf16.
-QWEN3 = StepSizes(16, 2, 4 * 256 * 2, 256, 256, 256)
-LATENTS = StepSizes(8, 2, 576 * 2, 576 * 2, 512 * 2, 1088)
+QWEN3 = StepSizes(16, 4, 2, 4 * 256 * 2, 256, 256, 256)
+LATENTS = StepSizes(8, 1, 2, 576 * 2, 576 * 2, 512 * 2, 1088)
 SIZES = {"qwen3": QWEN3, "latents": LATENTS}
 # A quarter of the first one, which was timed as the second was, and what their prefills are.
-QUARTER = StepSizes(4, 2, 256 * 2, 256, 256, 256)
+QUARTER = StepSizes(4, 1, 2, 256 * 2, 256, 256, 256)
 QUARTER_KV = KvSizes(4, 1, 2, 128, 128, split_below=66)
 LATENTS_MLA = MlaSizes(8, 2, 512, 64, 128, 128)
 CAPACITY = 128 * 1024
@@ -210,8 +210,8 @@ def test_latents_in_place_count_the_work_of_the_gpu() -> None:
 
 def test_turns_whose_rows_read_more_than_the_form_takes_stay_prefills() -> None:
     # A gather is work that a step saves. In place a long prefix is read once, not by row.
-    assert kv_pays(64, 262144) and not kv_pays(128, 262144)
-    assert not kv_pays(64, 524288)
+    assert kv_pays(64, 262144) and not kv_pays(256, 262144)
+    assert not kv_pays(128, 524288)
     assert not latents_pay(512, 131072)
     # Without a prefix, the launches of plain tp are all that a step saves.
     assert kv_pays(1024, 0) and not kv_pays(8192, 0)
@@ -321,8 +321,8 @@ def test_rows_beyond_all_graphs_are_not_built(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_rule_hears_whether_a_prefill_graph_fits() -> None:
-    """64 rows on 262,144 positions take longer than the launches between two segments."""
-    batch = make_batch((64,), extend_prefix_lens_cpu=[262144])
+    """64 rows on 524,288 positions take longer than the launches between two segments."""
+    batch = make_batch((64,), extend_prefix_lens_cpu=[524288])
     for fits in (True, False):
         short = ShortPrefill(
             with_graphs(64, prefill=fits), Rule(QUARTER, lambda b: 0.0)

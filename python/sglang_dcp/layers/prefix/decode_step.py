@@ -1,7 +1,8 @@
 """When a prefill takes less time as a decode step: pure functions of logical lengths.
 
 Each new token is a row of the step, and reads all keys before its own. That is more work for
-the GPU than a prefill. As a chain, the new tokens of one request read its prefix once. A
+the GPU than a prefill. As a chain, the new tokens of one request read its prefix once, and
+their heads fill the tiles of attention, which the heads of one row do not. A
 captured step has no launches, a prefill has those of its layers and of its form. So a step
 pays for few new tokens. Weights are read in both, and do not count here.
 """
@@ -20,6 +21,7 @@ class StepSizes(NamedTuple):
     Attributes
     ----------
     heads : query heads of the rank
+    kv_heads : K/V heads of the rank
     dcp_size : ranks that share out the keys
     key_bytes : bytes of a position in the rank's pool, with all K/V heads that it has
     query_bytes, out_bytes : bytes of one head of a query, and of a partial output
@@ -27,6 +29,7 @@ class StepSizes(NamedTuple):
     """
 
     heads: int
+    kv_heads: int
     dcp_size: int
     key_bytes: int
     query_bytes: int
@@ -37,7 +40,8 @@ class StepSizes(NamedTuple):
 def step_seconds(requests: Requests, sizes: StepSizes, rates: Rates) -> float:
     """Time what the GPU does for a layer when each new token is a row of a decode step."""
     pairs = sum(new * (2 * prefix + new + 1) // 2 for new, prefix in zip(*requests))
-    return _layer_seconds(sum(requests.new), pairs, pairs, sizes, rates)
+    keys = sum(requests.new) + sum(requests.prefix)
+    return _layer_seconds(sum(requests.new), 1, pairs, keys, sizes, rates)
 
 
 def chain_seconds(width: int, prefix: int, sizes: StepSizes, rates: Rates) -> float:
@@ -47,7 +51,7 @@ def chain_seconds(width: int, prefix: int, sizes: StepSizes, rates: Rates) -> fl
     also those that only fill its `width`. The rank's own heads attend to the tokens
     themselves, which another kernel does.
     """
-    of_prefix = _layer_seconds(width, width * prefix, prefix, sizes, rates)
+    of_prefix = _layer_seconds(width, width, prefix, prefix, sizes, rates)
     return of_prefix + rates.chain_s
 
 
@@ -63,23 +67,27 @@ def chain_is_faster(
 
 
 def _layer_seconds(
-    rows: int, pairs: int, read: int, sizes: StepSizes, rates: Rates
+    rows: int, folded: int, reads: int, keys: int, sizes: StepSizes, rates: Rates
 ) -> float:
     """Return what the GPU takes for a layer, in seconds.
 
     Parameters
     ----------
     rows : tokens of the step
-    pairs : pairs of a query and a key that are multiplied, on all ranks
-    read : positions that are read, on all ranks
+    folded : tokens whose heads are heads of one query
+    reads : positions that all queries read together, on all ranks
+    keys : positions that at least one query reads, on all ranks
     """
-    bytes_s = read / sizes.dcp_size * sizes.key_bytes / rates.memory_bytes
-    heads = sizes.heads * sizes.dcp_size
-    flops = FLOPS * pairs / sizes.dcp_size * heads * sizes.dims
+    first = keys * sizes.key_bytes / rates.memory_bytes
+    again = reads * sizes.key_bytes / rates.reread_bytes
+    tile = rates.absorbed_tile
+    heads = folded * sizes.heads * sizes.dcp_size // sizes.kv_heads
+    tiled = -(-heads // tile) * tile * sizes.kv_heads
+    products = FLOPS * reads * tiled * sizes.dims / rates.step_flops
     exchange = exchange_seconds(
         rows * sizes.heads, sizes.dcp_size, sizes.query_bytes, sizes.out_bytes, rates
     )
-    attention_s = max(bytes_s, flops / rates.absorbed_split_flops)
+    attention_s = max(first, again, products) / sizes.dcp_size
     return rows * rates.layer_token_s + attention_s + exchange
 
 

@@ -18,7 +18,9 @@ class Rates(NamedTuple):
     absorbed_split_flops : FLOP/s of the same with few rows, when keys are split over SMs
     expanded_flops : FLOP/s of attention to expanded keys
     gemm_flops : FLOP/s of the products that expand latents or absorb queries
+    step_flops : FLOP/s of attention in a captured decode step, query heads in whole tiles
     memory_bytes : bytes/s of the GPU's memory
+    reread_bytes : bytes/s of keys that several rows of a decode step read
     gather_bytes : bytes/s that a rank receives in an all-gather
     exchange_bytes : bytes/s that a rank receives in an exchange of partial outputs
     sms : multiprocessors; each works on one tile of rows at a time
@@ -40,7 +42,9 @@ class Rates(NamedTuple):
     absorbed_split_flops: float
     expanded_flops: float
     gemm_flops: float
+    step_flops: float
     memory_bytes: float
+    reread_bytes: float
     gather_bytes: float
     exchange_bytes: float
     sms: int
@@ -68,7 +72,8 @@ class Rates(NamedTuple):
 #   layer and what the form adds, less the step's GPU work. A turn of 1 token on K/V heads,
 #   gathered, gives one more value. The smallest of the four is 2.65 ms. Longer prefixes and
 #   an earlier day's servers gave less, so the rate is 1.5 ms.
-# Not measured, but estimated: a chain's own kernel takes as long as two launches.
+# - steps, and the tokens of a chain among themselves: kernels timed alone on one H200, 8 to 64
+#   tokens on 32,768 to 524,288 positions, by differences between lengths.
 # Not measured, but taken from the datasheet (4.8 TB/s, 450 GB/s each way): memory at 5/6,
 # links at 7/9 and 2/3. The rate of products is taken from the same prefills.
 # Of K/V heads (Qwen3-30B-A3B/4, 48 layers, 2 H200, tp 2, fa3, prefill graphs):
@@ -84,7 +89,9 @@ HOPPER = Rates(
     absorbed_split_flops=200e12,
     expanded_flops=650e12,
     gemm_flops=600e12,
+    step_flops=600e12,
     memory_bytes=4.0e12,
+    reread_bytes=7.6e12,
     gather_bytes=350e9,
     exchange_bytes=300e9,
     sms=132,
