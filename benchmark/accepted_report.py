@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from statistics import mean
 from typing import NamedTuple
 
@@ -15,6 +16,8 @@ from real_text import Ids
 LEAST = 1.2
 # Relative difference of mean accepted lengths in 16 bit, where near ties of drafts part.
 CLOSE = 0.01
+# Part of the replies that must be plain TP's in 16 bit, where near ties of words part too.
+EQUAL = 0.25
 
 
 class Drafted(NamedTuple):
@@ -39,15 +42,36 @@ def equal_ids(got: Sequence[Drafted], want: Sequence[Drafted]) -> int:
     return sum(a.ids == b.ids for a, b in zip(got, want, strict=True))
 
 
-def table(found: Mapping[str, Sequence[Drafted]]) -> str:
-    """A row for each server, compared with the first."""
+def equal_replies(
+    got: Sequence[Drafted], plain: Sequence[Drafted]
+) -> tuple[list[Drafted], list[Drafted]]:
+    """Return the replies that both servers gave, as each of them drafted for it.
+
+    Drafts of other words are right at other places, so other replies tell nothing.
+    """
+    both = [pair for pair in zip(got, plain, strict=True) if pair[0].ids == pair[1].ids]
+    return [own for own, _ in both], [other for _, other in both]
+
+
+def table(found: Mapping[str, Sequence[Drafted]], plain: str | None = None) -> str:
+    """A row for each server, compared with the first, and with the one named `plain`."""
     head = "server|equal replies|verifications|tokens of a verification"
-    rows = [f"{head}|mean spec_accept_length".split("|")]
+    head += "|mean spec_accept_length"
+    compares = plain in found
+    rows = [
+        [
+            *head.split("|"),
+            *["of replies equal to plain TP's, and plain TP's"] * compares,
+        ]
+    ]
     for name, replies in found.items():
         equal = equal_ids(replies, found[FIRST])
         steps = sum(one.verifications for one in replies)
         own = mean(one.accept_length for one in replies)
-        cells = (f"{steps}", f"{accepted(replies):.4f}", f"{own:.4f}")
+        cells = [f"{steps}", f"{accepted(replies):.4f}", f"{own:.4f}"]
+        if compares:
+            same, theirs = equal_replies(replies, found[plain or ""])
+            cells.append(f"{len(same)}: {accepted(same):.4f}, {accepted(theirs):.4f}")
         rows.append([name, f"{equal} of {len(replies)}", *cells])
     return markdown(rows)
 
@@ -59,29 +83,34 @@ def faults(
 ) -> list[str]:
     """Say which servers speak otherwise, accept little, or not what they should.
 
-    `wanted` are the verifications of each reply. Without them (16 bit) replies may part, and
-    the mean accepted length is compared with plain TP's.
+    `wanted` are the verifications of each reply. Without them (16 bit) replies may part. Of
+    those that are plain TP's, the mean accepted length is compared with plain TP's.
     """
     served = [layout for layout in layouts if layout.name in found]
-    plain = [accepted(found[one.name]) for one in served if one.dcp_size == 1]
+    plain = [found[one.name] for one in served if one.dcp_size == 1]
     errors = []
     for layout in served:
         replies = found[layout.name]
         own = [f"{accepted(replies):.3f} tokens of a verification"]
         own *= accepted(replies) < LEAST
         if wanted is None:
-            own += _unlike_plain(accepted(replies), plain)
+            own += chain.from_iterable(_unlike_plain(replies, one) for one in plain)
         else:
             own += _unlike_torch(replies, found[FIRST], wanted)
         errors += [f"{layout.name}: {line}" for line in own]
     return errors
 
 
-def _unlike_plain(got: float, plain: Sequence[float]) -> list[str]:
+def _unlike_plain(got: Sequence[Drafted], plain: Sequence[Drafted]) -> list[str]:
+    own, other = equal_replies(got, plain)
+    if len(own) < EQUAL * len(got):
+        return [f"{len(own)} of {len(got)} replies are plain TP's, too few to compare"]
+    found, want = accepted(own), accepted(other)
+    if abs(found - want) <= CLOSE * want:
+        return []
     return [
-        f"{got:.4f} tokens of a verification, plain TP {want:.4f}"
-        for want in plain
-        if abs(got - want) > CLOSE * want
+        f"{found:.4f} tokens of a verification in replies that are plain TP's, "
+        f"plain TP {want:.4f}"
     ]
 
 

@@ -10,12 +10,14 @@
 #        model in two parts, see TRAINED in run_gpu.sh) for two more, and work/, which may go
 # OVERLAYS  newer releases whose sources run on that stack (0.5.23), see RELEASE in run_gpu.sh
 # KEEP   more kernels of FlashAttention-3 than make_fa3.py keeps, `(head dim, value dim, "type")`
-#        separated by commas; default: prefill of DeepSeek by MHA. A kernel that is left out ends
-#        the process that calls it.
+#        separated by commas; default: prefill of DeepSeek and of GLM by MHA, fp16, fp8 K/V. A
+#        kernel that is left out ends the process that calls it.
 set -euo pipefail
 tools=$(realpath "$1")
 out=$(realpath -m "$2")
-KEEP=${KEEP:-'(64, 512, "half_t"), (192, 128, "bfloat16_t"), (192, 128, "half_t")'}
+more='(64, 512, "half_t"), (192, 128, "bfloat16_t"), (192, 128, "half_t"), (256, 256, "bfloat16_t")'
+more+=', (128, 128, "half_t"), (128, 128, "float_e4m3_t"), (64, 512, "float_e4m3_t")'
+KEEP=${KEEP:-$more}
 OVERLAYS=${OVERLAYS-0.5.23}
 cd "$(dirname "$0")/.."
 work=$out/work

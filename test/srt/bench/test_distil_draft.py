@@ -238,15 +238,29 @@ def test_faults_in_fp32(replies: list[Drafted], told: str) -> None:
 @pytest.mark.parametrize(
     "replies, told",
     [
-        (served(32, OTHER), ""),
-        (served(33), "1.9394 tokens of a verification, plain TP 2.0000"),
-        (served(64), "1.000 tokens of a verification"),
+        ([*served(32), *served(64, OTHER)], ""),
+        (
+            [*served(33), *served(31, OTHER)],
+            "1.9394 tokens of a verification in replies",
+        ),
+        (served(32, OTHER) * 2, "0 of 2 replies are plain TP's, too few to compare"),
+        (served(64) * 2, "1.000 tokens of a verification"),
     ],
+    ids=["close", "far", "others", "hardly any"],
 )
 def test_faults_in_16_bit(replies: list[Drafted], told: str) -> None:
-    found = {"tp1": served(0), "tp": served(32), "2:a2a:q": replies}
+    """Only of replies that are plain TP's the accepted lengths are compared."""
+    found = {"tp1": served(0) * 2, "tp": served(32) * 2, "2:a2a:q": replies}
     errors = "\n".join(faults(found, LAYOUTS, None))
     assert bool(errors) == bool(told) and told in errors
+
+
+def test_a_row_has_what_replies_of_plain_tp_took() -> None:
+    own = [*served(16), *served(64, OTHER)]
+    found = {"tp1": served(0) * 2, "tp": served(32) * 2, "2:a2a:q": own}
+    line = table(found, "tp").splitlines()[-1]
+    cells = [cell.strip() for cell in line.split("|")[1:-1]]
+    assert cells[1:3] == ["1 of 2", "80"] and cells[-1] == "1: 4.0000, 2.0000"
 
 
 def test_a_row_for_each_server() -> None:

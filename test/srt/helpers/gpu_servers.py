@@ -99,16 +99,22 @@ class Spec:
         """What makes it of no use here, because its ranks share GPUs; empty if nothing does.
 
         FlashInfer attends to latents with a cooperative kernel, whose blocks all run at once
-        or not at all. A kernel of a peer that waits may hold room that it needs. Between
-        nodes, ranks on one GPU have another reason why `symm_a2a` cannot serve.
+        or not at all. A kernel of a peer that waits may hold room that it needs. Four ranks on
+        one GPU hung in verifications with FlashInfer and `symm_a2a`. Between nodes, ranks on
+        one GPU have another reason why `symm_a2a` cannot serve.
         """
         if not self.shares:
             return ""
         if self.nodes > 1 and "symm_a2a" in self.flags:
             return "the reason why symm_a2a cannot serve"
         latents = self.kind.startswith("mla")
-        if latents and "--attention-backend flashinfer" in self.flags:
+        if "--attention-backend flashinfer" not in self.flags:
+            return ""
+        if latents:
             return "FlashInfer's kernel for latents"
+        hung = ("--speculative-algorithm", "symm_a2a", "--tp 4")
+        if all(part in self.flags for part in hung):
+            return "FlashInfer's verifications, whose four ranks exchange by symm_a2a"
         return ""
 
     def checkpoint(self, folder: Path) -> Path:

@@ -79,6 +79,18 @@ def test_a_gpu_is_shared_where_ranks_outnumber_gpus(machine: Machine) -> None:
     assert not shared_gpus.are_shared_by(2)
 
 
+def test_servers_that_hang_on_a_shared_gpu_want_their_own(machine: Machine) -> None:
+    latents = Spec("", "mla-moe", "--tp 2 --attention-backend flashinfer")
+    flags = "--tp 4 --speculative-algorithm EAGLE3 --attention-backend flashinfer "
+    drafts = Spec("", "llama-2kv", flags + "--dcp-comm-backend symm_a2a")
+    others = Spec("", "llama-2kv", flags + "--dcp-comm-backend a2a")
+    machine(1, 4)
+    assert latents.needs_own_gpus and drafts.needs_own_gpus
+    assert not others.needs_own_gpus
+    machine(4, 1)
+    assert not latents.needs_own_gpus and not drafts.needs_own_gpus
+
+
 @pytest.mark.parametrize(
     "gpus, ranks, part", [(1, 2, "50"), (1, 4, "25"), (2, 4, "50"), (2, 3, "50")]
 )
