@@ -84,23 +84,23 @@ def fill_local_tensors(
         shard.local_table.stride(0),
         len(batch.out_cache_loc),
         shard.dcp_rank,
+        width,
         DCP_SIZE=shard.dcp_size,
         PAGE=shard.page_size,
         BLOCK=BLOCK,
-        WIDTH=width,
     )
 
 
 # Without these options Triton would compile new variants while serving: for other
 # alignments, and for a count of 1 or a multiple of 16.
 @triton.jit(
-    do_not_specialize=["written", "rank"],
+    do_not_specialize=["written", "rank", "width"],
     do_not_specialize_on_alignment=["rows", "lens", "slots", "starts", "counts"],
 )
 def _fill_local_tensors_kernel(
     rows, lens, slots, starts, counts, own_lens, own_slots, empty_rows,
-    table, table_row, table_position, local_table, local_row, written, rank,
-    DCP_SIZE: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+    table, table_row, table_position, local_table, local_row, written, rank, width,
+    DCP_SIZE: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     request = tl.program_id(0)
     first = tl.program_id(1) * BLOCK
@@ -109,8 +109,8 @@ def _fill_local_tensors_kernel(
     if first == 0:
         tl.store(own_lens + request, keys)
 
-    start = request * WIDTH if starts is None else tl.load(starts + request)
-    count = WIDTH if counts is None else tl.load(counts + request)
+    start = request * width if starts is None else tl.load(starts + request)
+    count = width if counts is None else tl.load(counts + request)
     if first < count:
         token = start + place
         new = place < count

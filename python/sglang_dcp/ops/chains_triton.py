@@ -50,7 +50,7 @@ def attend_chains_triton(
         *out.stride(),
         scaling,
         first_head,
-        WIDTH=width,
+        width,
         TILE=max(_LEAST_TILE, triton.next_power_of_2(width)),
         HEADS_OF_KV=heads_of_kv,
         D=dim,
@@ -81,20 +81,20 @@ def _scores(
     return acc
 
 
-@triton.jit(do_not_specialize=["first_head"])
+# A width of its own would be compiled for each size of a captured chain.
+@triton.jit(do_not_specialize=["first_head", "width"])
 def _attend_chains_kernel(
     q, q_rope, k, k_rope, v, prefix, prefix_lse, out,
     q_t, q_h, q_d, qr_t, qr_h, qr_d, k_t, k_h, k_d, kr_t, kr_h, kr_d, v_t, v_h, v_d,
-    p_t, p_h, p_d, l_t, l_h, o_t, o_h, o_d, scaling, first_head,
-    WIDTH: tl.constexpr, TILE: tl.constexpr, HEADS_OF_KV: tl.constexpr,
-    D: tl.constexpr, ROPE: tl.constexpr, DV: tl.constexpr, BASE_E: tl.constexpr,
-    BLOCK: tl.constexpr,
+    p_t, p_h, p_d, l_t, l_h, o_t, o_h, o_d, scaling, first_head, width,
+    TILE: tl.constexpr, HEADS_OF_KV: tl.constexpr, D: tl.constexpr,
+    ROPE: tl.constexpr, DV: tl.constexpr, BASE_E: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
     kv = (first_head + head) // HEADS_OF_KV
     row = tl.arange(0, TILE)
-    real = row < WIDTH
-    token = tl.program_id(0).to(tl.int64) * WIDTH + row
+    real = row < width
+    token = tl.program_id(0).to(tl.int64) * width + row
 
     scores = tl.zeros((TILE, TILE), tl.float32)
     scores = _scores(
