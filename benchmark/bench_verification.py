@@ -24,6 +24,7 @@ from torch import Tensor
 
 from sglang_dcp.ops.chains import Chains, ChainSizes, attend_chains
 
+DEVICE = "cuda"
 DCP = 2
 CALLS = 8
 
@@ -57,7 +58,7 @@ class Keys(NamedTuple):
 
 
 def rows_of(tokens: int, heads: int, dim: int) -> Tensor:
-    return torch.randn(tokens, heads, dim, device="cuda", dtype=torch.bfloat16)
+    return torch.randn(tokens, heads, dim, device=DEVICE, dtype=torch.bfloat16)
 
 
 def make_keys(model: Heads, context: int, batch: int, page: int) -> Keys:
@@ -67,8 +68,8 @@ def make_keys(model: Heads, context: int, batch: int, page: int) -> Keys:
         rows_of(pages * page, 1, dim).view(pages, page, 1, dim)
         for dim in (model.qk, model.v)
     )
-    table = torch.randperm(pages, device="cuda").int().view(batch, -1)
-    lens = torch.full((batch,), local, device="cuda", dtype=torch.int32)
+    table = torch.randperm(pages, device=DEVICE).int().view(batch, -1)
+    lens = torch.full((batch,), local, device=DEVICE, dtype=torch.int32)
     return Keys(k, v, table, lens)
 
 
@@ -84,7 +85,7 @@ def attention(model: Heads, keys: Keys, rows: int, heads: int) -> Callable[[], A
         qv=rows_of(rows, heads, model.v) if model.latent else None,
         page_table=keys.table.repeat_interleave(repeats, 0),
         cache_seqlens=keys.lens.repeat_interleave(repeats),
-        cu_seqlens_q=torch.arange(rows + 1, device="cuda", dtype=torch.int32),
+        cu_seqlens_q=torch.arange(rows + 1, device=DEVICE, dtype=torch.int32),
     )
     how: dict[str, Any] = dict(
         max_seqlen_q=1, softmax_scale=0.1, causal=True, return_softmax_lse=True
@@ -99,19 +100,21 @@ def chain(model: Heads, batch: int, width: int) -> Callable[[], Any]:
     k, *k_rope = (rows_of(tokens, 1, dim) for dim in of_heads)
     chains = Chains(q, k, rows_of(tokens, 1, model.v), *q_rope, *k_rope)
     prefix = rows_of(tokens, heads, model.v)
-    lse = torch.randn(tokens, heads, device="cuda")
+    lse = torch.randn(tokens, heads, device=DEVICE)
     sizes = ChainSizes(width, 0.1, 0, model.heads, is_lse_base_on_e=True)
     return lambda: attend_chains(chains, prefix, lse, sizes)
 
 
-def microseconds(call: Callable[[], Any], repeats: int = 5) -> float:
-    """Return the median over `repeats` replays of a graph of `CALLS` calls."""
+def microseconds(
+    call: Callable[[], Any], repeats: int = 5, *, calls: int = CALLS
+) -> float:
+    """Return the median over `repeats` replays of a graph of so many calls."""
     for _ in range(2):
         call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(CALLS):
+        for _ in range(calls):
             call()
     times = []
     for _ in range(repeats + 1):
@@ -120,7 +123,7 @@ def microseconds(call: Callable[[], Any], repeats: int = 5) -> float:
         graph.replay()
         ended.record()
         ended.synchronize()
-        times.append(began.elapsed_time(ended) * 1000 / CALLS)
+        times.append(began.elapsed_time(ended) * 1000 / calls)
     return statistics.median(times[1:])
 
 

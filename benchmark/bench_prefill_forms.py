@@ -1,0 +1,157 @@
+"""Time on one GPU what the forms of a prefill over a cached prefix take.
+
+New tokens of one request attend to a prefix that a DCP group of 2 holds. The columns are
+microseconds of one layer of one rank, in CUDA graphs, with FA3:
+
+- `in_place`: heads of the group attend to the rank's half of the prefix
+- `gathered`: the rank's heads attend to the whole prefix, for latents to expanded K and V
+- `expand`: for latents, K and V of the whole prefix from latents
+- `absorb`: for latents, the two products around attention in place
+
+The rule that chooses a form estimates these (`mla/cost.py`, `prefix/kv_form.py`). Values are
+random, and no model runs. It does not measure the exchange, the gather, launches, nor the new
+tokens' attention to themselves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from typing import Any, Callable, NamedTuple, Sequence
+
+import torch
+from torch import Tensor
+
+from bench_verification import DCP, DEVICE, microseconds, rows_of
+from sglang_dcp.layers.backends.fa3_splits import (
+    Fa3Heads,
+    prefix_splits,
+    ragged_splits,
+)
+
+# A call takes up to a tenth of a second here.
+CALLS, REPEATS = 2, 3
+
+
+class Sizes(NamedTuple):
+    """Sizes of a rank's attention: query heads, and the dims of one.
+
+    Attributes
+    ----------
+    latent, rope, nope : dims of a latent, of its rotary key, and of the rest of a key; 0 for
+        K/V heads
+    qk, v : dims of a head of K and V, for latents once expanded
+    """
+
+    heads: int
+    qk: int
+    v: int
+    latent: int = 0
+    rope: int = 0
+    nope: int = 0
+
+
+# By the names of `decode_models`, at tp 2.
+MODELS = {
+    "Qwen3-30B-A3B/4": Sizes(4, 128, 128),
+    "DeepSeek-V2-Lite": Sizes(8, 192, 128, 512, 64, 128),
+}
+
+
+def ends(length: int) -> Tensor:
+    return torch.tensor([0, length], device=DEVICE, dtype=torch.int32)
+
+
+def in_place(sizes: Sizes, prefix: int, new: int) -> Callable[[], Any]:
+    """Return a call of attention as the package has it over the rank's own pages."""
+    from sgl_kernel.flash_attn import flash_attn_with_kvcache
+
+    heads, local = sizes.heads * DCP, prefix // DCP
+    qk, v = (sizes.rope, sizes.latent) if sizes.latent else (sizes.qk, sizes.v)
+    # A row of a pool of latents holds a latent and then its rotary key.
+    v_cache, k_cache = rows_of(local, 1, qk + v).unsqueeze(1).split([v, qk], -1)
+    of_call = Fa3Heads(heads, 1, sizes.latent + sizes.rope or sizes.qk, v)
+    arguments: dict[str, Any] = dict(
+        q=rows_of(new, heads, qk),
+        k_cache=k_cache,
+        v_cache=v_cache,
+        qv=rows_of(new, heads, v) if sizes.latent else None,
+        page_table=torch.randperm(local, device=DEVICE).int().view(1, -1),
+        cache_seqlens=torch.tensor([local], device=DEVICE, dtype=torch.int32),
+        cu_seqlens_q=ends(new),
+        max_seqlen_q=new,
+        num_splits=prefix_splits(of_call, new, new),
+    )
+    return lambda: flash_attn_with_kvcache(
+        **arguments, softmax_scale=0.1, causal=False, return_softmax_lse=True
+    )
+
+
+def gathered(sizes: Sizes, prefix: int, new: int) -> Callable[[], Any]:
+    """Return a call of attention to K and V of all positions, in order."""
+    from sgl_kernel.flash_attn import flash_attn_varlen_func
+
+    kv_heads, splits = (sizes.heads, 1) if sizes.latent else (1, 0)
+    of_call = Fa3Heads(sizes.heads, kv_heads, sizes.qk, sizes.v)
+    arguments: dict[str, Any] = dict(
+        q=rows_of(new, sizes.heads, sizes.qk),
+        k=rows_of(prefix, kv_heads, sizes.qk),
+        v=rows_of(prefix, kv_heads, sizes.v),
+        cu_seqlens_q=ends(new),
+        cu_seqlens_k=ends(prefix),
+        max_seqlen_q=new,
+        max_seqlen_k=prefix,
+        num_splits=splits or ragged_splits(of_call, new, new, prefix),
+    )
+    return lambda: flash_attn_varlen_func(
+        **arguments, softmax_scale=0.1, causal=False, return_softmax_lse=True
+    )
+
+
+def expand(sizes: Sizes, prefix: int) -> Callable[[], Any]:
+    """Return a call that makes K and V of a rank's heads from latents."""
+    width = sizes.nope + sizes.v
+    latents, rope = (
+        rows_of(prefix, 1, dim).squeeze(1) for dim in (sizes.latent, sizes.rope)
+    )
+    weight = rows_of(sizes.latent, sizes.heads, width).flatten(1)
+
+    def call() -> tuple[Tensor, Tensor]:
+        made = (latents @ weight).view(prefix, sizes.heads, width)
+        of_all = rope.unsqueeze(1).expand(-1, sizes.heads, -1)
+        return torch.cat([made[..., : sizes.nope], of_all], -1), made[..., sizes.nope :]
+
+    return call
+
+
+def absorb(sizes: Sizes, new: int) -> Callable[[], Any]:
+    """Return a call of the products that bring queries to latents and outputs back."""
+    q, out = (rows_of(sizes.heads, new, dim) for dim in (sizes.nope, sizes.latent))
+    to_latent = rows_of(sizes.heads, sizes.nope, sizes.latent)
+    back = rows_of(sizes.heads, sizes.latent, sizes.v)
+    return lambda: (torch.bmm(q, to_latent), torch.bmm(out, back))
+
+
+def measure(sizes: Sizes, prefix: int, new: int) -> list[float]:
+    calls = [in_place(sizes, prefix, new), gathered(sizes, prefix, new)]
+    if sizes.latent:
+        calls += [expand(sizes, prefix), absorb(sizes, new)]
+    times = [microseconds(call, REPEATS, calls=CALLS) for call in calls]
+    return times + [0.0] * (4 - len(times))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    add("--prefixes", nargs="+", type=int, default=[32768, 131072, 524288])
+    add("--new", nargs="+", type=int, default=[16, 64, 256, 1024, 8192])
+    given = parser.parse_args(arguments)
+    print("model,prefix,new,in_place,gathered,expand,absorb")
+    for name, prefix, new in itertools.product(given.models, given.prefixes, given.new):
+        times = [f"{us:.1f}" for us in measure(MODELS[name], prefix, new)]
+        print(name, prefix, new, *times, sep=",", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""The calls that `bench_prefill_forms.py` times, on a CPU with stand-ins for FA3."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import bench_prefill_forms as forms
+import bench_verification
+
+PREFIX, NEW = 64, 5
+
+
+class Kernels(ModuleType):
+    """Stands in for the module of FA3, and keeps what it is called with."""
+
+    def __init__(self) -> None:
+        super().__init__("sgl_kernel.flash_attn")
+        self.calls: list[dict[str, Any]] = []
+
+    def flash_attn_with_kvcache(self, **given: Any) -> None:
+        self.calls.append(given)
+
+    flash_attn_varlen_func = flash_attn_with_kvcache
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Kernels:
+    made = Kernels()
+    monkeypatch.setitem(sys.modules, "sgl_kernel", ModuleType("sgl_kernel"))
+    monkeypatch.setitem(sys.modules, "sgl_kernel.flash_attn", made)
+    for module in (forms, bench_verification):
+        monkeypatch.setattr(module, "DEVICE", "cpu")
+    return made
+
+
+def shapes(given: dict[str, Any], *names: str) -> list[tuple[int, ...]]:
+    return [tuple(given[name].shape) for name in names]
+
+
+def test_latents_in_place_are_attended_to_by_heads_of_the_group(
+    kernels: Kernels,
+) -> None:
+    forms.in_place(forms.MODELS["DeepSeek-V2-Lite"], PREFIX, NEW)()
+    [given] = kernels.calls
+    assert shapes(given, "q", "qv") == [(NEW, 16, 64), (NEW, 16, 512)]
+    assert shapes(given, "k_cache", "v_cache") == [(32, 1, 1, 64), (32, 1, 1, 512)]
+    assert sorted(given["page_table"].flatten().tolist()) == list(range(PREFIX // 2))
+    assert given["cu_seqlens_q"].tolist() == [0, NEW] and not given["causal"]
+
+
+def test_gathered_prefixes_are_attended_to_by_heads_of_the_rank(
+    kernels: Kernels,
+) -> None:
+    for name in ("DeepSeek-V2-Lite", "Qwen3-30B-A3B/4"):
+        forms.gathered(forms.MODELS[name], PREFIX, NEW)()
+    latents, heads = kernels.calls
+    assert shapes(latents, "q", "k", "v") == [(NEW, 8, 192), (64, 8, 192), (64, 8, 128)]
+    assert shapes(heads, "q", "k", "v") == [(NEW, 4, 128), (64, 1, 128), (64, 1, 128)]
+    # The package lets FA3 split keys of K/V heads alone.
+    assert latents["num_splits"] == 1
+    assert heads["cu_seqlens_k"].tolist() == [0, PREFIX]
+
+
+def test_latents_are_expanded_as_attention_takes_them(kernels: Kernels) -> None:
+    sizes = forms.MODELS["DeepSeek-V2-Lite"]
+    k, v = forms.expand(sizes, PREFIX)()
+    assert k.shape == (PREFIX, 8, 192) and v.shape == (PREFIX, 8, 128)
+    # All heads share the rotary part.
+    rope: Tensor = k[..., sizes.nope :]
+    assert torch.equal(rope, rope[:, :1].expand_as(rope))
+    q, out = forms.absorb(sizes, NEW)()
+    assert q.shape == (8, NEW, 512) and out.shape == (8, NEW, 128)
+
+
+def test_a_line_for_each_size(
+    kernels: Kernels,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(forms, "microseconds", lambda *call, **more: 7.0)
+    forms.main(["--prefixes", "64", "128", "--new", "5"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:] == [
+        "Qwen3-30B-A3B/4,64,5,7.0,7.0,0.0,0.0",
+        "Qwen3-30B-A3B/4,128,5,7.0,7.0,0.0,0.0",
+        "DeepSeek-V2-Lite,64,5,7.0,7.0,7.0,7.0",
+        "DeepSeek-V2-Lite,128,5,7.0,7.0,7.0,7.0",
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__, "-s"]))
