@@ -69,7 +69,10 @@ def in_place(sizes: Sizes, prefix: int, new: int) -> Callable[[], Any]:
     heads, local = sizes.heads * DCP, prefix // DCP
     qk, v = (sizes.rope, sizes.latent) if sizes.latent else (sizes.qk, sizes.v)
     # A row of a pool of latents holds a latent and then its rotary key.
-    v_cache, k_cache = rows_of(local, 1, qk + v).unsqueeze(1).split([v, qk], -1)
+    joined = rows_of(local, 1, v + qk).unsqueeze(1)
+    v_cache, k_cache = joined.split([v, qk], -1)
+    if not sizes.latent:
+        v_cache, k_cache = v_cache.contiguous(), k_cache.contiguous()
     of_call = Fa3Heads(heads, 1, sizes.latent + sizes.rope or sizes.qk, v)
     arguments: dict[str, Any] = dict(
         q=rows_of(new, heads, qk),

@@ -210,6 +210,8 @@ HEAD_ROWS = (
     (TP2_DCP2, "triton", ("a2a", True), PAGE64, 3),
     (TP4_ATTN2, "fa3", ("a2a", True), PAGE64, 3),
     (TP4_DCP4, "flashinfer", ("symm_a2a", False), PAGE1, 3),
+    (TP4_DCP4, "fa3", ("symm_a2a", True), PAGE64, 1),
+    (TP4_DCP4, "fa3", ("a2a", False), PAGE1, 3),
 )
 
 
