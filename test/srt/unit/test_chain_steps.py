@@ -121,7 +121,7 @@ def test_tokens_that_fill_a_chain_are_multiplied_too() -> None:
 def test_estimates_agree_with_kernels_that_were_timed(row: dict[str, str]) -> None:
     """Attention of one rank, which the estimates tell with tokens and exchange besides.
 
-    A call takes 20 to 40 us more than its keys, and that is no part of an estimate.
+    What a call takes besides its keys is no part of an estimate: up to 45 us.
     """
     sizes = MEASURED[row["model"]]
     width, context = int(row["width"]), int(row["context"])

@@ -70,7 +70,7 @@ class Rates(NamedTuple):
 # - a layer without a graph: turns of 1, 16 and 64 tokens on 32,768 positions in place, and the
 #   same turns as decode steps. The difference, divided by 27 layers, has the launches of a
 #   layer and what the form adds, less the step's GPU work. A turn of 1 token on K/V heads,
-#   gathered, gives one more value. The smallest of the four is 2.65 ms. Longer prefixes and
+#   gathered, gives one more value. The smallest of the four is 2.62 ms. Longer prefixes and
 #   an earlier day's servers gave less, so the rate is 1.5 ms.
 # - steps, and the tokens of a chain among themselves: kernels timed alone on one H200, 8 to 64
 #   tokens on 32,768 to 524,288 positions, by differences between lengths.
