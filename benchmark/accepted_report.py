@@ -71,7 +71,8 @@ def table(found: Mapping[str, Sequence[Drafted]], plain: str | None = None) -> s
         cells = [f"{steps}", f"{accepted(replies):.4f}", f"{own:.4f}"]
         if compares:
             same, theirs = equal_replies(replies, found[plain or ""])
-            cells.append(f"{len(same)}: {accepted(same):.4f}, {accepted(theirs):.4f}")
+            lengths = f": {accepted(same):.4f}, {accepted(theirs):.4f}" if same else ""
+            cells.append(f"{len(same)}{lengths}")
         rows.append([name, f"{equal} of {len(replies)}", *cells])
     return markdown(rows)
 

@@ -1,4 +1,4 @@
-"""Time attention of a verification on one GPU, in the two forms that it may have.
+"""Time attention of a verification, or of a short prefill, on one GPU, in its two forms.
 
 `w` query tokens of a request see the same committed keys. The columns are microseconds of
 one call in CUDA graphs, with FA3:
@@ -7,6 +7,8 @@ one call in CUDA graphs, with FA3:
 - `rows`: each query token as a row of its own, which reads the keys again
 - `folded`: the query tokens as more heads of one query, as the package has it
 - `chain`: what `folded` needs besides, the query tokens among themselves and the merge
+
+The query tokens are those of a verification, or the new tokens of a short prefill.
 
 Heads are those of a DCP group of 2, keys are half of the context. Values are random, and
 no model runs. It does not measure the exchange, nor other kernels of a step.

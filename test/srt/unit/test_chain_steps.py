@@ -19,7 +19,7 @@ import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 
 from helpers.needs_sglang import needs_sglang
-from sglang_dcp.layers import chain_steps, short_prefill
+from sglang_dcp.layers import attention, chain_steps, short_prefill
 from sglang_dcp.layers.chain_steps import CHAIN, WIDTHS, ChainSteps, capture_size
 from sglang_dcp.layers.decode_rows import as_chains, as_one_chain, as_prefill_rows
 from sglang_dcp.layers.prefix.cost import Requests, exchange_seconds
@@ -40,6 +40,7 @@ pytestmark = needs_sglang("0.5.23", "older releases have no hook for it")
 QUARTER = StepSizes(4, 1, 2, 256 * 2, 256, 256, 256)
 LATENTS = StepSizes(8, 1, 2, 576 * 2, 576 * 2, 512 * 2, 1088)
 MEASURED = {"Qwen3-30B-A3B/4": QUARTER, "DeepSeek-V2-Lite": LATENTS}
+FORMS = ("rows", "folded")
 RESULTS = Path(__file__).resolve().parents[3] / "benchmark" / "results"
 LONG = 1 << 30
 
@@ -143,6 +144,70 @@ def test_estimates_agree_with_kernels_that_were_timed(row: dict[str, str]) -> No
     if abs(timed["rows"] - timed["chain"]) > 2:
         faster = timed["chain"] < timed["rows"]
         assert chain_is_faster(width, context, width, sizes) == faster
+
+
+@pytest.mark.parametrize("model", MEASURED)
+def test_rates_of_long_prefixes_are_those_of_kernels(model: str) -> None:
+    """By differences between two prefixes, where what a call takes besides falls out."""
+    sizes = MEASURED[model]
+    times = {
+        (int(row["width"]), int(row["context"])): row
+        for row in measured()
+        if row["model"] == model
+    }
+    for width in (32, 64):
+        short, long = (times[width, context] for context in (262144, 524288))
+        rows, chain = (float(long[form]) - float(short[form]) for form in FORMS)
+        one, two = (Requests([width], [context]) for context in (262144, 524288))
+        told = step_seconds(two, sizes, HOPPER) - step_seconds(one, sizes, HOPPER)
+        assert told * 1e6 == pytest.approx(rows, rel=0.12)
+        told = chain_seconds(width, 524288, sizes, HOPPER)
+        told -= chain_seconds(width, 262144, sizes, HOPPER)
+        assert told * 1e6 == pytest.approx(chain, rel=0.12)
+
+
+def test_a_chain_among_itself_takes_as_long_as_between_both_models() -> None:
+    of_chain = [float(row["chain"]) for row in measured()]
+    assert min(of_chain) < HOPPER.chain_s * 1e6 < max(of_chain)
+
+
+def test_each_kv_head_has_tiles_of_its_own() -> None:
+    """So four K/V heads with four times the heads and bytes take four times as long."""
+    four = QUARTER._replace(heads=16, kv_heads=4, key_bytes=4 * QUARTER.key_bytes)
+
+    def of_attention(sizes: StepSizes, width: int) -> list[float]:
+        free = HOPPER._replace(layer_token_s=0.0, chain_s=0.0)
+        turn = Requests([width], [524288])
+        found = step_seconds(turn, sizes, free), chain_seconds(
+            width, 524288, sizes, free
+        )
+        rows = width * sizes.heads, sizes.dcp_size, sizes.query_bytes, sizes.out_bytes
+        return [seconds - exchange_seconds(*rows, free) for seconds in found]
+
+    for width in (1, 12, 64):
+        one = of_attention(QUARTER, width)
+        assert of_attention(four, width) == pytest.approx([4 * s for s in one])
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_a_backend_has_chains_where_some_are_faster(
+    faster: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def has_chains(context: int) -> bool:
+        asked.append(context)
+        return faster
+
+    rule = SimpleNamespace(has_chains=has_chains)
+    short = SimpleNamespace(rule=rule, chains=None)
+    monkeypatch.setattr(attention, "short_prefill_of", lambda runner, config: short)
+    built: Any = object.__new__(attention.DcpAttentionBackend)
+    built.chains = None
+    runner = SimpleNamespace(model_config=SimpleNamespace(context_len=4096))
+    built._add_short_prefills(None, runner, None)
+    assert built.short_prefill is short and asked == [4096]
+    assert built.chains is short.chains and (built.chains is not None) == faster
 
 
 def test_many_heads_over_latents_are_never_faster_as_a_chain() -> None:

@@ -210,7 +210,7 @@ def test_latents_in_place_count_the_work_of_the_gpu() -> None:
 
 def test_turns_whose_rows_read_more_than_the_form_takes_stay_prefills() -> None:
     # A gather is work that a step saves. In place a long prefix is read once, not by row.
-    assert kv_pays(64, 262144) and not kv_pays(256, 262144)
+    assert kv_pays(128, 262144) and not kv_pays(256, 262144)
     assert not kv_pays(128, 524288)
     assert not latents_pay(512, 131072)
     # Without a prefix, the launches of plain tp are all that a step saves.

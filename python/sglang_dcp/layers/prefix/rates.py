@@ -24,7 +24,8 @@ class Rates(NamedTuple):
     gather_bytes : bytes/s that a rank receives in an all-gather
     exchange_bytes : bytes/s that a rank receives in an exchange of partial outputs
     sms : multiprocessors; each works on one tile of rows at a time
-    expanded_tile, absorbed_tile : query rows of a tile
+    expanded_tile : query rows of a tile of attention to expanded keys, or to K/V heads
+    absorbed_tile : the same of attention to latents, and in a decode step
     in_place_host_s : seconds of launches that a layer adds to keep a prefix in place
     gather_host_s : seconds of launches that a layer adds to gather latents once
     chunk_host_s : seconds of launches that each further prefix chunk adds
@@ -72,8 +73,9 @@ class Rates(NamedTuple):
 #   layer and what the form adds, less the step's GPU work. A turn of 1 token on K/V heads,
 #   gathered, gives one more value. The smallest of the four is 2.62 ms. Longer prefixes and
 #   an earlier day's servers gave less, so the rate is 1.5 ms.
-# - steps, and the tokens of a chain among themselves: kernels timed alone on one H200, 8 to 64
-#   tokens on 32,768 to 524,288 positions, by differences between lengths.
+# - steps: kernels timed alone on one H200, 8 to 64 tokens on 32,768 to 524,288 positions, by
+#   differences between lengths. The tokens of a chain among themselves took 3 to 5 us for K/V
+#   heads and 7 to 16 us for latents, and the rate lies between.
 # Not measured, but taken from the datasheet (4.8 TB/s, 450 GB/s each way): memory at 5/6,
 # links at 7/9 and 2/3. The rate of products is taken from the same prefills.
 # Of K/V heads (Qwen3-30B-A3B/4, 48 layers, 2 H200, tp 2, fa3, prefill graphs):
