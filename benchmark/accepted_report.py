@@ -38,39 +38,30 @@ def accepted(replies: Sequence[Drafted]) -> float:
     return tokens / steps if steps else 1.0
 
 
-def equal_ids(got: Sequence[Drafted], want: Sequence[Drafted]) -> int:
-    return sum(a.ids == b.ids for a, b in zip(got, want, strict=True))
-
-
 def equal_replies(
-    got: Sequence[Drafted], plain: Sequence[Drafted]
+    got: Sequence[Drafted], want: Sequence[Drafted]
 ) -> tuple[list[Drafted], list[Drafted]]:
-    """Return the replies that both servers gave, as each of them drafted for it.
-
-    Drafts of other words are right at other places, so other replies tell nothing.
-    """
-    both = [pair for pair in zip(got, plain, strict=True) if pair[0].ids == pair[1].ids]
+    """Return the replies that both servers gave, as each of them drafted for it."""
+    both = [pair for pair in zip(got, want, strict=True) if pair[0].ids == pair[1].ids]
     return [own for own, _ in both], [other for _, other in both]
 
 
-def table(found: Mapping[str, Sequence[Drafted]], plain: str | None = None) -> str:
-    """A row for each server, compared with the first, and with the one named `plain`."""
+def table(
+    found: Mapping[str, Sequence[Drafted]], plain: Sequence[Drafted] | None = None
+) -> str:
+    """A row for each server, compared with the first, and with replies of plain TP."""
     head = "server|equal replies|verifications|tokens of a verification"
     head += "|mean spec_accept_length"
-    compares = plain in found
-    rows = [
-        [
-            *head.split("|"),
-            *["of replies equal to plain TP's, and plain TP's"] * compares,
-        ]
-    ]
+    if plain:
+        head += "|of replies equal to plain TP's, and plain TP's"
+    rows = [head.split("|")]
     for name, replies in found.items():
-        equal = equal_ids(replies, found[FIRST])
+        equal = len(equal_replies(replies, found[FIRST])[0])
         steps = sum(one.verifications for one in replies)
         own = mean(one.accept_length for one in replies)
         cells = [f"{steps}", f"{accepted(replies):.4f}", f"{own:.4f}"]
-        if compares:
-            same, theirs = equal_replies(replies, found[plain or ""])
+        if plain:
+            same, theirs = equal_replies(replies, plain)
             lengths = f": {accepted(same):.4f}, {accepted(theirs):.4f}" if same else ""
             cells.append(f"{len(same)}{lengths}")
         rows.append([name, f"{equal} of {len(replies)}", *cells])
@@ -85,7 +76,8 @@ def faults(
     """Say which servers speak otherwise, accept little, or not what they should.
 
     `wanted` are the verifications of each reply. Without them (16 bit) replies may part. Of
-    those that are plain TP's, the mean accepted length is compared with plain TP's.
+    those that are plain TP's, the mean accepted length is compared with plain TP's. Drafts
+    of other words are right at other places, so other replies tell nothing.
     """
     served = [layout for layout in layouts if layout.name in found]
     plain = [found[one.name] for one in served if one.dcp_size == 1]
@@ -118,7 +110,7 @@ def _unlike_plain(got: Sequence[Drafted], plain: Sequence[Drafted]) -> list[str]
 def _unlike_torch(
     got: Sequence[Drafted], first: Sequence[Drafted], wanted: Sequence[int]
 ) -> list[str]:
-    equal = equal_ids(got, first)
+    equal = len(equal_replies(got, first)[0])
     counts = [one.verifications for one in got]
     right = sum(a == b for a, b in zip(counts, wanted, strict=True))
     lines = [f"{equal} of {len(got)} replies are equal"] * (equal < len(got))

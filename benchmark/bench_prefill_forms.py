@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from bench_verification import DCP, DEVICE, microseconds, rows_of
+from decode_models import MODELS, is_mla, query_heads
 from sglang_dcp.layers.backends.fa3_splits import (
     Fa3Heads,
     prefix_splits,
@@ -51,11 +52,18 @@ class Sizes(NamedTuple):
     nope: int = 0
 
 
-# By the names of `decode_models`, at tp 2.
-MODELS = {
-    "Qwen3-30B-A3B/4": Sizes(4, 128, 128),
-    "DeepSeek-V2-Lite": Sizes(8, 192, 128, 512, 64, 128),
-}
+# Of `decode_models`, with one K/V head at tp 2.
+NAMES = ("Qwen3-30B-A3B/4", "DeepSeek-V2-Lite")
+
+
+def sizes_of(name: str) -> Sizes:
+    """Return the sizes of a model at tp 2."""
+    config, heads = MODELS[name], query_heads(name) // DCP
+    if not is_mla(name):
+        return Sizes(heads, config["head_dim"], config["head_dim"])
+    rope, nope = config["qk_rope_head_dim"], config["qk_nope_head_dim"]
+    latent = config["kv_lora_rank"]
+    return Sizes(heads, rope + nope, config["v_head_dim"], latent, rope, nope)
 
 
 def ends(length: int) -> Tensor:
@@ -67,17 +75,18 @@ def in_place(sizes: Sizes, prefix: int, new: int) -> Callable[[], Any]:
     from sgl_kernel.flash_attn import flash_attn_with_kvcache
 
     heads, local = sizes.heads * DCP, prefix // DCP
-    qk, v = (sizes.rope, sizes.latent) if sizes.latent else (sizes.qk, sizes.v)
-    # A row of a pool of latents holds a latent and then its rotary key.
-    joined = rows_of(local, 1, v + qk).unsqueeze(1)
-    v_cache, k_cache = joined.split([v, qk], -1)
-    if not sizes.latent:
-        v_cache, k_cache = v_cache.contiguous(), k_cache.contiguous()
-    of_call = Fa3Heads(heads, 1, sizes.latent + sizes.rope or sizes.qk, v)
+    if sizes.latent:
+        # A row of the pool holds a latent and then its rotary key.
+        stored, v = sizes.latent + sizes.rope, sizes.latent
+        v_cache, k_cache = rows_of(local, 1, stored).split([v, sizes.rope], -1)
+    else:
+        stored, v = sizes.qk, sizes.v
+        v_cache, k_cache = rows_of(local, 1, v), rows_of(local, 1, stored)
+    of_call = Fa3Heads(heads, 1, stored, v)
     arguments: dict[str, Any] = dict(
-        q=rows_of(new, heads, qk),
-        k_cache=k_cache,
-        v_cache=v_cache,
+        q=rows_of(new, heads, k_cache.shape[-1]),
+        k_cache=k_cache.unsqueeze(1),
+        v_cache=v_cache.unsqueeze(1),
         qv=rows_of(new, heads, v) if sizes.latent else None,
         page_table=torch.randperm(local, device=DEVICE).int().view(1, -1),
         cache_seqlens=torch.tensor([local], device=DEVICE, dtype=torch.int32),
@@ -94,8 +103,10 @@ def gathered(sizes: Sizes, prefix: int, new: int) -> Callable[[], Any]:
     """Return a call of attention to K and V of all positions, in order."""
     from sgl_kernel.flash_attn import flash_attn_varlen_func
 
-    kv_heads, splits = (sizes.heads, 1) if sizes.latent else (1, 0)
+    kv_heads = sizes.heads if sizes.latent else 1
     of_call = Fa3Heads(sizes.heads, kv_heads, sizes.qk, sizes.v)
+    # As in the package, expanded keys are not split.
+    splits = 1 if sizes.latent else ragged_splits(of_call, new, new, prefix)
     arguments: dict[str, Any] = dict(
         q=rows_of(new, sizes.heads, sizes.qk),
         k=rows_of(prefix, kv_heads, sizes.qk),
@@ -104,7 +115,7 @@ def gathered(sizes: Sizes, prefix: int, new: int) -> Callable[[], Any]:
         cu_seqlens_k=ends(prefix),
         max_seqlen_q=new,
         max_seqlen_k=prefix,
-        num_splits=splits or ragged_splits(of_call, new, new, prefix),
+        num_splits=splits,
     )
     return lambda: flash_attn_varlen_func(
         **arguments, softmax_scale=0.1, causal=False, return_softmax_lse=True
@@ -146,13 +157,13 @@ def measure(sizes: Sizes, prefix: int, new: int) -> list[float]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    add("--models", nargs="+", choices=NAMES, default=NAMES)
     add("--prefixes", nargs="+", type=int, default=[32768, 131072, 524288])
     add("--new", nargs="+", type=int, default=[16, 64, 256, 1024, 8192])
     given = parser.parse_args(arguments)
     print("model,prefix,new,in_place,gathered,expand,absorb")
     for name, prefix, new in itertools.product(given.models, given.prefixes, given.new):
-        times = [f"{us:.1f}" for us in measure(MODELS[name], prefix, new)]
+        times = [f"{us:.1f}" for us in measure(sizes_of(name), prefix, new)]
         print(name, prefix, new, *times, sep=",", flush=True)
 
 

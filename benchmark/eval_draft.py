@@ -197,8 +197,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         lengths = mean(map(len, sample.prompts))
         print(f"\n{sample.fingerprint}, {options.prompts} prompts of {lengths:.0f}")
         print(f"verifications by torch: {sum(wanted)}\n")
-        plain = [one.name for one in options.layouts if one.dcp_size == 1]
-        print(table(found, None if exact else next(iter(plain), None)))
+        plain = [found.get(one.name) for one in options.layouts if one.dcp_size == 1]
+        print(table(found, None if exact else plain[0]))
     print("\n" + ("\n".join(errors) or "every server accepts what it should"))
     return 1 if errors else 0
 

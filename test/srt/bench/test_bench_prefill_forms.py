@@ -46,7 +46,7 @@ def shapes(given: dict[str, Any], *names: str) -> list[tuple[int, ...]]:
 def test_latents_in_place_are_attended_to_by_heads_of_the_group(
     kernels: Kernels,
 ) -> None:
-    forms.in_place(forms.MODELS["DeepSeek-V2-Lite"], PREFIX, NEW)()
+    forms.in_place(forms.sizes_of("DeepSeek-V2-Lite"), PREFIX, NEW)()
     [given] = kernels.calls
     assert shapes(given, "q", "qv") == [(NEW, 16, 64), (NEW, 16, 512)]
     assert shapes(given, "k_cache", "v_cache") == [(32, 1, 1, 64), (32, 1, 1, 512)]
@@ -58,7 +58,7 @@ def test_gathered_prefixes_are_attended_to_by_heads_of_the_rank(
     kernels: Kernels,
 ) -> None:
     for name in ("DeepSeek-V2-Lite", "Qwen3-30B-A3B/4"):
-        forms.gathered(forms.MODELS[name], PREFIX, NEW)()
+        forms.gathered(forms.sizes_of(name), PREFIX, NEW)()
     latents, heads = kernels.calls
     assert shapes(latents, "q", "k", "v") == [(NEW, 8, 192), (64, 8, 192), (64, 8, 128)]
     assert shapes(heads, "q", "k", "v") == [(NEW, 4, 128), (64, 1, 128), (64, 1, 128)]
@@ -68,7 +68,7 @@ def test_gathered_prefixes_are_attended_to_by_heads_of_the_rank(
 
 
 def test_latents_are_expanded_as_attention_takes_them(kernels: Kernels) -> None:
-    sizes = forms.MODELS["DeepSeek-V2-Lite"]
+    sizes = forms.sizes_of("DeepSeek-V2-Lite")
     k, v = forms.expand(sizes, PREFIX)()
     assert k.shape == (PREFIX, 8, 192) and v.shape == (PREFIX, 8, 128)
     # All heads share the rotary part.

@@ -258,7 +258,7 @@ def test_faults_in_16_bit(replies: list[Drafted], told: str) -> None:
 def test_a_row_has_what_replies_of_plain_tp_took() -> None:
     own = [*served(16), *served(64, OTHER)]
     found = {"tp1": served(0) * 2, "tp": served(32) * 2, "2:a2a:q": own}
-    line = table(found, "tp").splitlines()[-1]
+    line = table(found, found["tp"]).splitlines()[-1]
     cells = [cell.strip() for cell in line.split("|")[1:-1]]
     assert cells[1:3] == ["1 of 2", "80"] and cells[-1] == "1: 4.0000, 2.0000"
 

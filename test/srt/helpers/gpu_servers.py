@@ -107,13 +107,12 @@ class Spec:
             return ""
         if self.nodes > 1 and "symm_a2a" in self.flags:
             return "the reason why symm_a2a cannot serve"
-        latents = self.kind.startswith("mla")
         if "--attention-backend flashinfer" not in self.flags:
             return ""
-        if latents:
+        if self.kind.startswith("mla"):
             return "FlashInfer's kernel for latents"
-        hung = ("--speculative-algorithm", "symm_a2a", "--tp 4")
-        if all(part in self.flags for part in hung):
+        verifies = "--speculative-algorithm" in self.flags
+        if verifies and "symm_a2a" in self.flags and self.gpus == 4:
             return "FlashInfer's verifications, whose four ranks exchange by symm_a2a"
         return ""
 

@@ -45,6 +45,13 @@ RESULTS = Path(__file__).resolve().parents[3] / "benchmark" / "results"
 LONG = 1 << 30
 
 
+def exchange_of(width: int, sizes: StepSizes) -> float:
+    """Seconds of the exchange of a step with so many tokens."""
+    rows = width * sizes.heads
+    numbers = sizes.dcp_size, sizes.query_bytes, sizes.out_bytes
+    return exchange_seconds(rows, *numbers, HOPPER)
+
+
 def measured() -> list[dict[str, str]]:
     """Rows of `bench_verification.py`: microseconds of kernels on one H200."""
     with (RESULTS / "2026-11-30-chains-h200.csv").open() as lines:
@@ -127,10 +134,7 @@ def test_estimates_agree_with_kernels_that_were_timed(row: dict[str, str]) -> No
     sizes = MEASURED[row["model"]]
     width, context = int(row["width"]), int(row["context"])
     turn = Requests([width], [context])
-    rest = width * HOPPER.layer_token_s
-    rest += exchange_seconds(
-        width * sizes.heads, sizes.dcp_size, sizes.query_bytes, sizes.out_bytes, HOPPER
-    )
+    rest = width * HOPPER.layer_token_s + exchange_of(width, sizes)
     told = {
         "rows": step_seconds(turn, sizes, HOPPER) - rest,
         "chain": chain_seconds(width, context, sizes, HOPPER) - rest,
@@ -177,12 +181,9 @@ def test_each_kv_head_has_tiles_of_its_own() -> None:
 
     def of_attention(sizes: StepSizes, width: int) -> list[float]:
         free = HOPPER._replace(layer_token_s=0.0, chain_s=0.0)
-        turn = Requests([width], [524288])
-        found = step_seconds(turn, sizes, free), chain_seconds(
-            width, 524288, sizes, free
-        )
-        rows = width * sizes.heads, sizes.dcp_size, sizes.query_bytes, sizes.out_bytes
-        return [seconds - exchange_seconds(*rows, free) for seconds in found]
+        rows = step_seconds(Requests([width], [524288]), sizes, free)
+        chain = chain_seconds(width, 524288, sizes, free)
+        return [seconds - exchange_of(width, sizes) for seconds in (rows, chain)]
 
     for width in (1, 12, 64):
         one = of_attention(QUARTER, width)

@@ -79,18 +79,6 @@ def test_a_gpu_is_shared_where_ranks_outnumber_gpus(machine: Machine) -> None:
     assert not shared_gpus.are_shared_by(2)
 
 
-def test_servers_that_hang_on_a_shared_gpu_want_their_own(machine: Machine) -> None:
-    latents = Spec("", "mla-moe", "--tp 2 --attention-backend flashinfer")
-    flags = "--tp 4 --speculative-algorithm EAGLE3 --attention-backend flashinfer "
-    drafts = Spec("", "llama-2kv", flags + "--dcp-comm-backend symm_a2a")
-    others = Spec("", "llama-2kv", flags + "--dcp-comm-backend a2a")
-    machine(1, 4)
-    assert latents.needs_own_gpus and drafts.needs_own_gpus
-    assert not others.needs_own_gpus
-    machine(4, 1)
-    assert not latents.needs_own_gpus and not drafts.needs_own_gpus
-
-
 @pytest.mark.parametrize(
     "gpus, ranks, part", [(1, 2, "50"), (1, 4, "25"), (2, 4, "50"), (2, 3, "50")]
 )
@@ -186,23 +174,29 @@ def test_sglang_publishes_the_place_that_the_plugin_changes() -> None:
     assert msgspec.structs.replace(ranks, gpu_id=1).gpu_id == 1
 
 
+DRAFTS = "--speculative-algorithm EAGLE3 --attention-backend flashinfer"
+
+
 @pytest.mark.parametrize(
-    "kind, flags, nodes, own",
+    "kind, ranks, flags, nodes, own",
     [
-        ("mla-v3-d512", "--attention-backend flashinfer", 1, True),
-        ("mla-v3-d512", "--attention-backend fa3", 1, False),
-        ("llama-2kv-d128", "--attention-backend flashinfer", 1, False),
-        ("llama-2kv-d128", "--dcp-comm-backend symm_a2a", 2, True),
-        ("llama-2kv-d128", "--dcp-comm-backend symm_a2a", 1, False),
-        ("llama-2kv-d128", "--dcp-comm-backend a2a", 2, False),
+        ("mla-v3-d512", 2, "--attention-backend flashinfer", 1, True),
+        ("mla-v3-d512", 2, "--attention-backend fa3", 1, False),
+        ("llama-2kv-d128", 2, "--attention-backend flashinfer", 1, False),
+        ("llama-2kv-d128", 2, "--dcp-comm-backend symm_a2a", 2, True),
+        ("llama-2kv-d128", 2, "--dcp-comm-backend symm_a2a", 1, False),
+        ("llama-2kv-d128", 2, "--dcp-comm-backend a2a", 2, False),
+        ("llama-2kv-d128", 4, f"{DRAFTS} --dcp-comm-backend symm_a2a", 1, True),
+        ("llama-2kv-d128", 2, f"{DRAFTS} --dcp-comm-backend symm_a2a", 1, False),
+        ("llama-2kv-d128", 4, f"{DRAFTS} --dcp-comm-backend a2a", 1, False),
     ],
 )
 def test_some_servers_need_gpus_of_their_own(
-    kind: str, flags: str, nodes: int, own: bool, machine: Machine
+    kind: str, ranks: int, flags: str, nodes: int, own: bool, machine: Machine
 ) -> None:
-    spec = Spec("", kind, f"--tp 2 {flags}", nodes=nodes)
-    for gpus in (1, 2):
-        machine(gpus, 2)
+    spec = Spec("", kind, f"--tp {ranks} {flags}", nodes=nodes)
+    for gpus in (1, ranks):
+        machine(gpus, ranks)
         skips = [mark.args[0] for mark in marks_of(spec)]
         assert any(skips) == (not spec.can_run()) == (own and gpus == 1)
 
