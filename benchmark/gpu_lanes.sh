@@ -87,7 +87,10 @@ case ${1:-} in
       # Not this shell's job: it outlives the call.
       # A shell's background jobs ignore INT, and so would what they start.
       setsid env --default-signal=INT benchmark/gpu_lanes.sh lane "$(cd "$from" && realpath "$file")" >/dev/null 2>&1 </dev/null &
-      echo $! >>"$LANES/sessions"
+      lane=$!
+      echo "$lane" >>"$LANES/sessions"
+      # The end of the call would end it until it has a session of its own.
+      while kill -0 "$lane" 2>/dev/null && [[ -z $(pgrep -s "$lane") ]]; do sleep 0.1; done
     done
     ;;
   lane)
