@@ -100,20 +100,19 @@ class Spec:
 
         FlashInfer attends to latents with a cooperative kernel, whose blocks all run at once
         or not at all. A kernel of a peer that waits may hold room that it needs. Four ranks on
-        one GPU hung in verifications with FlashInfer and `symm_a2a`. Between nodes, ranks on
-        one GPU have another reason why `symm_a2a` cannot serve.
+        one GPU hung in verifications with `symm_a2a`. Between nodes, ranks on one GPU have
+        another reason why `symm_a2a` cannot serve.
         """
         if not self.shares:
             return ""
         if self.nodes > 1 and "symm_a2a" in self.flags:
             return "the reason why symm_a2a cannot serve"
-        if "--attention-backend flashinfer" not in self.flags:
-            return ""
-        if self.kind.startswith("mla"):
+        on_flashinfer = "--attention-backend flashinfer" in self.flags
+        if on_flashinfer and self.kind.startswith("mla"):
             return "FlashInfer's kernel for latents"
         verifies = "--speculative-algorithm" in self.flags
         if verifies and "symm_a2a" in self.flags and self.gpus == 4:
-            return "FlashInfer's verifications, whose four ranks exchange by symm_a2a"
+            return "verifications whose four ranks exchange by symm_a2a"
         return ""
 
     def checkpoint(self, folder: Path) -> Path:

@@ -174,7 +174,7 @@ def test_sglang_publishes_the_place_that_the_plugin_changes() -> None:
     assert msgspec.structs.replace(ranks, gpu_id=1).gpu_id == 1
 
 
-DRAFTS = "--speculative-algorithm EAGLE3 --attention-backend flashinfer"
+DRAFTS = "--speculative-algorithm EAGLE3"
 
 
 @pytest.mark.parametrize(
@@ -187,6 +187,7 @@ DRAFTS = "--speculative-algorithm EAGLE3 --attention-backend flashinfer"
         ("llama-2kv-d128", 2, "--dcp-comm-backend symm_a2a", 1, False),
         ("llama-2kv-d128", 2, "--dcp-comm-backend a2a", 2, False),
         ("llama-2kv-d128", 4, f"{DRAFTS} --dcp-comm-backend symm_a2a", 1, True),
+        ("llama-2kv-d128", 4, "--dcp-comm-backend symm_a2a", 1, False),
         ("llama-2kv-d128", 2, f"{DRAFTS} --dcp-comm-backend symm_a2a", 1, False),
         ("llama-2kv-d128", 4, f"{DRAFTS} --dcp-comm-backend a2a", 1, False),
     ],
