@@ -1,10 +1,12 @@
 """Time on one GPU what the forms of a prefill over a cached prefix take.
 
-New tokens of one request attend to a prefix that a DCP group of 2 holds. The columns are
+New tokens of each request attend to a prefix that a DCP group of 2 holds. The columns are
 microseconds of one layer of one rank, in CUDA graphs, with FA3:
 
 - `in_place`: heads of the group attend to the rank's half of the prefix
-- `gathered`: the rank's heads attend to the whole prefix, for latents to expanded K and V
+- `gathered`: the rank's heads attend to the whole prefix, for latents to expanded K and V.
+  Keys are split over SMs that would be idle, as in the package
+- `whole`: the same without splits
 - `expand`: for latents, K and V of the whole prefix from latents
 - `absorb`: for latents, the two products around attention in place
 
@@ -66,56 +68,73 @@ def sizes_of(name: str) -> Sizes:
     return Sizes(heads, rope + nope, config["v_head_dim"], latent, rope, nope)
 
 
-def ends(length: int) -> Tensor:
-    return torch.tensor([0, length], device=DEVICE, dtype=torch.int32)
+class Turns(NamedTuple):
+    """Requests of a prefill, all alike: how many, cached positions, new tokens."""
+
+    batch: int
+    prefix: int
+    new: int
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.new
+
+    @property
+    def positions(self) -> int:
+        return self.batch * self.prefix
+
+    def ends(self, length: int) -> Tensor:
+        """Return where requests of `length` rows end, in a tensor of all rows."""
+        rows = torch.arange(self.batch + 1, device=DEVICE, dtype=torch.int32)
+        return rows * length
 
 
-def in_place(sizes: Sizes, prefix: int, new: int) -> Callable[[], Any]:
+def in_place(sizes: Sizes, turns: Turns) -> Callable[[], Any]:
     """Return a call of attention as the package has it over the rank's own pages."""
     from sgl_kernel.flash_attn import flash_attn_with_kvcache
 
-    heads, local = sizes.heads * DCP, prefix // DCP
+    heads, local = sizes.heads * DCP, turns.prefix // DCP
+    batch, new, slots = turns.batch, turns.new, turns.batch * local
     if sizes.latent:
         # A row of the pool holds a latent and then its rotary key.
         stored, v = sizes.latent + sizes.rope, sizes.latent
-        v_cache, k_cache = rows_of(local, 1, stored).split([v, sizes.rope], -1)
+        v_cache, k_cache = rows_of(slots, 1, stored).split([v, sizes.rope], -1)
     else:
         stored, v = sizes.qk, sizes.v
-        v_cache, k_cache = rows_of(local, 1, v), rows_of(local, 1, stored)
+        v_cache, k_cache = rows_of(slots, 1, v), rows_of(slots, 1, stored)
     of_call = Fa3Heads(heads, 1, stored, v)
     arguments: dict[str, Any] = dict(
-        q=rows_of(new, heads, k_cache.shape[-1]),
+        q=rows_of(turns.tokens, heads, k_cache.shape[-1]),
         k_cache=k_cache.unsqueeze(1),
         v_cache=v_cache.unsqueeze(1),
-        qv=rows_of(new, heads, v) if sizes.latent else None,
-        page_table=torch.randperm(local, device=DEVICE).int().view(1, -1),
-        cache_seqlens=torch.tensor([local], device=DEVICE, dtype=torch.int32),
-        cu_seqlens_q=ends(new),
+        qv=rows_of(turns.tokens, heads, v) if sizes.latent else None,
+        page_table=torch.randperm(slots, device=DEVICE).int().view(batch, -1),
+        cache_seqlens=torch.full((batch,), local, device=DEVICE, dtype=torch.int32),
+        cu_seqlens_q=turns.ends(new),
         max_seqlen_q=new,
-        num_splits=prefix_splits(of_call, new, new),
+        num_splits=prefix_splits(of_call, turns.tokens, new),
     )
     return lambda: flash_attn_with_kvcache(
         **arguments, softmax_scale=0.1, causal=False, return_softmax_lse=True
     )
 
 
-def gathered(sizes: Sizes, prefix: int, new: int) -> Callable[[], Any]:
+def gathered(sizes: Sizes, turns: Turns, *, split: bool = True) -> Callable[[], Any]:
     """Return a call of attention to K and V of all positions, in order."""
     from sgl_kernel.flash_attn import flash_attn_varlen_func
 
     kv_heads = sizes.heads if sizes.latent else 1
     of_call = Fa3Heads(sizes.heads, kv_heads, sizes.qk, sizes.v)
-    # As in the package, expanded keys are not split.
-    splits = 1 if sizes.latent else ragged_splits(of_call, new, new, prefix)
+    lengths = turns.tokens, turns.new, turns.prefix
     arguments: dict[str, Any] = dict(
-        q=rows_of(new, sizes.heads, sizes.qk),
-        k=rows_of(prefix, kv_heads, sizes.qk),
-        v=rows_of(prefix, kv_heads, sizes.v),
-        cu_seqlens_q=ends(new),
-        cu_seqlens_k=ends(prefix),
-        max_seqlen_q=new,
-        max_seqlen_k=prefix,
-        num_splits=splits,
+        q=rows_of(turns.tokens, sizes.heads, sizes.qk),
+        k=rows_of(turns.positions, kv_heads, sizes.qk),
+        v=rows_of(turns.positions, kv_heads, sizes.v),
+        cu_seqlens_q=turns.ends(turns.new),
+        cu_seqlens_k=turns.ends(turns.prefix),
+        max_seqlen_q=turns.new,
+        max_seqlen_k=turns.prefix,
+        num_splits=ragged_splits(of_call, *lengths) if split else 1,
     )
     return lambda: flash_attn_varlen_func(
         **arguments, softmax_scale=0.1, causal=False, return_softmax_lse=True
@@ -146,25 +165,31 @@ def absorb(sizes: Sizes, new: int) -> Callable[[], Any]:
     return lambda: (torch.bmm(q, to_latent), torch.bmm(out, back))
 
 
-def measure(sizes: Sizes, prefix: int, new: int) -> list[float]:
-    calls = [in_place(sizes, prefix, new), gathered(sizes, prefix, new)]
+def measure(sizes: Sizes, turns: Turns) -> list[float]:
+    calls = [
+        in_place(sizes, turns),
+        gathered(sizes, turns),
+        gathered(sizes, turns, split=False),
+    ]
     if sizes.latent:
-        calls += [expand(sizes, prefix), absorb(sizes, new)]
+        calls += [expand(sizes, turns.positions), absorb(sizes, turns.tokens)]
     times = [microseconds(call, REPEATS, calls=CALLS) for call in calls]
-    return times + [0.0] * (4 - len(times))
+    return times + [0.0] * (5 - len(times))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--models", nargs="+", choices=NAMES, default=NAMES)
+    add("--batches", nargs="+", type=int, default=[1])
     add("--prefixes", nargs="+", type=int, default=[32768, 131072, 524288])
     add("--new", nargs="+", type=int, default=[16, 64, 256, 1024, 8192])
     given = parser.parse_args(arguments)
-    print("model,prefix,new,in_place,gathered,expand,absorb")
-    for name, prefix, new in itertools.product(given.models, given.prefixes, given.new):
-        times = [f"{us:.1f}" for us in measure(sizes_of(name), prefix, new)]
-        print(name, prefix, new, *times, sep=",", flush=True)
+    print("model,batch,prefix,new,in_place,gathered,whole,expand,absorb")
+    every = given.models, given.batches, given.prefixes, given.new
+    for name, *lengths in itertools.product(*every):
+        times = [f"{us:.1f}" for us in measure(sizes_of(name), Turns(*lengths))]
+        print(name, *lengths, *times, sep=",", flush=True)
 
 
 if __name__ == "__main__":

@@ -28,10 +28,13 @@ from sglang_dcp.layers.backends.base import InnerBackend, Partial
 from sglang_dcp.layers.chain_steps import ChainSteps
 from sglang_dcp.layers.decode import DecodeAttention
 from sglang_dcp.layers.decode_rows import as_one_chain
+from sglang_dcp.layers.heads import is_mla
 from sglang_dcp.layers.kv_pool import write_kv
 from sglang_dcp.layers.kv_prefill import KvPrefill, kv_sizes_of
 from sglang_dcp.layers.local_batch import LocalBatch, LocalBatchBuilder
+from sglang_dcp.layers.mla.cost import MlaSizes
 from sglang_dcp.layers.mla.prefill import MlaPrefill
+from sglang_dcp.layers.mla.sizes import mla_sizes
 from sglang_dcp.layers.prefix.kv_form import KvSizes
 from sglang_dcp.layers.runner_view import RunnerView
 from sglang_dcp.layers.short_prefill import ShortPrefill, short_prefill_of
@@ -76,6 +79,8 @@ class DcpAttentionBackend(AttentionBackend):
     width : int
         Query tokens of each request in a decode step, 1 without speculation. `backend`
         plans a decode step for as many times the heads.
+    mla_sizes : MlaSizes, optional
+        Sizes by which a prefill over latents chooses its form.
 
     Attributes
     ----------
@@ -102,6 +107,7 @@ class DcpAttentionBackend(AttentionBackend):
         q_replicas: Optional[QReplicas] = None,
         kv_sizes: Optional[KvSizes] = None,
         width: int = 1,
+        mla_sizes: Optional[MlaSizes] = None,
     ) -> None:
         super().__init__()
         self.backend = backend
@@ -115,7 +121,7 @@ class DcpAttentionBackend(AttentionBackend):
         self._q_replicas = q_replicas
         parts = (backend, batches.shard, exchange, token_to_kv_pool)
         self.decode = DecodeAttention(*parts, width)
-        self.prefill = MlaPrefill(*parts, self._prefix_in_place)
+        self.prefill = MlaPrefill(*parts, self._prefix_in_place, mla_sizes)
         self.kv_prefill = KvPrefill(*parts, kv_sizes)
         self.short_prefill: Optional[ShortPrefill] = None
         self.chains: Optional[ChainSteps] = None
@@ -150,6 +156,8 @@ class DcpAttentionBackend(AttentionBackend):
         if width is None:
             width = tokens_per_request(runner.server_args) if beside is None else 1
         requests = most_requests(runner, config)
+        # The steps of a draft, and chains, never prefill.
+        latents = beside is None and is_mla(runner.model_config)
         view = RunnerView(
             *(runner, batches.local_table, config, requests, width),
             head_tile=backend.head_tile,
@@ -162,9 +170,9 @@ class DcpAttentionBackend(AttentionBackend):
             runner.req_to_token_pool,
             runner.token_to_kv_pool,
             getattr(runner, "dcp_q_replicas", None),
-            # The steps of a draft never prefill.
             kv_sizes_of(runner, config) if beside is None else None,
             width,
+            mla_sizes(runner, config) if latents else None,
         )
         if beside is None:
             built._add_short_prefills(backend, runner, config)

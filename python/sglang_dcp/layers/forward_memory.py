@@ -16,7 +16,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from sglang_dcp.layers.backends.fa3_splits import Fa3Heads, prefix_split_bytes
+from sglang_dcp.layers.backends.fa3_splits import (
+    Fa3Heads,
+    prefix_split_bytes,
+    ragged_split_bytes,
+)
 from sglang_dcp.layers.forward_sizes import Expansion, ForwardSizes, Parts
 from sglang_dcp.layers.mla.form import MOST_PREFIX_CHUNKS
 from sglang_dcp.layers.prefix.kv_form import KvSizes
@@ -178,14 +182,21 @@ def _prefix_gathered(sizes: ForwardSizes, tokens: int) -> Iterable[Parts]:
     copied = keys * kv.row_bytes(kv.kept) if kv.kept > kv.window else 0
     apart = tokens * kv.row_bytes(kv.kept) if sizes.backend == "triton" else 0
     queries = tokens * sizes.heads * sizes.qk_dim * sizes.itemsize
-    scratch = 0
-    if sizes.backend == "fa3" and sizes.splits:
-        scratch = prefix_split_bytes(Fa3Heads(sizes.heads, kv.kept, *dims[:2]), tokens)
+    scratch = _ragged_splits(sizes, kv.kept, *dims[:2], tokens)
     yield held | {
         "gathered K and V": keys * row + copied + apart,
         "queries, and their output": queries + local_state(sizes, tokens),
         SPLITS: scratch,
     }
+
+
+def _ragged_splits(
+    sizes: ForwardSizes, kv_heads: int, qk: int, v: int, tokens: int
+) -> int:
+    """Return the bytes of splits over keys that were gathered."""
+    if sizes.backend != "fa3" or not sizes.splits:
+        return 0
+    return ragged_split_bytes(Fa3Heads(sizes.heads, kv_heads, qk, v), tokens)
 
 
 def expanded_parts(sizes: ForwardSizes, tokens: int) -> Parts:
@@ -213,6 +224,12 @@ def _expanded(sizes: ForwardSizes, tokens: int, form: Expansion) -> Iterable[Par
         yield from (held | moment for moment in _prefix_in_place(sizes, some))
     yield held | {"latents": gather_bytes(sizes, form)}
     yield held | {"latents": gathered, "expanded K and V": chunk}
+    dims = form.nope + form.rope, form.v
+    yield held | {
+        "expanded K and V": chunk,
+        "output of the chunk": state,
+        SPLITS: _ragged_splits(sizes, sizes.heads, *dims, tokens),
+    }
     # Output of the chunk, and of the merge.
     yield held | {"expanded K and V": chunk, "merged output": 3 * state}
 

@@ -13,8 +13,8 @@ from sglang_dcp.layers.chain_steps import WIDTHS
 from sglang_dcp.layers.heads import is_mla, kv_head_counts
 from sglang_dcp.layers.kv_prefill import kv_sizes, kv_sizes_of
 from sglang_dcp.layers.mla import form
-from sglang_dcp.layers.mla.cost import MlaSizes
 from sglang_dcp.layers.mla.dispatch import prefill_batch
+from sglang_dcp.layers.mla.sizes import mla_sizes
 from sglang_dcp.layers.prefix import kv_form
 from sglang_dcp.layers.prefix.cost import Requests
 from sglang_dcp.layers.prefix.decode_step import (
@@ -72,25 +72,11 @@ def rule_of(runner: Any, config: DcpConfig) -> Rule:
 def added_by_form(runner: Any, config: DcpConfig) -> Callable[[ForwardBatch], float]:
     """Return what tells of a prefill how many seconds its form adds to a layer."""
     if is_mla(runner.model_config):
-        latents = mla_sizes_of(runner, config)
+        latents = mla_sizes(runner, config)
         return lambda batch: form.added_seconds(prefill_batch(batch), latents)
     heads, gathers = kv_sizes(runner, config), kv_sizes_of(runner, config) is not None
     return lambda batch: kv_form.added_seconds(
         Requests.of(batch), heads, gathers=gathers
-    )
-
-
-def mla_sizes_of(runner: Any, config: DcpConfig) -> MlaSizes:
-    """Return the sizes by which MLA prefills of a runner choose their form."""
-    model = runner.model_config
-    return MlaSizes(
-        local_heads=model.num_attention_heads // config.tp_size,
-        dcp_size=config.dcp_size,
-        latent=model.kv_lora_rank,
-        rope=model.qk_rope_head_dim,
-        nope=model.qk_nope_head_dim,
-        v=model.v_head_dim,
-        stored_itemsize=runner.token_to_kv_pool.dtype.itemsize,
     )
 
 

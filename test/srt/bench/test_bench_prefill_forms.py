@@ -14,6 +14,7 @@ import bench_prefill_forms as forms
 import bench_verification
 
 PREFIX, NEW = 64, 5
+ALONE = forms.Turns(1, PREFIX, NEW)
 
 
 class Kernels(ModuleType):
@@ -46,7 +47,7 @@ def shapes(given: dict[str, Any], *names: str) -> list[tuple[int, ...]]:
 def test_latents_in_place_are_attended_to_by_heads_of_the_group(
     kernels: Kernels,
 ) -> None:
-    forms.in_place(forms.sizes_of("DeepSeek-V2-Lite"), PREFIX, NEW)()
+    forms.in_place(forms.sizes_of("DeepSeek-V2-Lite"), ALONE)()
     [given] = kernels.calls
     assert shapes(given, "q", "qv") == [(NEW, 16, 64), (NEW, 16, 512)]
     assert shapes(given, "k_cache", "v_cache") == [(32, 1, 1, 64), (32, 1, 1, 512)]
@@ -58,13 +59,32 @@ def test_gathered_prefixes_are_attended_to_by_heads_of_the_rank(
     kernels: Kernels,
 ) -> None:
     for name in ("DeepSeek-V2-Lite", "Qwen3-30B-A3B/4"):
-        forms.gathered(forms.sizes_of(name), PREFIX, NEW)()
+        forms.gathered(forms.sizes_of(name), ALONE)()
     latents, heads = kernels.calls
     assert shapes(latents, "q", "k", "v") == [(NEW, 8, 192), (64, 8, 192), (64, 8, 128)]
     assert shapes(heads, "q", "k", "v") == [(NEW, 4, 128), (64, 1, 128), (64, 1, 128)]
-    # The package lets FA3 split keys of K/V heads alone.
-    assert latents["num_splits"] == 1
     assert heads["cu_seqlens_k"].tolist() == [0, PREFIX]
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_keys_of_a_short_turn_are_split_unless_they_are_whole(
+    split: bool, kernels: Kernels
+) -> None:
+    for name in ("DeepSeek-V2-Lite", "Qwen3-30B-A3B/4"):
+        forms.gathered(forms.sizes_of(name), forms.Turns(1, 8192, NEW), split=split)()
+    assert all((given["num_splits"] > 1) == split for given in kernels.calls)
+
+
+def test_each_request_of_a_batch_has_a_prefix_of_its_own(kernels: Kernels) -> None:
+    turns = forms.Turns(3, PREFIX, NEW)
+    forms.in_place(forms.sizes_of("DeepSeek-V2-Lite"), turns)()
+    forms.gathered(forms.sizes_of("DeepSeek-V2-Lite"), turns)()
+    pages, ragged = kernels.calls
+    assert shapes(pages, "q", "page_table") == [(15, 16, 64), (3, 32)]
+    assert pages["cu_seqlens_q"].tolist() == [0, 5, 10, 15]
+    assert pages["page_table"].unique().numel() == 96
+    assert shapes(ragged, "q", "k") == [(15, 8, 192), (192, 8, 192)]
+    assert ragged["cu_seqlens_k"].tolist() == [0, 64, 128, 192]
 
 
 def test_latents_are_expanded_as_attention_takes_them(kernels: Kernels) -> None:
@@ -84,13 +104,13 @@ def test_a_line_for_each_size(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(forms, "microseconds", lambda *call, **more: 7.0)
-    forms.main(["--prefixes", "64", "128", "--new", "5"])
+    forms.main(["--prefixes", "64", "--new", "5", "7"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[1:] == [
-        "Qwen3-30B-A3B/4,64,5,7.0,7.0,0.0,0.0",
-        "Qwen3-30B-A3B/4,128,5,7.0,7.0,0.0,0.0",
-        "DeepSeek-V2-Lite,64,5,7.0,7.0,7.0,7.0",
-        "DeepSeek-V2-Lite,128,5,7.0,7.0,7.0,7.0",
+        "Qwen3-30B-A3B/4,1,64,5,7.0,7.0,7.0,0.0,0.0",
+        "Qwen3-30B-A3B/4,1,64,7,7.0,7.0,7.0,0.0,0.0",
+        "DeepSeek-V2-Lite,1,64,5,7.0,7.0,7.0,7.0,7.0",
+        "DeepSeek-V2-Lite,1,64,7,7.0,7.0,7.0,7.0,7.0",
     ]
 
 

@@ -7,6 +7,7 @@ prompts of test lengths take the form too.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 OPENED = frozenset({"fa3", "flashinfer"})
@@ -18,7 +19,7 @@ def open_door() -> None:
     from sglang_dcp.layers.prefix.rates import HOPPER
 
     free = HOPPER._replace(
-        sms=0, in_place_host_s=0.0, gather_host_s=0.0, chunk_host_s=0.0
+        tile_flops=math.inf, in_place_host_s=0.0, gather_host_s=0.0, chunk_host_s=0.0
     )
     groups.SERVED = OPENED  # type: ignore[misc]
     dispatch.choose_prefill_form = partial(  # type: ignore[assignment]

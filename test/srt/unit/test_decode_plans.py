@@ -199,6 +199,7 @@ def started(config: DcpConfig) -> Iterator[None]:
         create_exchange=lambda *args: exchange,
         get_dcp_group=lambda: None,
         kv_sizes_of=lambda *args: None,
+        mla_sizes=lambda *args: None,
         # It reads the dtypes of a pool.
         short_prefill_of=lambda *args: None,
         workspace_spec=lambda *args: None,

@@ -9,11 +9,11 @@ from __future__ import annotations
 import itertools
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any, ContextManager
+from typing import Any, ContextManager, NamedTuple
 from unittest import mock
 
 import pytest
@@ -358,6 +358,47 @@ def silent_merge(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(merge_state, "merge_state_triton", merge)
 
 
+class Expanded(NamedTuple):
+    """Bytes at the peak of an expanded prefill, and the splits of its calls."""
+
+    peak: int
+    calls: list[tuple[bool, int | None]]
+
+
+def expanded(
+    prefill: Prefill,
+    prefix: dict[str, int],
+    new: dict[str, int],
+    *,
+    splits: bool = False,
+    stays: Sequence[bool] = (),
+) -> Expanded:
+    """Let rank 0 of a group prefill requests of `new` tokens behind `prefix`."""
+    with mla_expanded.surroundings(prefill), allocating_kernels():
+        group = mla_expanded.Group(prefill, allocating_backend)
+        rank, module = group.ranks[0], group.modules[0]
+        silent: Any = SilentGroup(prefill.dcp_size)
+        exchange: Any = create_exchange("a2a", silent)
+        rank.backend.exchange = rank.backend.prefill._exchange = exchange
+        inner: Any = rank.backend.backend._inner  # type: ignore[attr-defined]
+        inner.num_splits = 0 if splits else 1
+        for name, count in prefix.items():
+            group.served.grow(name, count)
+        grown = {name: group.served.grow(name, count) for name, count in new.items()}
+        group.table.copy_(group.served.table)
+        batch = group._batch(group.served.batch("EXTEND", grown))
+        rows = zip(
+            *([p[list(at)] for p in group.truth.of(r)] for r, at in grown.items())
+        )
+        q, latent, rope = (torch.cat(part).to(prefill.dtype) for part in rows)
+        with LiveBytes() as live:
+            group._forward(rank, module, q, latent, rope, batch, stays)
+    # Local queries, and the copies by which the test feeds the module.
+    local_heads = prefill.sizes.heads // prefill.dcp_size
+    fed = sum(new.values()) * (local_heads * 192 + 512 + 576) * 2
+    return Expanded(live.peak - fed, inner.ragged_splits)
+
+
 @pytest.mark.parametrize("capacity", [1 << 17, 700])
 def test_an_expanded_prefill_takes_what_is_told(
     capacity: int, silent_merge: None
@@ -365,31 +406,30 @@ def test_an_expanded_prefill_takes_what_is_told(
     """SGLang's own code expands and merges, in one shot or in prefix chunks."""
     prefill = Prefill("fa3", DEEPSEEK, device="cpu", capacity=capacity)
     new, prefix = 500, 900
-    with mla_expanded.surroundings(prefill), allocating_kernels():
-        group = mla_expanded.Group(prefill, allocating_backend)
-        rank, module = group.ranks[0], group.modules[0]
-        silent: Any = SilentGroup(2)
-        rank.backend.prefill._exchange = create_exchange("a2a", silent)
-        group.served.grow("a", prefix)
-        grown = {"a": group.served.grow("a", new)}
-        group.table.copy_(group.served.table)
-        batch = group._batch(group.served.batch("EXTEND", grown))
-        q, latent, rope = (
-            part[list(grown["a"])].to(prefill.dtype) for part in group.truth.of("a")
-        )
-        with LiveBytes() as live:
-            group._forward(rank, module, q, latent, rope, batch)
-    # Local queries, and the copies by which the test feeds the module.
-    fed = new * (8 * 192 + 512 + 576) * 2
-    positions = min(capacity, prefix + new)
-    form = EXPANDED._replace(positions=positions)
-    sizes = LITE._replace(expansion=form)
-    told = total(expanded_parts(sizes, new))
-    inner: Any = rank.backend.backend._inner  # type: ignore[attr-defined]
+    at_work = expanded(prefill, {"a": prefix}, {"a": new})
+    form = EXPANDED._replace(positions=min(capacity, prefix + new))
+    told = total(expanded_parts(LITE._replace(expansion=form, splits=False), new))
     chunks = {(False, 1)} if capacity < prefix + new else set()
-    assert set(inner.ragged_splits) == {(True, 1)} | chunks
-    assert live.peak - fed <= told
-    assert told <= 1.6 * live.peak
+    assert set(at_work.calls) == {(True, 1)} | chunks
+    assert at_work.peak <= told <= 1.7 * at_work.peak
+
+
+@pytest.mark.parametrize("capacity", [1 << 17, 10_000])
+def test_splits_of_an_expanded_prefix_are_told(
+    capacity: int, silent_merge: None
+) -> None:
+    """Of many requests with few new tokens, one of them on a long prefix."""
+    prefill = Prefill("fa3", DEEPSEEK, device="cpu", capacity=capacity, max_len=10_200)
+    new = dict.fromkeys("abcd", 100)
+    at_work = expanded(prefill, {"a": 10_000}, new, splits=True)
+    heads, tokens = Fa3Heads(8, 8, 192, 128), sum(new.values())
+    splits = ragged_splits(heads, tokens, 100, 10_000)
+    one_shot = capacity > 11_000
+    assert splits > 16 and (one_shot, splits) in at_work.calls
+    form = EXPANDED._replace(positions=10_000 + tokens * one_shot)
+    parts = expanded_parts(LITE._replace(expansion=form), tokens)
+    assert parts[SPLITS] == splits * heads.split_bytes(tokens)
+    assert at_work.peak <= total(parts) <= 1.2 * at_work.peak
 
 
 @pytest.mark.parametrize("dcp_size", [2, 8])
@@ -399,31 +439,13 @@ def test_a_prefill_by_group_takes_what_is_told(
     """Two requests, of which one keeps its prefix in place, and no other has one."""
     prefill = Prefill("fa3", DEEPSEEK, dcp_size=dcp_size, device="cpu", max_len=3000)
     new = {"a": 1000, "b": 400}
-    with mla_expanded.surroundings(prefill), allocating_kernels():
-        group = mla_expanded.Group(prefill, allocating_backend)
-        rank, module = group.ranks[0], group.modules[0]
-        silent: Any = SilentGroup(dcp_size)
-        rank.backend.exchange = create_exchange("a2a", silent)
-        rank.backend.backend._inner.num_splits = 1  # type: ignore[attr-defined]
-        group.served.grow("a", 900)
-        grown = {name: group.served.grow(name, count) for name, count in new.items()}
-        group.table.copy_(group.served.table)
-        batch = group._batch(group.served.batch("EXTEND", grown))
-        rows = zip(
-            *([p[list(at)] for p in group.truth.of(r)] for r, at in grown.items())
-        )
-        q, latent, rope = (torch.cat(part).to(prefill.dtype) for part in rows)
-        with LiveBytes() as live:
-            group._forward(rank, module, q, latent, rope, batch, [True, False])
-    local_heads = 16 // dcp_size
-    # Local queries, and the copies by which the test feeds the module.
-    fed = sum(new.values()) * (local_heads * 192 + 512 + 576) * 2
+    at_work = expanded(prefill, {"a": 900}, new, stays=[True, False])
     form = EXPANDED._replace(positions=1, in_place=1000)
     sizes = LITE._replace(
-        heads=local_heads, dcp_size=dcp_size, splits=False, expansion=form
+        heads=16 // dcp_size, dcp_size=dcp_size, splits=False, expansion=form
     )
     told = total(expanded_parts(sizes, sum(new.values())))
-    assert live.peak - fed <= told <= 1.4 * live.peak
+    assert at_work.peak <= told <= 1.5 * at_work.peak
     # Without the group it takes less.
     alone = sizes._replace(expansion=form._replace(in_place=0))
     assert total(expanded_parts(alone, sum(new.values()))) < told

@@ -118,7 +118,7 @@ def test_short_turns_are_gathered_where_keys_are_split(new: int) -> None:
 def test_without_splits_short_turns_on_long_prefixes_stay_in_place(new: int) -> None:
     """One tile of rows goes through all keys, longer than the launches in place take."""
     assert gathers(new, 30720, QUARTER) and gathers(new, 65536, QUARTER)
-    for prefix in (131072, 250_000):
+    for prefix in (163840, 250_000):
         assert not gathers(new, prefix, QUARTER), prefix
 
 
@@ -141,7 +141,7 @@ def test_the_estimate_counts_splits_where_fa3_is_asked_for_them() -> None:
         splits = ragged_splits(heads, tokens, tokens, 1 << 17)
         requests = Requests([tokens], [1 << 17])
         longer = [
-            gathered_seconds(requests, sizes, HOPPER._replace(sms=1 << 20))
+            gathered_seconds(requests, sizes, HOPPER._replace(tile_flops=1e9))
             for sizes in (QUARTER, on_fa3(QUARTER))
         ]
         assert (splits > 1) == (longer[1] < longer[0]), tokens

@@ -17,6 +17,7 @@ from sglang_dcp.config import DcpConfig
 from sglang_dcp.context import DcpContext
 from sglang_dcp.distributed.topology import Layout
 from sglang_dcp.layers.mla import dispatch, groups
+from sglang_dcp.layers.mla.cost import MlaSizes
 from sglang_dcp.layers.mla.form import PrefillForm
 from sglang_dcp.layers.mla.prefill import MlaPrefill
 
@@ -25,6 +26,8 @@ ENTRIES = {
     "flashinfer": dispatch.mla_forward_method_flashinfer,
 }
 DCP_SIZE = 2
+# DeepSeek-V2-Lite, of one of two ranks.
+LITE = MlaSizes(8, DCP_SIZE, 512, 64, 128, 128)
 
 
 @pytest.fixture
@@ -45,7 +48,7 @@ def dcp(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         form=lambda choose: choose(),
         prepare=prepare,
         prepare_groups=prepare_groups,
-        stored_itemsize=2,
+        sizes=LITE,
     )
     backend = SimpleNamespace(prefill=prefill)
     monkeypatch.setattr(dispatch, "_backend", lambda: backend)
@@ -58,15 +61,11 @@ def off(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def attention(**flags: Any) -> Any:
-    """DeepSeek-V2-Lite's, of one of two ranks."""
-    sizes = dict(num_local_heads=8, kv_lora_rank=512, qk_rope_head_dim=64)
+    """SGLang's attention module."""
     known = dict(
-        disable_chunked_prefix_cache=False,
-        flashinfer_mla_disable_ragged=False,
-        qk_head_dim=192,
-        v_head_dim=128,
+        disable_chunked_prefix_cache=False, flashinfer_mla_disable_ragged=False
     )
-    return SimpleNamespace(**sizes, **{**known, **flags})
+    return SimpleNamespace(**{**known, **flags})
 
 
 def chosen(
@@ -181,20 +180,14 @@ def test_weights_that_need_other_products_take_one_form(
     assert not dcp
 
 
-def test_sizes_are_those_of_the_module_and_the_pool() -> None:
-    sizes = dispatch.mla_sizes(attention(), DCP_SIZE, 1)
-    assert sizes == (8, DCP_SIZE, 512, 64, 128, 128, 2, 1)
-    assert sizes.group_heads == 16
-    assert (sizes.absorbed_dims, sizes.expanded_dims) == (1088, 320)
-
-
 @pytest.mark.parametrize("name", ENTRIES)
-@pytest.mark.parametrize("dims", [(192, 192), (256, 128), (96, 64)])
+@pytest.mark.parametrize("nope, v", [(128, 192), (192, 128), (32, 64)])
 def test_heads_that_kernels_were_not_checked_for_stay_absorbed(
-    dims: tuple[int, int], name: str, dcp: list[Any]
+    nope: int, v: int, name: str, dcp: list[Any]
 ) -> None:
-    module = attention(qk_head_dim=dims[0], v_head_dim=dims[1])
-    assert chosen(name, module, "EXTEND", [0], [5]) == "MLA"
+    backend: Any = dispatch._backend()
+    backend.prefill.sizes = LITE._replace(nope=nope, v=v)
+    assert chosen(name, attention(), "EXTEND", [0], [5]) == "MLA"
 
 
 @pytest.mark.parametrize("name", ENTRIES)

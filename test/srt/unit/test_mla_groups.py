@@ -6,6 +6,7 @@ Only this file compares one form for all requests with a form for each, by estim
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import sys
 
@@ -115,7 +116,7 @@ def test_more_than_may_be_gathered_is_not_gathered() -> None:
 @pytest.mark.parametrize("sizes", [LITE, V3], ids=["lite", "v3"])
 def test_each_request_goes_by_the_times_of_whole_batches(sizes: MlaSizes) -> None:
     """What a request adds is what it takes alone on a GPU without launches or idle SMs."""
-    full = HOPPER._replace(sms=0, in_place_host_s=0.0, gather_host_s=0.0)
+    full = HOPPER._replace(tile_flops=math.inf, in_place_host_s=0.0, gather_host_s=0.0)
     turns = itertools.product((1, 63, 64, 500, 1000, CHUNK), (1, 100, 8 * K, 512 * K))
     told = set()
     for new, prefix in turns:

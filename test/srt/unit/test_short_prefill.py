@@ -7,7 +7,6 @@ tp 1 in `server/test_server_equality.py`.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -28,9 +27,13 @@ from sglang_dcp.config import DcpConfig
 from sglang_dcp.distributed.topology import Layout
 from sglang_dcp.layers import kv_prefill, short_prefill, short_prefill_rule
 from sglang_dcp.layers.backends.fa3 import Fa3Backend
+from sglang_dcp.layers.backends.fa3_splits import FULL_TILES
+from sglang_dcp.layers.backends.registry import backends
 from sglang_dcp.layers.mla import form
+from sglang_dcp.layers.mla import sizes as mla_sizes_module
 from sglang_dcp.layers.mla.cost import MlaSizes
 from sglang_dcp.layers.mla.form import PrefillBatch
+from sglang_dcp.layers.mla.sizes import mla_sizes
 from sglang_dcp.layers.prefix import kv_form
 from sglang_dcp.layers.prefix.cost import Requests
 from sglang_dcp.layers.prefix.decode_step import StepSizes, pays_as_step, step_seconds
@@ -47,7 +50,6 @@ from sglang_dcp.layers.short_prefill import (
 )
 from sglang_dcp.layers.short_prefill_rule import (
     Rule,
-    mla_sizes_of,
     rule_of,
     step_sizes,
 )
@@ -61,7 +63,7 @@ SIZES = {"qwen3": QWEN3, "latents": LATENTS}
 # A quarter of the first one, which was timed as the second was, and what their prefills are.
 QUARTER = StepSizes(4, 1, 2, 256 * 2, 256, 256, 256)
 QUARTER_KV = KvSizes(4, 1, 2, 128, 128, split_below=66)
-LATENTS_MLA = MlaSizes(8, 2, 512, 64, 128, 128)
+LATENTS_MLA = MlaSizes(8, 2, 512, 64, 128, 128, split_below=FULL_TILES)
 CAPACITY = 128 * 1024
 
 
@@ -203,7 +205,7 @@ def test_latents_in_place_count_the_work_of_the_gpu() -> None:
         form.added_seconds(
             PrefillBatch(Requests([64], [prefix]), CAPACITY), LATENTS_MLA
         )
-        for prefix in (32768, 262144)
+        for prefix in (131072, 262144)
     ]
     assert HOPPER.in_place_host_s < added[0] < added[1]
 
@@ -423,7 +425,7 @@ def models(monkeypatch: pytest.MonkeyPatch) -> None:
     api = SimpleNamespace(resolved=lambda args: args)
     monkeypatch.setattr(short_prefill, "sglang_version", lambda: "0.5.23")
     monkeypatch.delenv(short_prefill.SWITCH, raising=False)
-    for module in (short_prefill, kv_prefill):
+    for module in (short_prefill, kv_prefill, mla_sizes_module):
         monkeypatch.setattr(module, "sglang_api", lambda: api)
     for module in (short_prefill, short_prefill_rule, kv_prefill):
         monkeypatch.setattr(module, "is_mla", lambda model: model.is_mla)
@@ -459,10 +461,10 @@ def test_the_door_opens_what_was_not_compared(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(short_prefill, name, getattr(short_prefill, name))
     monkeypatch.setattr(ShortPrefill, "step_of", ShortPrefill.step_of)
     short_prefill_door.open_door()
-    names = ("fa3", "flashinfer", "triton", "torch_native")
-    for name, mla in itertools.product(names, (False, True)):
-        runner = make_runner(attention_backend=name, mla=mla)
-        assert short_prefill_of(runner, CONFIG) is not None, (name, mla)
+    for mla in (False, True):
+        for name in backends(mla):
+            runner = make_runner(attention_backend=name, mla=mla)
+            assert short_prefill_of(runner, CONFIG) is not None, (name, mla)
     fp8 = make_runner(attention_backend="flashinfer", stored=torch.float8_e4m3fn)
     assert short_prefill_of(fp8, CONFIG) is not None
 
@@ -472,7 +474,9 @@ def test_the_rule_of_a_runner_has_its_sizes() -> None:
     heads, latents = make_runner(), make_runner(mla=True)
     assert step_sizes(heads, CONFIG) == QWEN3
     assert step_sizes(latents, CONFIG) == LATENTS
-    assert mla_sizes_of(latents, CONFIG) == LATENTS_MLA
+    assert mla_sizes(latents, CONFIG) == LATENTS_MLA
+    fixed = make_runner(mla=True, enable_deterministic_inference=True)
+    assert mla_sizes(fixed, CONFIG) == LATENTS_MLA._replace(split_below=0)
     batch = make_batch((64,), extend_prefix_lens_cpu=[131072])
     turn = Requests([64], [131072])
     told = form.added_seconds(PrefillBatch(turn, CAPACITY), LATENTS_MLA)

@@ -33,9 +33,6 @@ class Fa3MlaBackend(Fa3Backend):
         no_fp8="has no kernel for fp8 latents, and casting would copy the whole pool in "
         "every layer",
     )
-    # An expanded chunk has tiles of each local head. `mla/cost` counts on no splits, and
-    # `forward_memory` on no memory for them.
-    splits_ragged_below = 0
 
     def decode_parts(
         self,

@@ -103,6 +103,12 @@ def prefix_split_bytes(heads: Fa3Heads, tokens: int) -> int:
     return min(PREFIX_SPLIT_BYTES, _MOST_SPLITS * heads.split_bytes(tokens))
 
 
+def ragged_split_bytes(heads: Fa3Heads, tokens: int) -> int:
+    """Return the same of splits of gathered keys: most where each request has one token."""
+    most = _filling_splits(heads, 1, 1)
+    return min(PREFIX_SPLIT_BYTES, most * heads.split_bytes(tokens)) if most > 1 else 0
+
+
 def decode_split_bytes(heads: Fa3Heads, rows: int) -> int:
     """Return the most bytes of the splits of a decode step, whose number FA3 chooses."""
     splits = most_splits(heads.tiles(1))

@@ -35,6 +35,8 @@ class MlaSizes(NamedTuple):
     latent, rope, nope, v : dims of a latent, of its rotary key, and of an expanded head
     itemsize : bytes of a number of queries, outputs and expanded keys
     stored_itemsize : bytes of a number in the pool
+    split_below : tiles of query rows of a request below which the kernel splits expanded
+        keys; 0 if it never does
     """
 
     local_heads: int
@@ -45,6 +47,7 @@ class MlaSizes(NamedTuple):
     v: int
     itemsize: int = 2
     stored_itemsize: int = 2
+    split_below: float = 0
 
     @property
     def group_heads(self) -> int:
@@ -78,7 +81,9 @@ def one_shot_seconds(requests: Requests, sizes: MlaSizes, rates: Rates) -> float
     return (
         _gather_seconds(sum(positions), sizes, rates)
         + _expand_seconds(positions, sizes, rates)
-        + _expanded_attention(pairs - skipped, max(positions), sizes, rates)
+        + _expanded_attention(
+            pairs - skipped, sum(positions), max(positions), requests.new, sizes, rates
+        )
         + rates.gather_host_s
     )
 
@@ -97,7 +102,8 @@ def new_expanded_seconds(requests: Requests, sizes: MlaSizes, rates: Rates) -> f
     if not sum(requests.new):
         return 0.0
     pairs = sum(new * new for new in requests.new) / 2
-    attention = _expanded_attention(pairs, max(requests.new), sizes, rates)
+    keys = sum(requests.new), max(requests.new)
+    attention = _expanded_attention(pairs, *keys, requests.new, sizes, rates)
     return _expand_seconds(requests.new, sizes, rates) + attention
 
 
@@ -110,14 +116,9 @@ def prefix_in_place_seconds(requests: Requests, sizes: MlaSizes, rates: Rates) -
     """Time absorbed attention to the prefix, and the exchange; 0 without a prefix."""
     if not sum(requests.prefix):
         return 0.0
-    tile = rates.absorbed_tile
     rows = [new * sizes.group_heads for new in requests.new]
-    pairs = tiled_pairs(rows, requests.prefix, tile) / sizes.dcp_size
-    full = rates.sms * tile * max(requests.prefix) / sizes.dcp_size
-    flop = FLOPS * sizes.absorbed_dims
-    attention = flop * min(
-        pairs / rates.absorbed_split_flops, max(pairs, full) / rates.absorbed_flops
-    )
+    pairs = tiled_pairs(rows, requests.prefix, rates.absorbed_tile) / sizes.dcp_size
+    attention = FLOPS * sizes.absorbed_dims * pairs / rates.absorbed_flops
     stored = sum(requests.prefix) / sizes.dcp_size * (sizes.latent + sizes.rope)
     read = stored * sizes.stored_itemsize / rates.memory_bytes
     exchange = _exchange_seconds(sum(requests.new), sizes, rates)
@@ -132,13 +133,13 @@ def prefix_gathered_seconds(
     if not prefix:
         return 0.0
     chunks = -(-prefix // capacity)
-    longest = chunks * min(max(requests.prefix), capacity, prefix)
+    longest = min(chunks * min(max(requests.prefix), capacity), prefix)
     pairs = tiled_pairs(requests.new, requests.prefix, rates.expanded_tile)
     host = rates.gather_host_s + (chunks - 1) * rates.chunk_host_s
     return (
         _gather_seconds(prefix, sizes, rates)
         + _expand_seconds(requests.prefix, sizes, rates)
-        + _expanded_attention(pairs, min(longest, prefix), sizes, rates)
+        + _expanded_attention(pairs, prefix, longest, requests.new, sizes, rates)
         + host
     )
 
@@ -153,6 +154,7 @@ class Marginal(NamedTuple):
     read : of a position that is read in place
     position : of a position that is gathered and expanded
     token_pair : of a gathered position and a new token; tokens fill tiles of `token_tile`
+    expanded_read : of a gathered position whose K and V are read
     rows : query rows of a new token in place
     """
 
@@ -161,6 +163,7 @@ class Marginal(NamedTuple):
     read: float
     position: float
     token_pair: float
+    expanded_read: float
     rows: int
     row_tile: int
     token_tile: int
@@ -170,7 +173,8 @@ class Marginal(NamedTuple):
         rows = -(-new * self.rows // self.row_tile) * self.row_tile
         tokens = -(-new // self.token_tile) * self.token_tile
         in_place = new * self.token + prefix * max(rows * self.row_pair, self.read)
-        return in_place < prefix * (self.position + tokens * self.token_pair)
+        attention = max(tokens * self.token_pair, self.expanded_read)
+        return in_place < prefix * (self.position + attention)
 
 
 def marginal(sizes: MlaSizes, rates: Rates) -> Marginal:
@@ -184,6 +188,7 @@ def marginal(sizes: MlaSizes, rates: Rates) -> Marginal:
         read=stored / rates.memory_bytes,
         position=_gather_seconds(1, sizes, rates) + _expand_seconds([1], sizes, rates),
         token_pair=expanded * sizes.local_heads,
+        expanded_read=_expanded_read(1, sizes, rates),
         rows=sizes.group_heads,
         row_tile=rates.absorbed_tile,
         token_tile=rates.expanded_tile,
@@ -191,11 +196,31 @@ def marginal(sizes: MlaSizes, rates: Rates) -> Marginal:
 
 
 def _expanded_attention(
-    pairs: float, longest: int, sizes: MlaSizes, rates: Rates
+    pairs: float,
+    keys: int,
+    longest: int,
+    new: Sequence[int],
+    sizes: MlaSizes,
+    rates: Rates,
 ) -> float:
-    """Time attention to expanded keys."""
-    rows = pairs * sizes.local_heads
-    return ragged_attention_seconds(rows, longest, sizes.expanded_dims, rates)
+    """Time attention to expanded keys, whose K and V are read at least once.
+
+    Parameters
+    ----------
+    pairs : pairs of query token and key
+    keys, longest : keys of all requests, and most keys of one
+    new : new tokens of each request
+    """
+    heads, dims = sizes.local_heads, sizes.expanded_dims
+    tiles = heads * -(-max(new) // rates.expanded_tile)
+    whole = 0 if tiles < sizes.split_below else longest
+    attention = ragged_attention_seconds(pairs * heads, whole, dims, rates)
+    return max(attention, _expanded_read(keys, sizes, rates))
+
+
+def _expanded_read(keys: int, sizes: MlaSizes, rates: Rates) -> float:
+    numbers = keys * sizes.local_heads * sizes.expanded_dims
+    return numbers * sizes.itemsize / rates.memory_bytes
 
 
 def _expand_flops(positions: Sequence[int], sizes: MlaSizes) -> float:
@@ -204,12 +229,11 @@ def _expand_flops(positions: Sequence[int], sizes: MlaSizes) -> float:
 
 
 def _expand_seconds(positions: Sequence[int], sizes: MlaSizes, rates: Rates) -> float:
-    """Time the product that expands latents, and the copies of K and V around it."""
+    """Time the product that expands latents, and the copy of K behind it."""
     product = sizes.nope + sizes.v
     # The product is written. Its part of K is read and written beside the rotary key.
     copied = product + sizes.nope + sizes.nope + sizes.rope
-    # Attention reads K and V at least once.
-    numbers = sum(positions) * sizes.local_heads * (copied + sizes.expanded_dims)
+    numbers = sum(positions) * sizes.local_heads * copied
     moved = numbers * sizes.itemsize / rates.memory_bytes
     return _expand_flops(positions, sizes) / rates.gemm_flops + moved
 

@@ -8,14 +8,12 @@ two methods. `torch_native` is always absorbed.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, Callable, Optional
 
 import torch
 
 from sglang_dcp.context import find_context
 from sglang_dcp.layers.mla import groups
-from sglang_dcp.layers.mla.cost import MlaSizes, Requests
 from sglang_dcp.layers.mla.form import (
     PrefillBatch,
     PrefillForm,
@@ -23,6 +21,7 @@ from sglang_dcp.layers.mla.form import (
     groups_of,
 )
 from sglang_dcp.layers.mla.in_place import absorbs_plainly
+from sglang_dcp.layers.prefix.cost import Requests
 
 
 def mla_forward_method_torch_native(attention: Any, batch: Any) -> Any:
@@ -71,8 +70,7 @@ def _forward_method(
         AttnForwardMethod,
     )
 
-    context = find_context()
-    if context is None:
+    if find_context() is None:
         return original(attention, batch)
     # Without a prefix, MHA_CHUNKED_KV is the same as AttnForwardMethod.MHA.
     methods = {
@@ -85,44 +83,27 @@ def _forward_method(
     absorbed = backend == "flashinfer" and attention.flashinfer_mla_disable_ragged
     if absorbed or not batch.forward_mode.is_extend_without_speculative():
         return AttnForwardMethod.MLA
-    return methods[_prepared_form(attention, batch, context.config.dcp_size, backend)]
+    return methods[_prepared_form(attention, batch, backend)]
 
 
-def _prepared_form(
-    attention: Any, batch: Any, dcp_size: int, backend: str
-) -> PrefillForm:
+def _prepared_form(attention: Any, batch: Any, backend: str) -> PrefillForm:
     """Choose the form of a prefill, and set what it needs in SGLang's batch."""
     prefill = _backend().prefill
-    sizes = partial(mla_sizes, attention, dcp_size, prefill.stored_itemsize)
     form: PrefillForm = prefill.form(
         lambda: choose_prefill_form(
             prefill_batch(batch),
-            sizes(),
+            prefill.sizes,
             expand_prefix=not attention.disable_chunked_prefix_cache,
             by_group=backend in groups.SERVED and absorbs_plainly(attention),
         )
     )
     if form is PrefillForm.BY_GROUP:
         prefill.prepare_groups(
-            batch, attention, lambda: groups_of(prefill_batch(batch), sizes())
+            batch, attention, lambda: groups_of(prefill_batch(batch), prefill.sizes)
         )
     else:
         prefill.prepare(batch, form)
     return form
-
-
-def mla_sizes(attention: Any, dcp_size: int, stored_itemsize: int) -> MlaSizes:
-    """Return the sizes of SGLang's attention module `attention`, of one rank."""
-    rope = attention.qk_rope_head_dim
-    return MlaSizes(
-        local_heads=attention.num_local_heads,
-        dcp_size=dcp_size,
-        latent=attention.kv_lora_rank,
-        rope=rope,
-        nope=attention.qk_head_dim - rope,
-        v=attention.v_head_dim,
-        stored_itemsize=stored_itemsize,
-    )
 
 
 def prefill_batch(batch: Any) -> PrefillBatch:

@@ -45,16 +45,15 @@ def best_groups(
 ) -> Optional[Groups]:
     """Share out the requests of a prefill; None if none would stay, or too much be gathered.
 
-    Attention in place is fast with enough rows for all SMs, which is known of a group only,
-    and so is whether nothing is left to gather. So three ways are tried.
+    Whether nothing is left to gather, which saves launches, is known of a group only. So
+    two ways are tried: each request as it gains, and all in place.
 
     Parameters
     ----------
     most_gathered : most positions that may be gathered
     capacity : most positions of a prefix chunk
     """
-    slow = rates._replace(absorbed_flops=rates.absorbed_split_flops)
-    ways = [requests_in_place(requests, sizes, assumed) for assumed in (rates, slow)]
+    ways = [requests_in_place(requests, sizes, rates)]
     ways.append([prefix > 0 for prefix in requests.prefix])
     found: list[Groups] = []
     for wanted in ways:

@@ -17,6 +17,7 @@ import torch
 
 from sglang_dcp.layers.backends.attention_calls import first_rows, padded_rows
 from sglang_dcp.layers.backends.base import Partial, RaggedKeys, cumulated
+from sglang_dcp.layers.mla.cost import MlaSizes
 from sglang_dcp.layers.mla.form import PrefillForm
 from sglang_dcp.layers.mla.groups import Groups, gathered_prefixes
 from sglang_dcp.layers.mla.in_place import AttendInPlace, PrefixInPlace
@@ -55,6 +56,8 @@ class MlaPrefill:
         SGLang's pool of this rank.
     attend_in_place : AttendInPlace
         Attends to the prefixes that a prefill by group keeps in place.
+    sizes : MlaSizes, optional
+        Sizes by which a prefill chooses its form. A backend that never prefills has none.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class MlaPrefill:
         exchange: Exchange,
         kv_pool: Any,
         attend_in_place: AttendInPlace,
+        sizes: Optional[MlaSizes] = None,
     ) -> None:
         self._backend = backend
         self._shard = shard
@@ -72,15 +76,11 @@ class MlaPrefill:
         # By index of the prefix chunk, None for other keys. The first layer fills them.
         self._keys: dict[Optional[int], tuple[RaggedKeys, Optional[torch.Tensor]]] = {}
         self._plans: dict[Optional[int], GatherPlan] = {}
+        self.sizes = sizes
         self._form: Optional[PrefillForm] = None
         self._in_place = PrefixInPlace(backend, attend_in_place)
         self._local: Optional[ForwardBatch] = None
         self._logged: set[str] = set()
-
-    @property
-    def stored_itemsize(self) -> int:
-        """Bytes of a number in the pool."""
-        return int(self._pool.dtype.itemsize)
 
     def init_forward_metadata(self, local: ForwardBatch) -> None:
         """Drop the plans of the previous forward. `local` is the local batch of this one."""

@@ -47,16 +47,16 @@ def tiled_pairs(rows: Sequence[int], keys: Sequence[int], tile: int) -> int:
 def ragged_attention_seconds(
     pairs: float, longest: int, dims: int, rates: Rates
 ) -> float:
-    """Time attention to keys that are not split over SMs.
+    """Time attention of tiles of rows, each of which one SM takes through all its keys.
 
     Parameters
     ----------
     pairs : pairs of query row and key
-    longest : most keys that one tile of rows goes through
+    longest : most keys that one tile of rows goes through; 0 if keys are split over SMs
     dims : multiplications for each pair
     """
-    chain = rates.sms * rates.expanded_tile * longest
-    return FLOPS * dims * max(pairs, chain) / rates.expanded_flops
+    of_tile = rates.expanded_tile * longest / rates.tile_flops
+    return FLOPS * dims * max(pairs / rates.expanded_flops, of_tile)
 
 
 def gather_seconds(
