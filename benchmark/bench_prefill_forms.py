@@ -24,7 +24,7 @@ from typing import Any, Callable, NamedTuple, Sequence
 import torch
 from torch import Tensor
 
-from bench_verification import DCP, DEVICE, microseconds, rows_of
+from bench_verification import DCP, DEVICE, NAMES, microseconds, rows_of
 from decode_models import MODELS, is_mla, query_heads
 from sglang_dcp.layers.backends.fa3_splits import (
     Fa3Heads,
@@ -52,10 +52,6 @@ class Sizes(NamedTuple):
     latent: int = 0
     rope: int = 0
     nope: int = 0
-
-
-# Of `decode_models`, with one K/V head at tp 2.
-NAMES = ("Qwen3-30B-A3B/4", "DeepSeek-V2-Lite")
 
 
 def sizes_of(name: str) -> Sizes:

@@ -24,6 +24,7 @@ from typing import Any, Callable, NamedTuple, Sequence
 import torch
 from torch import Tensor
 
+from decode_models import MODELS, is_mla, query_heads
 from sglang_dcp.ops.chains import Chains, ChainSizes, attend_chains
 
 DEVICE = "cuda"
@@ -43,11 +44,16 @@ class Heads(NamedTuple):
     latent: bool
 
 
-# By the names of `decode_models`, at tp 2.
-MODELS = {
-    "Qwen3-30B-A3B/4": Heads(8, 128, 128, False),
-    "DeepSeek-V2-Lite": Heads(16, 64, 512, True),
-}
+# Of `decode_models`, with one K/V head at tp 2.
+NAMES = ("Qwen3-30B-A3B/4", "DeepSeek-V2-Lite")
+
+
+def heads_of(name: str) -> Heads:
+    """Return the heads of a model's DCP group at tp 2."""
+    config, heads = MODELS[name], query_heads(name)
+    if is_mla(name):
+        return Heads(heads, config["qk_rope_head_dim"], config["kv_lora_rank"], True)
+    return Heads(heads, config["head_dim"], config["head_dim"], False)
 
 
 class Keys(NamedTuple):
@@ -141,7 +147,7 @@ def measure(model: Heads, keys: Keys, batch: int, width: int) -> list[float]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--models", nargs="+", choices=NAMES, default=NAMES)
     numbers = {
         "--contexts": [4096, 65536, 524288],
         "--batches": [1, 8],
@@ -155,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(*titles, "decode", "rows", "folded", "chain", sep=",")
     every = (given.models, given.page_sizes, given.contexts, given.batches)
     for name, page, context, batch in itertools.product(*every):
-        model = MODELS[name]
+        model = heads_of(name)
         keys = make_keys(model, context, batch, page)
         for width in given.widths:
             times = [f"{us:.1f}" for us in measure(model, keys, batch, width)]

@@ -1,4 +1,7 @@
-"""The calls that `bench_prefill_forms.py` times, on a CPU with stand-ins for FA3."""
+"""The calls that `bench_prefill_forms.py` and `bench_verification.py` time.
+
+They run on a CPU with stand-ins for FA3.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import torch
 from torch import Tensor
 
 import bench_prefill_forms as forms
-import bench_verification
+import bench_verification as verification
 
 PREFIX, NEW = 64, 5
 ALONE = forms.Turns(1, PREFIX, NEW)
@@ -35,7 +38,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Kernels:
     made = Kernels()
     monkeypatch.setitem(sys.modules, "sgl_kernel", ModuleType("sgl_kernel"))
     monkeypatch.setitem(sys.modules, "sgl_kernel.flash_attn", made)
-    for module in (forms, bench_verification):
+    for module in (forms, verification):
         monkeypatch.setattr(module, "DEVICE", "cpu")
     return made
 
@@ -112,6 +115,35 @@ def test_a_line_for_each_size(
         "DeepSeek-V2-Lite,1,64,5,7.0,7.0,7.0,7.0,7.0",
         "DeepSeek-V2-Lite,1,64,7,7.0,7.0,7.0,7.0,7.0",
     ]
+
+
+@pytest.mark.parametrize("name", verification.NAMES)
+def test_tokens_of_a_verification_are_rows_or_more_heads(
+    name: str, kernels: Kernels
+) -> None:
+    heads, width, batch = verification.heads_of(name), 4, 3
+    keys = verification.make_keys(heads, PREFIX, batch, 1)
+    rows, folded = (batch * width, heads.heads), (batch, heads.heads * width)
+    for sizes in (rows, folded):
+        verification.attention(heads, keys, *sizes)()
+    for given, sizes in zip(kernels.calls, (rows, folded)):
+        assert shapes(given, "q") == [(*sizes, heads.qk)]
+        assert shapes(given, "page_table") == [(sizes[0], PREFIX // 2)]
+        assert given["cache_seqlens"].tolist() == [PREFIX // 2] * sizes[0]
+        assert (given["qv"] is not None) == heads.latent
+    # A request's rows see its own keys.
+    table = kernels.calls[0]["page_table"]
+    assert torch.equal(table[:width], table[:1].expand(width, -1))
+    assert table[::width].unique().numel() == batch * PREFIX // 2
+
+
+@pytest.mark.parametrize("name", verification.NAMES)
+def test_a_chain_attends_to_itself_with_the_ranks_heads(
+    name: str, kernels: Kernels
+) -> None:
+    heads = verification.heads_of(name)
+    out = verification.chain(heads, 1, 8)()
+    assert out.shape == (8, heads.heads // 2, heads.v)
 
 
 if __name__ == "__main__":
