@@ -49,13 +49,6 @@ def _without_gpu(args: Any) -> Optional[str]:
     return f"{name} on a CPU" if exchanges else None
 
 
-def _lora_beside_replicas(args: Any) -> Optional[str]:
-    adapters = args.enable_lora or (args.lora_paths and args.enable_lora is None)
-    if not adapters or args.dcp.layout.replicas == 1:
-        return None
-    return "with DP attention"
-
-
 def _speculation_beside_scatter(args: Any) -> Optional[str]:
     scatters = (
         args.moe_a2a_backend not in (None, "none")
@@ -98,12 +91,6 @@ UNSUPPORTED_EXPERTS: tuple[Unsupported, ...] = (
         until="0.5.23",
     ),
     Unsupported(_BACKEND, _without_gpu, "its library runs on GPUs", _NONE),
-    Unsupported(
-        "--enable-lora",
-        _lora_beside_replicas,
-        "SGLang's adapters work only in replicas of one rank",
-        "drop the adapters, or use --dp-size replicas without DP attention",
-    ),
     Unsupported(
         "--speculative-algorithm",
         _speculation_beside_scatter,

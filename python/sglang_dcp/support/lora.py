@@ -31,6 +31,14 @@ def _lora_flag(args: Any) -> Optional[str]:
     return "--lora-paths" if args.lora_paths and args.enable_lora is None else None
 
 
+def _beside_replicas(flag: str) -> Value:
+    def value(args: Any) -> Optional[str]:
+        named = _lora_flag(args) == flag
+        return "with DP attention" if named and args.dcp.layout.replicas > 1 else None
+
+    return value
+
+
 def _beside_replicated_q(flag: str) -> Value:
     def value(args: Any) -> Optional[str]:
         named = _lora_flag(args) == flag
@@ -72,6 +80,15 @@ UNSUPPORTED_LORA: tuple[Unsupported, ...] = (
             _beside_speculation(flag),
             "no server with adapters and drafts was compared with tp 1",
             "drop --speculative-algorithm, or the adapters",
+        )
+        for flag in _FLAGS
+    ),
+    *(
+        Unsupported(
+            flag,
+            _beside_replicas(flag),
+            "SGLang's adapters work only in replicas of one rank",
+            "drop the adapters, or use --dp-size replicas without DP attention",
         )
         for flag in _FLAGS
     ),

@@ -674,11 +674,6 @@ EXPERT_CASES: dict[str, dict[str, Any]] = {
         "device": "cuda",
     },
     f"{A2A} deepep on a CPU does not .*none": {"moe_a2a_backend": "deepep"},
-    "--enable-lora with DP attention does not .*one rank": {
-        "enable_lora": True,
-        "lora_backend": "torch_native",
-        "dcp": IN_REPLICAS,
-    },
     "--speculative-algorithm EAGLE with scattered tokens does not .*padding": {
         "speculative_algorithm": "EAGLE",
         "moe_dense_tp_size": 1,
@@ -692,7 +687,7 @@ EXPERT_CASES: dict[str, dict[str, Any]] = {
     zip(UNSUPPORTED_EXPERTS, EXPERT_CASES, strict=True),
     ids=lambda value: value.split(" does")[0] if isinstance(value, str) else "",
 )
-def test_experts_and_adapters_of_replicas(rule: Unsupported, message: str) -> None:
+def test_experts_of_replicas(rule: Unsupported, message: str) -> None:
     args = fine_server(attention_backend=None, **EXPERT_CASES[message])
     if rule not in rules_in_force(UNSUPPORTED_EXPERTS):
         check_experts(args)
@@ -700,6 +695,16 @@ def test_experts_and_adapters_of_replicas(rule: Unsupported, message: str) -> No
     assert first_to_speak(rules_in_force(UNSUPPORTED_EXPERTS), args) is rule
     with pytest.raises(DcpConfigError, match=message):
         check_experts(args)
+
+
+@pytest.mark.parametrize(
+    "adapters", [{"enable_lora": True}, {"lora_paths": ["a=/b"]}], ids=str
+)
+def test_adapters_of_replicas(adapters: dict[str, Any]) -> None:
+    flag = "--" + next(iter(adapters)).replace("_", "-")
+    args = fine_server(lora_backend="torch_native", dcp=IN_REPLICAS, **adapters)
+    with pytest.raises(DcpConfigError, match=f"^{flag} with DP attention does .*one r"):
+        check_server_args(args)
 
 
 def test_each_exchange_of_tokens_is_decided_upon() -> None:
