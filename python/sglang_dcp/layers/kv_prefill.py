@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 import torch
 
 from sglang_dcp.layers.backends.base import NewBehindPrefix, RaggedKeys, cumulated
-from sglang_dcp.layers.backends.registry import backend_class
+from sglang_dcp.layers.backends.registry import split_below
 from sglang_dcp.layers.heads import is_mla, kv_head_counts
 from sglang_dcp.layers.prefix import kv_form
 from sglang_dcp.layers.prefix.cost import Requests
@@ -248,8 +248,6 @@ def kv_sizes(runner: Any, config: DcpConfig) -> KvSizes:
     """Return the sizes of a runner's attention to K/V heads, gathered or not."""
     model, stored = runner.model_config, runner.token_to_kv_pool.dtype
     args = sglang_api().resolved(runner.server_args)
-    splits = not args.enable_deterministic_inference
-    backend = backend_class(args.attention_backend, mla=False)
     return KvSizes(
         local_heads=model.num_attention_heads // config.tp_size,
         kv_heads=config.layout.kv_heads_per_rank(kv_head_counts(model)[0]),
@@ -257,7 +255,7 @@ def kv_sizes(runner: Any, config: DcpConfig) -> KvSizes:
         qk=model.head_dim,
         v=model.v_head_dim,
         itemsize=stored.itemsize,
-        split_below=backend.splits_ragged_below if splits else 0,
+        split_below=split_below(args, mla=False),
     )
 
 

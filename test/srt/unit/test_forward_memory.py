@@ -50,6 +50,7 @@ from sglang_dcp.layers.backends.fa3_splits import (
     Fa3Heads,
     most_splits,
     prefix_splits,
+    ragged_split_bytes,
     ragged_splits,
 )
 from sglang_dcp.layers.decode_memory import decode_parts
@@ -261,6 +262,10 @@ def test_splits_of_gathered_keys_are_bounded_at_every_length(heads: Fa3Heads) ->
             assert splits == 1 or splits * 512 <= keys
 
 
+def test_many_heads_fill_the_gpu_without_splits() -> None:
+    assert ragged_split_bytes(Fa3Heads(128, 128, 192, 128), 8192) == 0
+
+
 def test_splits_of_a_short_turns_gathered_keys_fill_the_gpu() -> None:
     """100 tokens x 4 heads are 4 tiles of rows, for 132 SMs."""
     heads = Fa3Heads(4, 1, 128, 128)
@@ -430,6 +435,15 @@ def test_splits_of_an_expanded_prefix_are_told(
     parts = expanded_parts(LITE._replace(expansion=form), tokens)
     assert parts[SPLITS] == splits * heads.split_bytes(tokens)
     assert at_work.peak <= total(parts) <= 1.2 * at_work.peak
+
+
+def test_new_tokens_alone_are_not_split(silent_merge: None) -> None:
+    """Nor are those of a prefill whose prefix is a chunk of its own."""
+    prefill = Prefill("fa3", DEEPSEEK, device="cpu", capacity=1 << 17)
+    assert expanded(prefill, {}, {"a": 1400}, splits=True).calls == [(True, 1)]
+    cut = replace(prefill, capacity=1300, max_len=2600)
+    calls = expanded(cut, {"a": 1200}, {"a": 1200}, splits=True).calls
+    assert calls == [(True, 1), (False, 2)]
 
 
 @pytest.mark.parametrize("dcp_size", [2, 8])

@@ -12,6 +12,7 @@ import sys
 
 import pytest
 
+from sglang_dcp.layers.backends.fa3_splits import FULL_TILES
 from sglang_dcp.layers.mla import cost
 from sglang_dcp.layers.mla.cost import MlaSizes, Requests
 from sglang_dcp.layers.mla.form import (
@@ -30,8 +31,10 @@ LAYERS = 27
 LITE = MlaSizes(8, 2, 512, 64, 128, 128)
 PLAIN = LITE._replace(dcp_size=1)
 SIZES = [
-    MlaSizes(heads, dcp, 512, 64, 128, 128, stored_itemsize=stored)
-    for heads, dcp, stored in itertools.product((4, 8, 16, 64), (2, 4, 8), (1, 2))
+    MlaSizes(heads, dcp, 512, 64, 128, 128, stored_itemsize=stored, split_below=below)
+    for heads, dcp, stored, below in itertools.product(
+        (4, 8, 16, 64), (2, 4, 8), (1, 2), (0, FULL_TILES)
+    )
 ]
 
 

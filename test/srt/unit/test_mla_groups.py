@@ -12,6 +12,7 @@ import sys
 
 import pytest
 
+from sglang_dcp.layers.backends.fa3_splits import FULL_TILES
 from sglang_dcp.layers.mla import cost, groups
 from sglang_dcp.layers.mla.cost import MlaSizes, Requests
 from sglang_dcp.layers.mla.form import (
@@ -31,8 +32,8 @@ from sglang_dcp.layers.prefix.rates import HOPPER
 
 CAPACITY = 1 << 17
 MOST = MOST_PREFIX_CHUNKS * CAPACITY
-LITE = MlaSizes(8, 2, 512, 64, 128, 128)
-V3 = MlaSizes(16, 8, 512, 64, 128, 128)
+LITE = MlaSizes(8, 2, 512, 64, 128, 128, split_below=FULL_TILES)
+V3 = MlaSizes(16, 8, 512, 64, 128, 128, split_below=FULL_TILES)
 CHUNK, SHORT = 8192, 100
 K = 1024
 
@@ -82,9 +83,17 @@ def test_nothing_to_share_out_takes_one_form() -> None:
         ([64] * 8, [1 * K] * 8),
         ([CHUNK, 64], [0, 0]),
         # One turn saves less than the launches of two forms take.
-        ([CHUNK, SHORT], [32 * K, 128 * K]),
+        ([CHUNK, SHORT], [32 * K, 32 * K]),
     ):
         assert chosen(new, prefix) is chosen(new, prefix, by_group=False), (new, prefix)
+
+
+def test_all_stay_where_that_saves_the_launches_of_a_gather() -> None:
+    """Though a request on a busy GPU takes less gathered."""
+    requests = Requests([CHUNK, 700], [0, 32 * K])
+    assert requests_in_place(requests, LITE, HOPPER) == [False, False]
+    found = best_groups(requests, MOST, CAPACITY, LITE, HOPPER)
+    assert found is not None and found.stays == [False, True]
 
 
 def test_requests_without_a_prefix_do_not_stay() -> None:

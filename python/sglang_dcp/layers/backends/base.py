@@ -66,6 +66,10 @@ class RaggedKeys(NamedTuple):
     ends: torch.Tensor
     rows: Optional[NewBehindPrefix] = None
 
+    def are_new(self, tokens: int) -> bool:
+        """Whether these are the batch's new `tokens` alone, without a prefix."""
+        return self.prefix_chunk is None and sum(self.lens) == tokens
+
 
 class InnerBackend(ABC):
     """An attention backend that knows nothing of DCP, except that it returns its LSE.

@@ -136,9 +136,9 @@ class Fa3Backend(PlannedBackend):
         """
         if self._inner.num_splits:
             return int(self._inner.num_splits)
-        if gathered is not None and not self.splits_ragged_below:
-            return 1
         tokens, heads, qk_dim = q.shape
+        if gathered is not None and gathered.are_new(tokens):
+            return 1
         sizes = Fa3Heads(heads, kv_heads, qk_dim, v_dim)
         queries = tokens, longest
         if gathered is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Any, Optional
 
 from sglang_dcp.layers.backends.base import InnerBackend
 from sglang_dcp.layers.backends.capabilities import Mismatch, Requirement, compare
@@ -40,6 +40,13 @@ def backends(mla: bool) -> dict[str, type[InnerBackend]]:
 def backend_class(name: str, mla: bool) -> type[InnerBackend]:
     """Return the inner backend of an `--attention-backend`."""
     return backends(mla)[name]
+
+
+def split_below(args: Any, mla: bool) -> float:
+    """Return `splits_ragged_below` of a server with these arguments."""
+    if args.enable_deterministic_inference:
+        return 0
+    return backend_class(args.attention_backend, mla).splits_ragged_below
 
 
 def find_mismatch(name: str, requirement: Requirement) -> Optional[Mismatch]:

@@ -98,12 +98,13 @@ def prefix_chunks_seconds(
 
 
 def new_expanded_seconds(requests: Requests, sizes: MlaSizes, rates: Rates) -> float:
-    """Time the new tokens' attention to themselves, expanded."""
+    """Time the new tokens' attention to themselves, expanded. No kernel splits them."""
     if not sum(requests.new):
         return 0.0
     pairs = sum(new * new for new in requests.new) / 2
-    keys = sum(requests.new), max(requests.new)
-    attention = _expanded_attention(pairs, *keys, requests.new, sizes, rates)
+    attention = ragged_attention_seconds(
+        pairs * sizes.local_heads, max(requests.new), sizes.expanded_dims, rates
+    )
     return _expand_seconds(requests.new, sizes, rates) + attention
 
 
@@ -154,7 +155,6 @@ class Marginal(NamedTuple):
     read : of a position that is read in place
     position : of a position that is gathered and expanded
     token_pair : of a gathered position and a new token; tokens fill tiles of `token_tile`
-    expanded_read : of a gathered position whose K and V are read
     rows : query rows of a new token in place
     """
 
@@ -163,7 +163,6 @@ class Marginal(NamedTuple):
     read: float
     position: float
     token_pair: float
-    expanded_read: float
     rows: int
     row_tile: int
     token_tile: int
@@ -173,8 +172,7 @@ class Marginal(NamedTuple):
         rows = -(-new * self.rows // self.row_tile) * self.row_tile
         tokens = -(-new // self.token_tile) * self.token_tile
         in_place = new * self.token + prefix * max(rows * self.row_pair, self.read)
-        attention = max(tokens * self.token_pair, self.expanded_read)
-        return in_place < prefix * (self.position + attention)
+        return in_place < prefix * (self.position + tokens * self.token_pair)
 
 
 def marginal(sizes: MlaSizes, rates: Rates) -> Marginal:
@@ -188,7 +186,6 @@ def marginal(sizes: MlaSizes, rates: Rates) -> Marginal:
         read=stored / rates.memory_bytes,
         position=_gather_seconds(1, sizes, rates) + _expand_seconds([1], sizes, rates),
         token_pair=expanded * sizes.local_heads,
-        expanded_read=_expanded_read(1, sizes, rates),
         rows=sizes.group_heads,
         row_tile=rates.absorbed_tile,
         token_tile=rates.expanded_tile,
@@ -215,12 +212,8 @@ def _expanded_attention(
     tiles = heads * -(-max(new) // rates.expanded_tile)
     whole = 0 if tiles < sizes.split_below else longest
     attention = ragged_attention_seconds(pairs * heads, whole, dims, rates)
-    return max(attention, _expanded_read(keys, sizes, rates))
-
-
-def _expanded_read(keys: int, sizes: MlaSizes, rates: Rates) -> float:
-    numbers = keys * sizes.local_heads * sizes.expanded_dims
-    return numbers * sizes.itemsize / rates.memory_bytes
+    read = keys * heads * dims * sizes.itemsize / rates.memory_bytes
+    return max(attention, read)
 
 
 def _expand_flops(positions: Sequence[int], sizes: MlaSizes) -> float:

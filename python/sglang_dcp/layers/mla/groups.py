@@ -53,8 +53,8 @@ def best_groups(
     most_gathered : most positions that may be gathered
     capacity : most positions of a prefix chunk
     """
-    ways = [requests_in_place(requests, sizes, rates)]
-    ways.append([prefix > 0 for prefix in requests.prefix])
+    all_in_place = [prefix > 0 for prefix in requests.prefix]
+    ways = [requests_in_place(requests, sizes, rates), all_in_place]
     found: list[Groups] = []
     for wanted in ways:
         stays = shortest_turns(requests.new, wanted)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sglang_dcp.layers.backends.registry import backend_class
+from sglang_dcp.layers.backends.registry import split_below
 from sglang_dcp.layers.mla.cost import MlaSizes
 from sglang_dcp.releases.api import sglang_api
 
@@ -16,8 +16,6 @@ def mla_sizes(runner: Any, config: DcpConfig) -> MlaSizes:
     """Return the sizes of one rank of SGLang's `ModelRunner`."""
     model = runner.model_config
     args = sglang_api().resolved(runner.server_args)
-    splits = not args.enable_deterministic_inference
-    backend = backend_class(args.attention_backend, mla=True)
     return MlaSizes(
         local_heads=model.num_attention_heads // config.tp_size,
         dcp_size=config.dcp_size,
@@ -26,5 +24,5 @@ def mla_sizes(runner: Any, config: DcpConfig) -> MlaSizes:
         nope=model.qk_nope_head_dim,
         v=model.v_head_dim,
         stored_itemsize=runner.token_to_kv_pool.dtype.itemsize,
-        split_below=backend.splits_ragged_below if splits else 0,
+        split_below=split_below(args, mla=True),
     )
