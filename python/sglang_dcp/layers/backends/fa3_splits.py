@@ -104,7 +104,10 @@ def prefix_split_bytes(heads: Fa3Heads, tokens: int) -> int:
 
 
 def ragged_split_bytes(heads: Fa3Heads, tokens: int) -> int:
-    """Return the same of splits of gathered keys: most where each request has one token."""
+    """Return the most bytes of splits of gathered keys, over the same batches.
+
+    Requests of one token have most splits.
+    """
     most = _filling_splits(heads, 1, 1)
     return min(PREFIX_SPLIT_BYTES, most * heads.split_bytes(tokens)) if most > 1 else 0
 
